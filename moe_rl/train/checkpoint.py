@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['MARKER', 'CheckpointError', 'PartInfo', 'Commit', 'file_info', 'write_bytes', 'save_state', 'load_state', 'step_path',
-           'stage', 'is_committed', 'commit', 'saving', 'committed_steps', 'latest', 'verify', 'keep_last']
+           'stage', 'is_committed', 'commit', 'saving', 'committed_steps', 'latest', 'verify', 'keep_last',
+           'save_tensors', 'load_tensors']
 
-# %% ../../nbs/05_train/03_checkpoint.ipynb #712a9a9e
+# %% ../../nbs/05_train/03_checkpoint.ipynb #568b446b
 import os, re, shutil, zlib
 from contextlib import contextmanager
 from pathlib import Path
 import msgspec
 from .weights import StorageError, load_tensors, save_tensors, sync_path, write_error
+_all_ = ['save_tensors', 'load_tensors'] # a component that writes a part needs no other module
 
 # %% ../../nbs/05_train/03_checkpoint.ipynb #f34bb26e
 MARKER = 'COMMITTED'

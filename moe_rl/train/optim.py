@@ -40,17 +40,20 @@ def matrices(
     "The single matrices that a parameter consists of."
     return t.reshape(-1, t.shape[-2]//parts, t.shape[-1])
 
-# %% ../../nbs/05_train/00_optim.ipynb #5b259336
+# %% ../../nbs/05_train/00_optim.ipynb #ccba1a3a
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: every matrix moves by `lr*sqrt(max(1, rows/cols))` along each of its singular directions (Jordan, 2024).
+    """Momentum, orthogonalised: a matrix moves by `lr*sqrt(max(1, rows/cols))` along each of its singular directions (Jordan, 2024).
 
     Parameters are [r,c] or [E,r,c]; a group's `parts` says how many matrices lie one above the other in each slice. Matrices of
-    the same shape, of whatever parameter, are orthogonalised in one batch. A matrix whose gradient is zero throughout (an expert
-    without tokens) stays where it is. The only state is `momentum`, of the parameter's shape."""
+    one shape, transposed or not and of whatever parameter, are orthogonalised in one batch. A matrix whose gradient is zero throughout
+    (an expert without tokens) stays where it is. The only state is `momentum`, of the parameter's shape."""
     def __init__(self, params, lr:float=8e-4, momentum:float=0.95, weight_decay:float=0., parts:int=1):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts))
         for group in self.param_groups:
-            for p in group['params']: self.state[p]['momentum'] = torch.zeros_like(p)
+            for p in group['params']:
+                if p.ndim < 2 or p.shape[-2] % group['parts'] or not p.is_contiguous():
+                    raise ValueError(f'Muon got a parameter of shape {list(p.shape)}: it takes contiguous matrices of {group["parts"]} equal parts')
+                self.state[p]['momentum'] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -62,16 +65,18 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(bufs, grads, 1-beta)
             if group['weight_decay']: torch._foreach_mul_(ps, 1-group['lr']*group['weight_decay'])
             for p,g,n in zip(ps, grads, torch._foreach_lerp(grads, bufs, beta)):
-                m = matrices(n, group['parts'])
-                jobs.setdefault((p.device, p.dtype, *m.shape[1:]), []).append((p, m, matrices(g, group['parts']), group))
-        for (*_,r,c),todo in jobs.items(): self._move(todo, math.sqrt(max(1, r/c)))
+                p,g,n = (matrices(t, group['parts']) for t in (p,g,n))
+                r,c = p.shape[1:]
+                if r > c: p,g,n = p.mT,g.mT,n.mT
+                rate = group['lr']*math.sqrt(max(1, r/c))
+                jobs.setdefault((p.device, p.dtype, *p.shape[1:]), []).append((p, g, n, rate))
+        for todo in jobs.values(): self._move(*zip(*todo))
 
-    def _move(self, todo, scale):
+    def _move(self, ps, gs, ns, rates):
         "Orthogonalise all matrices of one shape together and take the step."
-        update = orthogonalise(torch.cat([m for _,m,_,_ in todo]))
-        update *= torch.cat([g for *_,g,_ in todo]).any(-1).any(-1)[:,None,None]
-        for (p,m,_,group),u in zip(todo, update.split([len(m) for _,m,_,_ in todo])):
-            p.add_(u.reshape(p.shape), alpha=-group['lr']*scale)
+        update = orthogonalise(torch.cat(ns))
+        update *= torch.cat(gs).any(-1).any(-1)[:,None,None]
+        for p,u,rate in zip(ps, update.split([len(p) for p in ps]), rates): p.add_(u, alpha=-rate)
 
 # %% ../../nbs/05_train/00_optim.ipynb #d9aebf01
 def uses_muon(name:str, p:Tensor)->bool:
