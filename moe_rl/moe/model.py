@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'Router', 'Experts', 'MoE', 'Layer', 'ModelOutput', 'Afmoe', 'moe_modules', 'init_weights',
-           'lower_precision']
+           'stays_float32', 'lower_precision']
 
 # %% ../../nbs/01_moe/04_model.ipynb #8098f113
 import math
@@ -209,14 +209,19 @@ def init_weights(
     for b in model.buffers(): b.zero_()
     return model
 
-# %% ../../nbs/01_moe/04_model.ipynb #29e6eb5b
+# %% ../../nbs/01_moe/04_model.ipynb #d6bbe25b
+def stays_float32(
+    name:str, # of a tensor in the model's `state_dict`
+)->bool:
+    "Norms, routers, balancing state and the head are float32 in every model: they are small or decide, and rounding them shows."
+    return "norm" in name or ".router." in name or "bias" in name or name.startswith("lm_head.")
+
+# %% ../../nbs/01_moe/04_model.ipynb #c11eff14
 def lower_precision(
     model:Afmoe,
     dtype:torch.dtype, # torch.bfloat16 or torch.float16
 )->Afmoe: # the same model
-    "Cast the weights in place, except those that stay float32: norms, routers, balancing biases, and the head."
-    keep = (RMSNorm, Router)
-    for m in model.modules():
-        if isinstance(m, keep) or m is model.lm_head: continue
-        for p in m.parameters(recurse=False): p.data = p.data.to(dtype)
+    "Cast the weights in place, except those that stay float32 (`stays_float32`)."
+    for name, p in model.named_parameters():
+        if not stays_float32(name): p.data = p.data.to(dtype)
     return model
