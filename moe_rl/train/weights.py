@@ -7,16 +7,17 @@ __all__ = ['StorageError', 'WeightError', 'checksum', 'TensorInfo', 'Manifest', 
            'save_tensors', 'load_tensors', 'sync_path', 'write_error', 'version_path', 'versions', 'publish',
            'read_manifest', 'load_version', 'apply_weights', 'describe_layout', 'prune']
 
-# %% ../../nbs/05_train/02_weights.ipynb #3c2886ea
+# %% ../../nbs/05_train/02_weights.ipynb #c7f3164c
 import hashlib, os, re, shutil, zlib
 from pathlib import Path
 import msgspec, torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from ..config import UserError
 
-# %% ../../nbs/05_train/02_weights.ipynb #1811bb65
-class StorageError(RuntimeError):
+# %% ../../nbs/05_train/02_weights.ipynb #730cd20e
+class StorageError(UserError):
     "A file of a run that can't be written, or can't be trusted when read: one line that says what, where and what to do."
 
 class WeightError(StorageError):
