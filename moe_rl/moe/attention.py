@@ -6,7 +6,7 @@
 __all__ = ['AttendFn', 'RMSNorm', 'rope', 'apply_rope', 'packed_positions', 'document_mask', 'masked_attend', 'PackedAttend',
            'packed_attend', 'is_local', 'Attention']
 
-# %% ../../nbs/01_moe/03_attention.ipynb #fa16a5dc
+# %% ../../nbs/01_moe/03_attention.ipynb #02e5a932
 from typing import Callable
 
 import torch
@@ -14,24 +14,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-# %% ../../nbs/01_moe/03_attention.ipynb #0f57a3a3
+# %% ../../nbs/01_moe/03_attention.ipynb #ab33acc8
+def _inverse_rms(x:Tensor, eps:float)->Tensor: # [...,D] -> [...,1]
+    "`1/r`, in one pass over `x`."
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+# %% ../../nbs/01_moe/03_attention.ipynb #34d9865c
 class _RMSNormCPU(torch.autograd.Function):
-    "RMSNorm with its gradient written out: three times faster on CPU than the same formula left to autograd."
+    "RMSNorm with its gradient written out: a third of the time of the same formula under autograd."
     @staticmethod
     def forward(ctx, x:Tensor, w:Tensor, eps:float)->Tensor: # [...,D], [D] -> [...,D]
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        unit = x*r
-        ctx.save_for_backward(unit, w, r)
+        inv = _inverse_rms(x, eps)
+        unit = x*inv
+        ctx.save_for_backward(unit, w, inv)
         return unit*w
 
     @staticmethod
-    def backward(ctx, g:Tensor): # [...,D]
-        unit, w, r = ctx.saved_tensors
-        p = g*unit
-        c = (p @ w).unsqueeze_(-1).div_(-w.shape[0])
-        return (g*w).addcmul_(unit, c).mul_(r), p.flatten(0, -2).sum(0), None
+    def backward(ctx, g:Tensor)->tuple[Tensor,Tensor,None]: # [...,D] -> [...,D], [D]
+        unit, w, inv = ctx.saved_tensors
+        gu = g*unit
+        along = (gu @ w).unsqueeze_(-1).div_(-w.shape[0])
+        return (g*w).addcmul_(unit, along).mul_(inv), gu.flatten(0, -2).sum(0), None
 
-# %% ../../nbs/01_moe/03_attention.ipynb #9650e3d2
+# %% ../../nbs/01_moe/03_attention.ipynb #90d336ac
 class RMSNorm(nn.Module):
     "`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in float32, returned in the dtype of `x`."
     def __init__(self,
@@ -43,47 +48,44 @@ class RMSNorm(nn.Module):
 
     def forward(self, x:Tensor)->Tensor: # [...,D] -> [...,D]
         x32, w = x.float(), self.weight.float()
-        if x.is_cuda or not torch.is_grad_enabled(): y = F.rms_norm(x32, w.shape, w, self.eps)
-        else: y = _RMSNormCPU.apply(x32, w, self.eps)
+        if x.is_cuda: y = F.rms_norm(x32, w.shape, w, self.eps)
+        elif torch.is_grad_enabled(): y = _RMSNormCPU.apply(x32, w, self.eps)
+        else: y = (x32*_inverse_rms(x32, self.eps)).mul_(w)
         return y.to(x.dtype)
 
-# %% ../../nbs/01_moe/03_attention.ipynb #baf55efb
+# %% ../../nbs/01_moe/03_attention.ipynb #65da61d4
 def rope(
     positions:Tensor, # [N] integer position of each token in its document
     head_dim:int,     # hd, even
     theta:float=10000., # base of the wavelengths
     dtype:torch.dtype=torch.float32, # of the tables; angles are computed in float32
 )->tuple[Tensor,Tensor]: # cos [N,1,hd], signed sin [N,1,hd]
-    "Tables for `apply_rope`. The first half of `sin` is negated, so that rotating is one `roll` and two products."
+    "Tables for `apply_rope` (RoFormer, arXiv 2104.09864). The first half of `sin` is negated: rotating is then one `roll` and two products."
     freq = theta**(-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)/head_dim)
     angle = positions.float()[:,None]*freq # [N,hd/2]
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), -1)[:,None].to(dtype), torch.cat((-sin, sin), -1)[:,None].to(dtype)
 
-# %% ../../nbs/01_moe/03_attention.ipynb #9e569380
+# %% ../../nbs/01_moe/03_attention.ipynb #cd86ee6b
 def apply_rope(
     x:Tensor, # [N,H,hd] queries or keys
     cos:Tensor, sin:Tensor, # [N,1,hd] from `rope`
 )->Tensor: # [N,H,hd]
-    "Rotate dimension pairs (i, i+hd/2) of every head by the angle of the token's position (rotate-half convention)."
+    "Rotate dimension pairs (i, i+hd/2) of every head by the angle of the token's position (the rotate-half convention of Hugging Face checkpoints)."
     return torch.addcmul(x*cos, x.roll(x.shape[-1]//2, -1), sin)
 
-# %% ../../nbs/01_moe/03_attention.ipynb #7af0f477
-AttendFn = Callable[[int, Tensor, Tensor, Tensor, int|None], Tensor]
-"`(layer, q [N,H,hd], k [N,KV,hd], v [N,KV,hd], window|None) -> o [N,H,hd]`: who sees whom, and where keys are kept, is the caller's business."
-
-# %% ../../nbs/01_moe/03_attention.ipynb #307c6a4d
+# %% ../../nbs/01_moe/03_attention.ipynb #cb414d2a
 def packed_positions(
     cu_seqlens:Tensor, # [S+1] cumulative lengths, first 0, last N
 )->Tensor: # [N] int64
     "Position of every token in its own document: 0, 1, ... and 0 again."
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
-    return torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device) - starts.repeat_interleave(lengths)
+    starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff())
+    return torch.arange(len(starts), device=starts.device) - starts
 
-# %% ../../nbs/01_moe/03_attention.ipynb #0d36746c
+# %% ../../nbs/01_moe/03_attention.ipynb #4d54e1b9
 def document_mask(
     cu_seqlens:Tensor,     # [S+1] cumulative lengths
-    window:int|None=None,  # keys a query sees, itself included; None: all before it
+    window:int|None=None,  # W keys that a query sees, itself included; None: all before it
 )->Tensor: # [N,N] bool, True where query i may see key j
     "Same document, not the future, and no further back than the window: `i-W < j <= i`."
     lengths = cu_seqlens.diff()
@@ -92,12 +94,12 @@ def document_mask(
     mask = (doc[:,None] == doc) & (i <= i[:,None])
     return mask if window is None else mask & (i > i[:,None]-window)
 
-# %% ../../nbs/01_moe/03_attention.ipynb #d1cb8a34
+# %% ../../nbs/01_moe/03_attention.ipynb #6400e50e
 def masked_attend(
     q:Tensor,    # [N,H,hd]
     k:Tensor,    # [M,KV,hd]; query head h reads key head h // (H/KV)
     v:Tensor,    # [M,KV,hd]
-    mask:Tensor, # [N,M] bool, True where a query may look; at least one per row
+    mask:Tensor, # [N,M] bool, True where a query may look; at least once per row
 )->Tensor: # [N,H,hd]
     "The definition: every query against every key, softmax over those the mask allows. The oracle for every faster path."
     g = q.shape[1]//k.shape[1]
@@ -105,12 +107,12 @@ def masked_attend(
     scores = torch.einsum("nhd,mhd->hnm", q, k)*q.shape[-1]**-0.5
     return torch.einsum("hnm,mhd->nhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v)
 
-# %% ../../nbs/01_moe/03_attention.ipynb #10e4956a
+# %% ../../nbs/01_moe/03_attention.ipynb #3fa49a2f
 def _buckets(
-    lengths:Tensor, # [S] on the host
-)->tuple[Tensor,list[tuple[int,int]]]: # [N] row of each token in the padded layout; (sequences, padded length) of each bucket
-    "Lay sequences out in rectangles of similar length: a token's document shares its bucket with documents at most twice as long or short."
-    kind = (lengths-1).clamp(min=0).double().log2().floor() # lengths 2^b+1 .. 2^(b+1) share a bucket
+    lengths:Tensor, # [S] int64 on the host, none of them 0
+)->tuple[Tensor,list[tuple[int,int]]]: # [N] row of each token in the padded layout; (documents, padded length) of each rectangle
+    "Lay documents out in rectangles of similar length: less than half of each is padding."
+    kind = torch.frexp((lengths-1).double()).exponent
     first, shapes, base = torch.empty_like(lengths), [], 0
     for b in kind.unique().tolist():
         member = kind == b
@@ -121,75 +123,85 @@ def _buckets(
     within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0)-lengths).repeat_interleave(lengths)
     return first.repeat_interleave(lengths) + within, shapes
 
-# %% ../../nbs/01_moe/03_attention.ipynb #134598c3
+# %% ../../nbs/01_moe/03_attention.ipynb #065a6cf5
+AttendFn = Callable[[int, Tensor, Tensor, Tensor, int|None], Tensor]
+"`(layer, q [N,H,hd], k [N,KV,hd], v [N,KV,hd], window|None) -> o [N,H,hd]`: who sees whom, and where keys are kept, is the caller's business."
+
+# %% ../../nbs/01_moe/03_attention.ipynb #4ca9a1f7
 class PackedAttend:
-    "Attention within each document of a packed row; one object per forward, shared by all layers. An `AttendFn`."
+    "Attention inside each document of a packed row; made once per forward and shared by all layers. An `AttendFn`."
     def __init__(self,
-        cu_seqlens:Tensor, # [S+1] integer cumulative lengths, on the device of the model
+        cu_seqlens:Tensor, # [S+1] integer cumulative lengths
     ):
-        self.cu, host = cu_seqlens.int(), cu_seqlens.cpu().long()
+        host = cu_seqlens.cpu().long()
         lengths = host.diff()
-        self.longest = int(lengths.max())
+        if len(host) < 2 or host[0] != 0 or (lengths < 0).any() or host[-1] == 0:
+            raise ValueError(f"cu_seqlens {host.tolist()} must start with 0, never fall, and hold at least one token")
+        self.tokens, self.longest = int(host[-1]), int(lengths.max())
         slot, self.shapes = _buckets(lengths[lengths > 0])
         self.padded = sum(s*l for s,l in self.shapes)
-        self.slot = None if torch.equal(slot, torch.arange(self.padded)) else slot.to(cu_seqlens.device)
-        self.masks = {}
+        in_place = torch.equal(slot, torch.arange(self.padded)) # the row is its own layout: nothing to move
+        self.cu, self.slot, self.masks = cu_seqlens.int(), None if in_place else slot.to(cu_seqlens.device), {}
 
-    def __call__(self, layer:int, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor:
+    def __call__(self, layer:int, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor: # [N,H,hd], [N,KV,hd] x 2 -> [N,H,hd]
+        if len(q) != self.tokens: raise ValueError(f"{len(q)} tokens do not fit cu_seqlens, which ends at {self.tokens}")
         if window is not None and window >= self.longest: window = None
         flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
         return self.varlen(q, k, v, window) if flash else self.rectangles(q, k, v, window)
 
-    def varlen(self, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor: # [N,H,hd], [N,KV,hd] x 2 -> [N,H,hd]
-        "Flash attention over `cu_seqlens` (GPU, 16-bit)."
+    def varlen(self, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor:
+        "Flash attention straight from `cu_seqlens`: GPU, 16-bit."
         left = -1 if window is None else window-1 # the kernel counts the keys before the query
         return varlen_attn(q, k, v, self.cu, self.cu, self.longest, self.longest, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
 
-    def rectangles(self, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor: # [N,H,hd], [N,KV,hd] x 2 -> [N,H,hd]
-        "Scaled dot-product attention over padded buckets (any device and dtype)."
+    def rectangles(self, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor:
+        "Scaled dot-product attention over padded rectangles: any device, any dtype."
         g = q.shape[1]//k.shape[1]
         if g > 1: k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
-        parts = [self._one(*(x.unflatten(0, shape).transpose(1, 2) for x in qkv), window)
+        parts = [self._rectangle(*(x.unflatten(0, shape).transpose(1, 2) for x in qkv), window)
                  for shape, *qkv in zip(self.shapes, *map(self._spread, (q, k, v)))]
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out if self.slot is None else out.index_select(0, self.slot)
 
-    def _spread(self, x:Tensor)->tuple[Tensor,...]: # [N,H,hd] -> per bucket [S_b*L_b,H,hd]
+    def _spread(self, x:Tensor)->tuple[Tensor,...]: # [N,H,hd] -> [S_b*L_b,H,hd] per rectangle
         if self.slot is not None: x = x.new_zeros(self.padded, *x.shape[1:]).index_copy(0, self.slot, x)
         return x.split([s*l for s,l in self.shapes])
 
-    def _one(self, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor: # [S,H,L,hd] x 3 -> [S*L,H,hd]
+    def _rectangle(self, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor: # [S,H,L,hd] x 3 -> [S*L,H,hd]
         L = q.shape[2]
-        mask = None if window is None or window >= L else self._mask(L, window, q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2).flatten(0, 1)
+        if window is None or window >= L: o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else: o = F.scaled_dot_product_attention(q, k, v, attn_mask=self._band(L, window, q.device))
+        return o.transpose(1, 2).flatten(0, 1)
 
-    def _mask(self, L:int, window:int, device:torch.device)->Tensor: # [L,L] bool
-        if (L, window) not in self.masks:
-            self.masks[L, window] = torch.ones(L, L, dtype=torch.bool, device=device).tril().triu(1-window)
+    def _band(self, L:int, window:int, device:torch.device)->Tensor: # [L,L] bool, shared by the layers
+        if (L, window) not in self.masks: self.masks[L, window] = torch.ones(L, L, dtype=torch.bool, device=device).tril().triu(1-window)
         return self.masks[L, window]
 
-# %% ../../nbs/01_moe/03_attention.ipynb #a20681cf
+# %% ../../nbs/01_moe/03_attention.ipynb #4fce7530
 def packed_attend(
     cu_seqlens:Tensor, # [S+1] integer cumulative lengths of the packed documents, on the device of the model
 )->PackedAttend: # an `AttendFn` for one forward pass over these documents
-    "Attention of a packed batch: causal, inside each document only, at most `window` keys back (`i-W < j <= i`)."
+    """Attention of a packed batch: causal, inside each document only, at most `window` keys back (`i-W < j <= i`).
+
+    One path per device: on a GPU in 16 bits flash attention (`torch.nn.attention.varlen`), else scaled dot-product attention over padded rectangles.
+    Raises `ValueError` for cumulative lengths that fall, do not start with 0, hold no token, or do not fit the queries."""
     return PackedAttend(cu_seqlens)
 
-# %% ../../nbs/01_moe/03_attention.ipynb #e5d4f8bc
+# %% ../../nbs/01_moe/03_attention.ipynb #47e64d07
 def is_local(
     layer:int, # absolute index of the layer, from 0
     every:int, # `global_attn_every_n_layers`
 )->bool:
-    "Does this layer see only a window (and use RoPE)? Every `every`-th layer, counted from 1, is global (and has no positions at all)."
+    "Does this layer see only a window, and use RoPE? Every `every`-th layer, counted from 1, is global and has no positions."
     return (layer+1) % every != 0
 
-# %% ../../nbs/01_moe/03_attention.ipynb #647eac2f
+# %% ../../nbs/01_moe/03_attention.ipynb #4dc0a9db
 class Attention(nn.Module):
     "Grouped-query attention with QK-norm, RoPE on local layers only, and an elementwise sigmoid gate on its output."
     def __init__(self,
         dim:int,         # D, width of the tokens
         heads:int,       # H, query heads
-        kv_heads:int,    # KV, key and value heads; divides `heads`
+        kv_heads:int,    # KV, key and value heads; divides H
         head_dim:int,    # hd
         layer:int,       # absolute index of the layer
         window:int|None, # W keys for a local layer, None for a global one
@@ -205,9 +217,9 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(head_dim, eps), RMSNorm(head_dim, eps)
 
     def forward(self,
-        x:Tensor,              # [N,D]
-        tables:tuple[Tensor,Tensor], # cos, sin of `rope`, made once for all layers
-        attend:AttendFn,       # who sees whom
+        x:Tensor,                    # [N,D]
+        tables:tuple[Tensor,Tensor], # cos and sin of `rope`, made once for all layers
+        attend:AttendFn,             # who sees whom
     )->Tensor: # [N,D]
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)
