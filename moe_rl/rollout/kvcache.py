@@ -213,7 +213,7 @@ def size_class(
     "Requests of one class share a rectangle."
     return np.ceil(np.log2(counts)/2).astype(np.int64)
 
-# %% ../../nbs/06_rollout/00_kvcache.ipynb #072b2ee4
+# %% ../../nbs/06_rollout/00_kvcache.ipynb #ae79bb43
 class StepLayout:
     "Positions, slots and row groups of one forward pass. Requests must come in the order of their `size_class`."
     def __init__(self,
@@ -227,7 +227,7 @@ class StepLayout:
         row = np.repeat(np.arange(len(counts)), counts)
         position = np.arange(len(row)) + (starts-(counts.cumsum()-counts))[row]
         self.slots = tables[row,position//cache.block_size]*cache.block_size + position%cache.block_size # [N] int64 numpy
-        self.positions = torch.from_numpy(position).to(device)                                           # [N] int64
+        self.positions_host, self.positions = position, torch.from_numpy(position).to(device)            # [N] int64
         self.slot_ids = torch.from_numpy(self.slots).to(device)
         edges = [0, *(np.flatnonzero(np.diff(kind))+1), len(kind)]
         first = np.append(0, counts.cumsum())
