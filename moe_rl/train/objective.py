@@ -113,7 +113,7 @@ def _chunk_logprobs(
     lp = sampling_logprobs(logits, *settings, keep=targets)
     return lp.gather(-1, targets[:,None])[:,0], entropy(lp), finite_logits(logits).logsumexp(-1)
 
-# %% ../../nbs/05_train/01_objective.ipynb #314568a0
+# %% ../../nbs/05_train/01_objective.ipynb #766b0041
 def token_logprobs(
     hidden:Tensor,                # [N,D] final hidden states
     head_weight:Tensor,           # [V,D] LM head
@@ -135,7 +135,7 @@ def token_logprobs(
         outs.append(checkpoint(_chunk_logprobs, *args, use_reentrant=False, preserve_rng_state=False) if again else _chunk_logprobs(*args))
     return tuple(torch.cat(o) for o in zip(*outs))
 
-# %% ../../nbs/05_train/01_objective.ipynb #9ff89fa5
+# %% ../../nbs/05_train/01_objective.ipynb #91eeeaaf
 def global_mean(
     values:Tensor,      # [N] one number per token
     mask:Tensor,        # [N] bool: tokens that count
@@ -144,7 +144,7 @@ def global_mean(
     "Sum of `values` where `mask`, over the step's token count: the shares of all micro-batches add up to the mean."
     return torch.where(mask, values, 0.).sum()/tokens
 
-# %% ../../nbs/05_train/01_objective.ipynb #4f4ff53c
+# %% ../../nbs/05_train/01_objective.ipynb #c16f88ee
 def head_z_loss(
     lse:Tensor,         # [N] log-sum-exp of the raw logits
     mask:Tensor,        # [N] bool

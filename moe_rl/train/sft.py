@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['example', 'sft_loss', 'SFTStep', 'sft_step', 'index_batches', 'SFTReport', 'run_sft']
 
-# %% ../../nbs/05_train/04_sft.ipynb #51f65ed2
+# %% ../../nbs/05_train/04_sft.ipynb #c9270947
 import math, time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from ..config import UserError
 from ..records import MicroBatch, Rollout
-from ..data.batch import micro_batches, to_torch
+from ..data.batch import TensorBatch, micro_batches, to_torch
 from ..moe.attention import packed_attend
 from ..moe.balance import max_vio, smebu_update
 from ..moe.model import Afmoe, moe_modules
@@ -31,17 +32,17 @@ def example(
     return Rollout(token_ids=[*prompt,*answer], loss_mask=learn, logprobs=[0.]*len(learn), versions=[0 if l else -1 for l in learn],
                    group=index, index=0, env='sft', stop_reason='stop')
 
-# %% ../../nbs/05_train/04_sft.ipynb #94256f58
+# %% ../../nbs/05_train/04_sft.ipynb #48534415
 def sft_loss(
     model:Afmoe,
-    batch:dict[str,Tensor], # `to_torch` of a MicroBatch
+    batch:TensorBatch,  # `to_torch` of a MicroBatch
     tokens:int,             # loss tokens of the whole step
     z_weight:float=0.,      # of the LM-head z-loss
 )->tuple[Tensor,Tensor]: # this micro-batch's share of the loss, expert counts [L_moe,E]
     "Cross-entropy of the trained targets and their z-loss; the head runs on those rows only."
-    out = model(batch['token_ids'], batch['positions'], packed_attend(batch['cu_seqlens']), token_mask=batch['token_mask'])
-    rows = batch['loss_mask'].nonzero()[:,0]
-    logp,_,lse = token_logprobs(out.hidden[rows], model.lm_head.weight, batch['targets'][rows])
+    out = model(batch.token_ids, batch.positions, packed_attend(batch.cu_seqlens), token_mask=batch.token_mask)
+    rows = batch.loss_mask.nonzero()[:,0]
+    logp,_,lse = token_logprobs(out.hidden[rows], model.lm_head.weight, batch.targets[rows])
     every = torch.ones_like(rows, dtype=torch.bool)
     loss = global_mean(-logp, every, tokens)
     if z_weight: loss = loss + z_weight*head_z_loss(lse, every, tokens)
@@ -90,7 +91,7 @@ def index_batches(
         order = torch.randperm(n, generator=gen).tolist()
         for i in range(0, n-size+1, size): yield order[i:i+size]
 
-# %% ../../nbs/05_train/04_sft.ipynb #340fd1c7
+# %% ../../nbs/05_train/04_sft.ipynb #d96e8c31
 class SFTReport(NamedTuple):
     "How a warm start went."
     steps: list[SFTStep]
@@ -118,7 +119,7 @@ def run_sft(
 )->SFTReport:
     """Train on `examples` until `seconds`, `steps` or `stop_when` says enough; with `steps` alone the result depends on nothing but the seed.
 
-    `ValueError` when nothing would ever stop it or there are no examples; `FloatingPointError` after three steps in a row without a finite gradient."""
+    `ValueError` when nothing would ever stop it or there are no examples; `UserError` after three steps in a row without a finite gradient."""
     if not (seconds > 0 or steps > 0 or stop_when): raise ValueError('run_sft would never stop: give seconds, steps or stop_when')
     if not len(examples): raise ValueError('run_sft got no examples: the environment must offer worked answers, or set the warm start to 0 seconds')
     start,done = time.monotonic(),[]
@@ -134,5 +135,5 @@ def run_sft(
         done.append(sft_step(model, optim, batches, clip, z_weight, balance))
         if on_step: on_step(len(done), done[-1])
         if len(done) >= 3 and all(s.skipped for s in done[-3:]):
-            raise FloatingPointError(f'warm start: gradient not finite in steps {len(done)-2} to {len(done)}: lower the learning rates or look at the examples')
+            raise UserError(f'warm start: gradient not finite in steps {len(done)-2} to {len(done)}: lower the learning rates or look at the examples')
     return SFTReport(done, time.monotonic()-start, why)
