@@ -15,13 +15,13 @@ import numpy as np
 from ..config import UserError
 from ..records import Rollout, decode, encode, min_version
 
-# %% ../../nbs/07_rl/03_buffer.ipynb #940392f2
+# %% ../../nbs/07_rl/03_buffer.ipynb #8733e298
 IN_FLIGHT, PENDING, TAKEN, FIRST_REASON = 0, 1, 2, 3
 _LEGAL = {IN_FLIGHT: (PENDING, FIRST_REASON), PENDING: (TAKEN, FIRST_REASON)}
 
 class Ledger:
     "The fate of every rollout of groups of `group_size`: one byte each."
-    def __init__(self, group_size:int): self.group_size, self.rows, self.reasons = group_size, {}, []
+    def __init__(self, group_size:int): self.group_size, self.rows, self.reasons, self.fresh = group_size, {}, [], []
     def row(self, group:int)->bytearray:
         "Fates of a group, all in flight when it is new."
         return self.rows.setdefault(group, bytearray(self.group_size))
@@ -31,6 +31,7 @@ class Ledger:
         row = self.row(group)
         if min(fate, FIRST_REASON) not in _LEGAL.get(row[index], ()): raise ValueError(f'rollout {group}-{index}: is {self.name(row[index])}, cannot become {self.name(fate)}')
         row[index] = fate
+        if fate >= FIRST_REASON: self.fresh.append((self.name(fate), f'{group}-{index}'))
     def code(self, reason:str)->int:
         "The byte of a reason; a new one is entered. `ValueError` after 253 of them."
         if reason not in self.reasons: self.reasons.append(reason)
@@ -96,7 +97,7 @@ class BufferState(msgspec.Struct, kw_only=True):
     complete:list[Group]
     duplicates:int
 
-# %% ../../nbs/07_rl/03_buffer.ipynb #e9b885a4
+# %% ../../nbs/07_rl/03_buffer.ipynb #b3f1423f
 class Buffer:
     """Rollouts on their way to the trainer, each with exactly one fate.
 
@@ -186,6 +187,11 @@ class Buffer:
         "Raise `BufferBroken` if a producer failed."
         if self.error: raise BufferBroken(f'a producer of rollouts failed: {type(self.error).__name__}: {self.error}') from self.error
 
+    def pop_dropped(self)->dict[str,list[str]]: # reason -> ids
+        "What was dropped since the last call: the lines of a run's log."
+        out, fresh, self.ledger.fresh = {}, self.ledger.fresh, []
+        for reason, id in fresh: out.setdefault(reason, []).append(id)
+        return out
     def counts(self)->dict[str,int]:
         "Rollouts by fate: 'in flight', 'pending', 'taken', and every reason of a drop."
         return fates(self.ledger)
