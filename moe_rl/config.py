@@ -50,11 +50,11 @@ class ModelSection(Section):
         if self.num_dense_layers >= self.num_hidden_layers: raise ValueError(f'num_dense_layers {self.num_dense_layers} leaves no MoE layer among num_hidden_layers {self.num_hidden_layers}')
         return self
 
-# %% ../nbs/00_start/01_config.ipynb #f3263e09
+# %% ../nbs/00_start/01_config.ipynb #520831ad
 class TokenizerSection(Section):
     "How text becomes tokens; ignored when `model.checkpoint` brings a tokenizer."
-    kind: Literal['bpe', 'byte'] = 'bpe'
-    vocab_size: int = Field(320, gt=0, description='BPE only; a little above 256 merges the constant wording of a task and leaves words as letters')
+    kind: Literal['wording', 'bpe', 'byte'] = Field('wording', description='wording: bytes, and one token for each phrase that all prompts share')
+    vocab_size: int = Field(512, gt=0, description='of the bpe kind')
 
 class EnvSection(Section):
     "One environment of the mixture."

@@ -54,7 +54,7 @@ def render_template(
     from transformers.utils.chat_template_utils import render_jinja_template # a second to import, needed by chat checkpoints only
     return render_jinja_template(conversations=[messages], chat_template=template, add_generation_prompt=True, **names)[0][0]
 
-# %% ../../nbs/04_data/01_tokens.ipynb #08d2e07f
+# %% ../../nbs/04_data/01_tokens.ipynb #c6b06252
 class TextTokenizer:
     "A `tokenizers` tokenizer with safe encoding, exact files and an optional chat template; see `Tokenizer`."
     def __init__(self,
@@ -98,12 +98,12 @@ class TextTokenizer:
         return re.split(f'[{"".join(SLOT)}]', s)
 
     def render_prompt(self, text):
-        if self.template is None: return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text)
+        if self.template is None: return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text) + self.encode('\n')
         before, after = self._render([dict(role='user', content=SLOT[0])])
         return self._around(before, text, after)
 
     def render_reply(self, text):
-        if self.template is None: return self.encode(text)
+        if self.template is None: return self.encode('\n') + self.encode(text) + self.encode('\n')
         before, after = self._render([dict(role='user', content='-'*9), dict(role='assistant', content=SLOT[0]), dict(role='user', content=SLOT[1])])[1:]
         ids = self._around(before, text, after)
         return ids[ids[0] == self.eos_id:]

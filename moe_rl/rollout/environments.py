@@ -325,11 +325,11 @@ class Episode:
         routes = None if any(r is None for r in self.routes) else join_routes(self.routes)
         return Rollout(token_ids=self.tokens, loss_mask=self.sampled, logprobs=self.logprobs, versions=self.versions, routes=routes, **fields)
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #de75c0f7
+# %% ../../nbs/06_rollout/03_environments.ipynb #b70e2aaa
 async def play(
     guard:Guard,        # the environment, guarded
     task:Task,
-    tokenizer,          # render_prompt, encode, decode, eos_id
+    tokenizer,          # render_prompt, render_reply, decode, eos_id
     generate:Callable[[list[int], int], Awaitable], # (token ids so far, turn number) -> part with token_ids, logprobs, versions, routes, stop_reason
     group:int,          # number of the prompt
     index:int,          # number within the group
@@ -347,7 +347,7 @@ async def play(
         if stop == 'length': break
         reply = await guard.reply(task, list(texts))
         if reply is None: break
-        told = tokenizer.encode(reply)
+        told = tokenizer.render_reply(reply)
         if turn+1 == max_turns or len(episode.tokens) + len(told) >= max_length:
             stop = 'turns' if turn+1 == max_turns else 'length'
             break
