@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['lognormal_lengths', 'LengthProfile', 'fewest_bins', 'next_fit_decreasing', 'first_fit_decreasing', 'best_subset',
            'fill_bins', 'pack', 'utilisation', 'batch_token_budget', 'sequence_flops', 'longest_first', 'imbalance',
-           'balance']
+           'refine', 'balance']
 
-# %% ../../nbs/04_data/02_packing.ipynb #9164b6cf
+# %% ../../nbs/04_data/02_packing.ipynb #760ae691
 import heapq, math, warnings
+from bisect import bisect_left
 from dataclasses import dataclass
 import numpy as np
 
@@ -105,7 +106,7 @@ def best_subset(
         if not reachable[i]>>left & 1: chosen.append(i); left -= sizes[i]
     return chosen[::-1]
 
-# %% ../../nbs/04_data/02_packing.ipynb #f0166c82
+# %% ../../nbs/04_data/02_packing.ipynb #b7020445
 def fill_bins(
     lengths,        # n sequence lengths
     budget:int,     # tokens per bin
@@ -114,16 +115,16 @@ def fill_bins(
 )->list[list[int]]: # indices per bin
     "Fill one bin at a time: the longest sequences first, then the best subset of `window` candidates."
     lengths, rest = _checked(lengths, budget)
-    bins, total = [], sum(lengths)
+    sizes, total, bins = [lengths[i] for i in rest], sum(lengths), []
     while total > budget:
         room, kept, average = budget, 0, total/len(rest)
-        while kept == 0 or room - lengths[rest[kept]] >= free*average: room -= lengths[rest[kept]]; kept += 1
-        fits = [j for j in range(kept, len(rest)) if lengths[rest[j]] <= room]
-        if len(fits) > window: fits = [fits[round(q*(len(fits)-1)/(window-1))] for q in range(window)]
-        taken = {fits[c] for c in best_subset([lengths[rest[j]] for j in fits], room)} | set(range(kept))
-        bins.append([rest[j] for j in sorted(taken)])
-        rest = [i for j, i in enumerate(rest) if j not in taken]
-        total -= sum(lengths[i] for i in bins[-1])
+        while kept == 0 or room - sizes[kept] >= free*average: room -= sizes[kept]; kept += 1
+        first = bisect_left(sizes, -room, lo=kept, key=lambda n: -n)  # sizes[first:] fit
+        last, count = len(rest)-1, min(window, len(rest)-first)
+        fits = [first + round(q*(last-first)/max(count-1, 1)) for q in range(count)]
+        taken = [*range(kept), *(fits[c] for c in best_subset([sizes[j] for j in fits], room))]
+        bins.append([rest[j] for j in taken])
+        for j in reversed(taken): total -= sizes[j]; del rest[j], sizes[j]
     return bins + ([rest] if rest else [])
 
 # %% ../../nbs/04_data/02_packing.ipynb #a82fd882
@@ -197,31 +198,33 @@ def imbalance(
     loads = [sum(float(costs[i]) for i in p) for p in parts]
     return max(loads)*len(loads)/sum(loads)
 
-# %% ../../nbs/04_data/02_packing.ipynb #154233ec
-def _best_swap(heavy, light, costs):
-    "Positions in `heavy` and `light` (one past its end: nothing) whose exchange halves the gap best, or None if none helps."
-    a, b = costs[heavy], np.append(costs[light], 0.)
-    gap = a.sum() - b.sum()
-    miss = np.abs(a[:,None] - b - gap/2)
+# %% ../../nbs/04_data/02_packing.ipynb #8b6ff777
+def _best_swap(heavy, light, costs, sizes, limit):
+    "Positions in `heavy` and `light` (one past its end: nothing) whose exchange halves the gap best and keeps both sizes within `limit`; None if none helps."
+    a, b, n, m = costs[heavy], np.append(costs[light], 0.), sizes[heavy], np.append(sizes[light], 0)
+    gap, grow = a.sum() - b.sum(), n[:,None] - m
+    miss = np.where((m.sum()+grow <= limit) & (n.sum()-grow <= limit), np.abs(a[:,None] - b - gap/2), np.inf)
     i, j = divmod(int(miss.argmin()), len(b))
     return (i, j) if miss[i,j] < gap/2*(1-1e-9) else None
 
-def balance(
-    costs,    # [n] non-negative work per item
-    ranks:int,
+# %% ../../nbs/04_data/02_packing.ipynb #d7df2851
+def refine(
+    parts,        # indices per part
+    costs,        # [n] work
+    sizes=None,   # [n] tokens, if their sum per part is limited
+    limit=math.inf, # largest sum of `sizes` in a part
     tolerance:float=1e-4, # stop when max/mean is within this of 1
     swaps:int=1000        # or after so many swaps
-)->list[list[int]]: # indices per rank; empty for ranks beyond the items
-    "LPT, then swaps between the heaviest rank and the lightest that helps. Never worse than LPT. `ValueError` for negative costs or no rank."
+)->list[list[int]]: # new parts, as many
+    "Swap items between the heaviest part and the lightest that helps, until none does. The heaviest load never grows."
     costs = np.asarray(costs, np.float64)
-    if ranks < 1 or not np.isfinite(costs).all() or (costs < 0).any(): raise ValueError(f'balance: {ranks} ranks, costs must be finite and non-negative')
-    parts = longest_first(costs, ranks)
-    loads, mean = np.array([costs[p].sum() for p in parts]), costs.sum()/ranks
+    sizes, parts = np.zeros(len(costs)) if sizes is None else np.asarray(sizes), [list(p) for p in parts]
+    loads = np.array([costs[p].sum() for p in parts])
     for _ in range(swaps):
         order = np.argsort(loads, kind='stable')
         h = order[-1]
-        if loads[h] <= mean*(1+tolerance): break
-        l, swap = next(((l, s) for l in order[:-1] if (s := _best_swap(parts[h], parts[l], costs))), (None, None))
+        if loads[h] <= loads.mean()*(1+tolerance): break
+        l, swap = next(((l, s) for l in order[:-1] if (s := _best_swap(parts[h], parts[l], costs, sizes, limit))), (None, None))
         if swap is None: break
         i, j = swap
         item, back = parts[h].pop(i), parts[l][j:j+1]
@@ -229,3 +232,13 @@ def balance(
         parts[l][j:j+1] = [item]
         loads[[h, l]] = costs[parts[h]].sum(), costs[parts[l]].sum()
     return parts
+
+# %% ../../nbs/04_data/02_packing.ipynb #97be36fd
+def balance(
+    costs,    # [n] non-negative work per item
+    ranks:int
+)->list[list[int]]: # indices per rank; empty for ranks beyond the items
+    "Equal work for every rank: LPT, then `refine`; never worse than LPT. `ValueError` for costs that are negative or not finite, or for no rank."
+    costs = np.asarray(costs, np.float64)
+    if ranks < 1 or not np.isfinite(costs).all() or (costs < 0).any(): raise ValueError(f'balance: {ranks} ranks, costs must be finite and non-negative')
+    return refine(longest_first(costs, ranks), costs)
