@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['SUPPORTED_RANKS', 'BufferOnGloo', 'deepep_problem', 'make_buffer', 'DeepEP', 'Masked', 'DeepEPDecode',
-           'dequantise_tiles', 'DecodeBufferOnGloo', 'DeepEPElastic', 'capabilities', 'choose_exchange']
+           'DecodeBufferOnGloo', 'DeepEPElastic', 'capabilities', 'choose_exchange']
 
-# %% ../../nbs/03_ep/02_deepep.ipynb #32ae32c9
+# %% ../../nbs/03_ep/02_deepep.ipynb #ca02909c
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..fp8.quant import Quantised, dequantise, quantise
 from .dispatch import AllToAll, Exchange, Hierarchical, Local, Rows, Sent, check_input, experts_per_rank
 from .ranks import ExchangeError, ep_group, exchange_counts
 
@@ -124,7 +124,7 @@ class Masked(NamedTuple):
     counts: Tensor # [E/R] int32
     handle: Any
 
-# %% ../../nbs/03_ep/02_deepep.ipynb #87b9b7ef
+# %% ../../nbs/03_ep/02_deepep.ipynb #182b0fc3
 class DeepEPDecode:
     "DeepEP's low-latency kernels for decode: at most `max_tokens` tokens per rank, no gradients. Same errors as `DeepEP`."
     def __init__(self,
@@ -164,7 +164,7 @@ class DeepEPDecode:
     def dispatch(self, x, idx, weights)->Rows:
         "The protocol of `Dispatcher`: rows without gaps, in bfloat16. The host waits for the counts; a masked product does not need that."
         m = self.send_masked(x, idx, weights)
-        full = dequantise_tiles(*m.x) if self.fp8 else m.x
+        full = dequantise(Quantised(*m.x), torch.bfloat16) if self.fp8 else m.x
         live = torch.arange(full.shape[1], device=full.device) < m.counts[:,None]
         return Rows(full[live], m.counts.long(), (m, live, full.shape))
 
@@ -174,15 +174,7 @@ class DeepEPDecode:
         out[live] = y.to(torch.bfloat16)
         return self.gather_masked(out, m)
 
-# %% ../../nbs/03_ep/02_deepep.ipynb #125edab6
-def dequantise_tiles(
-    q:Tensor, # [...,D] float8_e4m3fn
-    scale:Tensor, # [...,D/128] float32, one per 128 columns
-)->Tensor: # [...,D] bfloat16
-    "FP8 rows back to bfloat16."
-    return (q.float().unflatten(-1, (-1, 128))*scale[...,None]).flatten(-2).bfloat16()
-
-# %% ../../nbs/03_ep/02_deepep.ipynb #6cf8bf89
+# %% ../../nbs/03_ep/02_deepep.ipynb #373dbf6b
 class DecodeBufferOnGloo:
     "The low-latency calls of `deep_ep.Buffer` over `torch.distributed`, for tests and for reading."
     def __init__(self, group:dist.ProcessGroup, num_experts:int): self.all = AllToAll(num_experts, group)
@@ -195,11 +187,7 @@ class DecodeBufferOnGloo:
         rows = torch.full((self.all.num_local, slots, x.shape[1]), float("nan"), dtype=torch.float32)
         live = torch.arange(slots) < counts[:,None]
         rows[live] = s.parts[0][order].float()
-        if use_fp8:
-            tiles = rows.unflatten(-1, (-1, 128))
-            scale = tiles.abs().amax(-1).clamp(min=1e-4)/448
-            rows = ((tiles/scale[...,None]).flatten(-2).to(torch.float8_e4m3fn), scale)
-        else: rows = rows.to(x.dtype)
+        rows = tuple(quantise(rows)[:2]) if use_fp8 else rows.to(x.dtype)
         return rows, counts.int(), (s.plan, order, live), None, None
 
     def low_latency_combine(self, x, topk_idx, topk_weights, handle):
@@ -209,7 +197,7 @@ class DecodeBufferOnGloo:
         back = self.all.gather(rows, plan)[0].unflatten(0, topk_idx.shape)
         return (back*topk_weights[...,None]).sum(1).to(x.dtype), None, None
 
-# %% ../../nbs/03_ep/02_deepep.ipynb #a6d18d9d
+# %% ../../nbs/03_ep/02_deepep.ipynb #f07c9a99
 class DeepEPElastic:
     "DeepEP's `ElasticBuffer`: one buffer for every size, on networks with NCCL's device-initiated transfers (GIN). Input rules and errors as in `DeepEP`."
     def __init__(self,
@@ -240,7 +228,7 @@ class DeepEPElastic:
     def scatter(self, rows, plan): return self.buffer.dispatch(rows, handle=plan)[0]
     def gather(self, rows, plan, weights=None): return self.buffer.combine(rows, plan, topk_weights=weights)[:2]
 
-# %% ../../nbs/03_ep/02_deepep.ipynb #84f4d8c3
+# %% ../../nbs/03_ep/02_deepep.ipynb #b8ba276d
 def capabilities()->dict[str,str]: # backend -> "" if this rank can run it, else why not
     "What this rank's machine can do, found without starting anything."
     out = dict.fromkeys(("elastic", "deepep"), "")
@@ -253,7 +241,7 @@ def capabilities()->dict[str,str]: # backend -> "" if this rank can run it, else
     if not any(Path("/sys/class/infiniband").glob("*")): out["elastic"] = "no RDMA device, which NCCL's device-initiated network (GIN) needs"
     return out
 
-# %% ../../nbs/03_ep/02_deepep.ipynb #ca3996ec
+# %% ../../nbs/03_ep/02_deepep.ipynb #a6ec4967
 def choose_exchange(
     num_experts:int, # E
     width:int, # D

@@ -67,14 +67,15 @@ def run_ranks(
     if failed and not errors: raise ExchangeError("\n".join(str(e) for e in failed))
     return out
 
-# %% ../../nbs/03_ep/00_ranks.ipynb #610a4a4b
+# %% ../../nbs/03_ep/00_ranks.ipynb #e70f1e90
 def ep_group(
     ranks:list[int]|None=None, # global ranks, in order; None is all
     timeout:float=60., # seconds after which a collective is an error
 )->dist.ProcessGroup:
     "A process group whose collectives give up after `timeout` seconds. Only its members need to call this."
     ranks = list(range(dist.get_world_size())) if ranks is None else ranks
-    return dist.new_group(ranks, timeout=timedelta(seconds=timeout), use_local_synchronization=True)
+    grace = 30. if dist.get_backend() == "nccl" else 0.  # there the host's own wait (`to_host`) speaks first; NCCL's watchdog would end the process
+    return dist.new_group(ranks, timeout=timedelta(seconds=timeout+grace), use_local_synchronization=True)
 
 # %% ../../nbs/03_ep/00_ranks.ipynb #4ad95f83
 @contextmanager
