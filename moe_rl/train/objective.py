@@ -135,7 +135,7 @@ def token_logprobs(
         outs.append(checkpoint(_chunk_logprobs, *args, use_reentrant=False, preserve_rng_state=False) if again else _chunk_logprobs(*args))
     return tuple(torch.cat(o) for o in zip(*outs))
 
-# %% ../../nbs/05_train/01_objective.ipynb #91eeeaaf
+# %% ../../nbs/05_train/01_objective.ipynb #f27bc4fd
 def global_mean(
     values:Tensor,      # [N] one number per token
     mask:Tensor,        # [N] bool: tokens that count
@@ -144,7 +144,7 @@ def global_mean(
     "Sum of `values` where `mask`, over the step's token count: the shares of all micro-batches add up to the mean."
     return torch.where(mask, values, 0.).sum()/tokens
 
-# %% ../../nbs/05_train/01_objective.ipynb #c16f88ee
+# %% ../../nbs/05_train/01_objective.ipynb #d2c2f483
 def head_z_loss(
     lse:Tensor,         # [N] log-sum-exp of the raw logits
     mask:Tensor,        # [N] bool
