@@ -6,7 +6,7 @@
 __all__ = ['ModelConfig', 'Router', 'Experts', 'MoE', 'Layer', 'ModelOutput', 'Afmoe', 'moe_modules', 'init_weights',
            'stays_float32', 'lower_precision']
 
-# %% ../../nbs/01_moe/04_model.ipynb #8098f113
+# %% ../../nbs/01_moe/04_model.ipynb #3bc44ef6
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from .attention import Attention, AttendFn, RMSNorm, is_local, rope
 from .experts import ExpertsFn, SwiGLU, auto_experts
 from .routing import Routing, count_tokens, route, unroute
 
-# %% ../../nbs/01_moe/04_model.ipynb #245146e1
+# %% ../../nbs/01_moe/04_model.ipynb #184b9c54
 @dataclass(frozen=True)
 class ModelConfig:
     "The numbers that define a model, named as in the Hugging Face `config.json` of AFMoE. Raises `ValueError` for an impossible combination."
@@ -73,7 +73,7 @@ class ModelConfig:
 
     def is_local(self, layer:int)->bool: return is_local(layer, self.global_attn_every_n_layers)
 
-# %% ../../nbs/01_moe/04_model.ipynb #dfb16a45
+# %% ../../nbs/01_moe/04_model.ipynb #60e12dcd
 class Router(nn.Module):
     "One row per expert; logits in float32."
     def __init__(self, dim:int, num_experts:int):
@@ -83,7 +83,7 @@ class Router(nn.Module):
     def forward(self, x:Tensor)->Tensor: # [N,D] -> [N,E] float32
         return F.linear(x.float(), self.weight.float())
 
-# %% ../../nbs/01_moe/04_model.ipynb #611931cf
+# %% ../../nbs/01_moe/04_model.ipynb #0125e755
 class Experts(nn.Module):
     "The weights of all experts of a layer, stacked, and the function that computes with them."
     def __init__(self, dim:int, hidden:int, num_experts:int, compute:ExpertsFn):
@@ -95,7 +95,7 @@ class Experts(nn.Module):
     def forward(self, x:Tensor, idx:Tensor, weights:Tensor)->Tensor: # [N,D], [N,k], [N,k] -> [N,D]
         return self.compute(x, idx, weights, self.gate_up_proj, self.down_proj)
 
-# %% ../../nbs/01_moe/04_model.ipynb #bb5a4a12
+# %% ../../nbs/01_moe/04_model.ipynb #36afa168
 class MoE(nn.Module):
     "Shared expert plus `k` routed ones. The bias and its momentum are buffers: saved with the model, moved by a balancing rule, never by a gradient."
     def __init__(self, cfg:ModelConfig, experts:ExpertsFn):
@@ -117,7 +117,7 @@ class MoE(nn.Module):
         if token_mask is not None: routing = unroute(routing, token_mask)
         return self.shared_experts(x) + self.experts(x, routing.idx, routing.weights), routing
 
-# %% ../../nbs/01_moe/04_model.ipynb #cfafd4bd
+# %% ../../nbs/01_moe/04_model.ipynb #f26432c4
 class Layer(nn.Module):
     "`x + norm(attention(norm(x)))`, then `x + norm(ffn(norm(x)))`."
     def __init__(self, cfg:ModelConfig, layer:int, experts:ExpertsFn):
@@ -135,7 +135,7 @@ class Layer(nn.Module):
         h, routing = self.mlp(h, replay, token_mask) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
         return x + self.post_mlp_layernorm(h), routing
 
-# %% ../../nbs/01_moe/04_model.ipynb #fbd98e9d
+# %% ../../nbs/01_moe/04_model.ipynb #55b0733e
 class ModelOutput(NamedTuple):
     "Hidden states and, for every MoE layer in order, the routing."
     hidden: Tensor           # [N,D] after the final norm
@@ -150,7 +150,7 @@ class ModelOutput(NamedTuple):
         "Tokens per expert of every MoE layer; fillers are not counted."
         return torch.stack([count_tokens(r.idx, r.scores.shape[-1]) for r in self.routings])
 
-# %% ../../nbs/01_moe/04_model.ipynb #9c39eccc
+# %% ../../nbs/01_moe/04_model.ipynb #a7b0d2ef
 class Afmoe(nn.Module):
     "AFMoE over a flat row of tokens. Parameter names are the Hugging Face ones without `model.`, experts stacked."
     def __init__(self,
@@ -188,12 +188,12 @@ class Afmoe(nn.Module):
         "The head, in float32 whatever the model computes in."
         return F.linear(hidden.float(), self.lm_head.weight.float())
 
-# %% ../../nbs/01_moe/04_model.ipynb #ef78d9af
+# %% ../../nbs/01_moe/04_model.ipynb #4728b800
 def moe_modules(model:Afmoe)->list[MoE]: # L_moe of them
     "The MoE layers of a model, in the order of the routes' second axis."
     return [l.mlp for l in model.layers if isinstance(l.mlp, MoE)]
 
-# %% ../../nbs/01_moe/04_model.ipynb #f0ad5faf
+# %% ../../nbs/01_moe/04_model.ipynb #e2b29689
 @torch.no_grad()
 def init_weights(
     model:Afmoe,
@@ -209,14 +209,14 @@ def init_weights(
     for b in model.buffers(): b.zero_()
     return model
 
-# %% ../../nbs/01_moe/04_model.ipynb #d6bbe25b
+# %% ../../nbs/01_moe/04_model.ipynb #657e1d4b
 def stays_float32(
     name:str, # of a tensor in the model's `state_dict`
 )->bool:
     "Norms, routers, balancing state and the head are float32 in every model: they are small or decide, and rounding them shows."
     return "norm" in name or ".router." in name or "bias" in name or name.startswith("lm_head.")
 
-# %% ../../nbs/01_moe/04_model.ipynb #c11eff14
+# %% ../../nbs/01_moe/04_model.ipynb #dc5dcb99
 def lower_precision(
     model:Afmoe,
     dtype:torch.dtype, # torch.bfloat16 or torch.float16

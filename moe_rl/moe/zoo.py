@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PRESETS', 'preset', 'count_parameters', 'meta_model']
 
-# %% ../../nbs/01_moe/06_zoo.ipynb #b0307481
+# %% ../../nbs/01_moe/06_zoo.ipynb #8a2dd651
 import torch
 
 from .model import Afmoe, ModelConfig
 
-# %% ../../nbs/01_moe/06_zoo.ipynb #f7e3b878
+# %% ../../nbs/01_moe/06_zoo.ipynb #9fbee599
 _trinity = dict(vocab_size=200192, head_dim=128, route_scale=2.826, sliding_window=2048, num_dense_layers=2)
 PRESETS = {
     "trinity-nano": ModelConfig(**_trinity, hidden_size=1024, intermediate_size=3072, moe_intermediate_size=256, num_hidden_layers=56,
@@ -22,7 +22,7 @@ PRESETS = {
         num_attention_heads=48, num_key_value_heads=8, num_experts=256, num_experts_per_tok=4),
 }
 
-# %% ../../nbs/01_moe/06_zoo.ipynb #9257e8ee
+# %% ../../nbs/01_moe/06_zoo.ipynb #48f647e8
 def preset(
     name:str, # a key of `PRESETS`
 )->ModelConfig:
@@ -30,7 +30,7 @@ def preset(
     if name not in PRESETS: raise ValueError(f"model {name!r} is unknown; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
-# %% ../../nbs/01_moe/06_zoo.ipynb #0ad579ba
+# %% ../../nbs/01_moe/06_zoo.ipynb #a1fc83e1
 def count_parameters(
     cfg:ModelConfig,
 )->tuple[int,int]: # all, those that one token uses
@@ -42,7 +42,7 @@ def count_parameters(
     total = 2*cfg.vocab_size*D + D + L*(attention+4*D) + dense*3*D*cfg.intermediate_size + (L-dense)*moe
     return total, total - (L-dense)*(cfg.num_experts-cfg.num_experts_per_tok)*expert
 
-# %% ../../nbs/01_moe/06_zoo.ipynb #48a149b0
+# %% ../../nbs/01_moe/06_zoo.ipynb #77c78aff
 def meta_model(
     cfg:ModelConfig,
 )->Afmoe: # shapes without storage
