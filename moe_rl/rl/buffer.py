@@ -15,27 +15,32 @@ import numpy as np
 from ..config import UserError
 from ..records import Rollout, decode, encode, min_version
 
-# %% ../../nbs/07_rl/03_buffer.ipynb #8733e298
+# %% ../../nbs/07_rl/03_buffer.ipynb #3d7534da
 IN_FLIGHT, PENDING, TAKEN, FIRST_REASON = 0, 1, 2, 3
 _LEGAL = {IN_FLIGHT: (PENDING, FIRST_REASON), PENDING: (TAKEN, FIRST_REASON)}
 
 class Ledger:
     "The fate of every rollout of groups of `group_size`: one byte each."
-    def __init__(self, group_size:int): self.group_size, self.rows, self.reasons, self.fresh = group_size, {}, [], []
+    def __init__(self, group_size:int):
+        self.group_size = group_size
+        self.rows:dict[int,bytearray] = {} # group -> fates of its members
+        self.reasons:list[str] = []        # names of the fates from `FIRST_REASON` on
+        self.news:dict[str,list[str]] = {} # reason -> ids dropped since `Buffer.pop_dropped`
     def row(self, group:int)->bytearray:
         "Fates of a group, all in flight when it is new."
         return self.rows.setdefault(group, bytearray(self.group_size))
     def move(self, group:int, index:int, fate:int|str):
         "Give a rollout a new fate (a code, or the reason of a drop). `ValueError` for a move that the rules exclude."
-        if isinstance(fate, str): fate = self.code(fate)
+        code = self.code(fate) if isinstance(fate, str) else fate
         row = self.row(group)
-        if min(fate, FIRST_REASON) not in _LEGAL.get(row[index], ()): raise ValueError(f'rollout {group}-{index}: is {self.name(row[index])}, cannot become {self.name(fate)}')
-        row[index] = fate
-        if fate >= FIRST_REASON: self.fresh.append((self.name(fate), f'{group}-{index}'))
+        if min(code, FIRST_REASON) not in _LEGAL.get(row[index], ()): raise ValueError(f'rollout {group}-{index}: is {self.name(row[index])}, cannot become {self.name(code)}')
+        row[index] = code
+        if code >= FIRST_REASON: self.news.setdefault(self.name(code), []).append(f'{group}-{index}')
     def code(self, reason:str)->int:
         "The byte of a reason; a new one is entered. `ValueError` after 253 of them."
-        if reason not in self.reasons: self.reasons.append(reason)
-        if len(self.reasons) > 253: raise ValueError(f'drop reasons: more than 253; the last is {reason!r}; use few fixed names')
+        if reason not in self.reasons:
+            if len(self.reasons) == 253: raise ValueError(f'drop reasons: no room for {reason!r} after 253 others; use few fixed names')
+            self.reasons.append(reason)
         return FIRST_REASON + self.reasons.index(reason)
     def name(self, fate:int)->str: return ('in flight', 'pending', 'taken', *self.reasons)[fate]
 
@@ -84,7 +89,7 @@ def judge(
     group = Group(id=members[0].group, rollouts=rollouts, places=np.flatnonzero(keep).tolist(), rewards=rewards.tolist(), oldest=min(map(min_version, rollouts)))
     return group, {r.index: 'overlong' for r, k in zip(members, keep) if not k}
 
-# %% ../../nbs/07_rl/03_buffer.ipynb #9d19c71b
+# %% ../../nbs/07_rl/03_buffer.ipynb #6dffb9a4
 class BufferBroken(RuntimeError):
     "A producer died: whoever waits for its rollouts is told so."
 
@@ -95,9 +100,10 @@ class BufferState(msgspec.Struct, kw_only=True):
     reasons:list[str]
     members:dict[int,list[Rollout]]
     complete:list[Group]
+    news:dict[str,list[str]]
     duplicates:int
 
-# %% ../../nbs/07_rl/03_buffer.ipynb #b3f1423f
+# %% ../../nbs/07_rl/03_buffer.ipynb #be2f1ac4
 class Buffer:
     """Rollouts on their way to the trainer, each with exactly one fate.
 
@@ -200,18 +206,27 @@ class Buffer:
         return ids_of(self.ledger, fate)
     @property
     def drops(self)->Counter:
-        "Dropped rollouts by reason."
+        "Dropped rollouts of the whole run, by reason."
         return Counter({k: n for k, n in self.counts().items() if k in self.ledger.reasons})
+    def pop_dropped(self)->dict[str,list[str]]:
+        "Reason -> ids dropped since the last call; for the log, which so names every loss once."
+        news, self.ledger.news = self.ledger.news, {}
+        return news
+    @property
+    def pending_groups(self)->int:
+        "Complete groups that wait for the trainer."
+        return len(self.complete)
 
     def state(self)->bytes:
         "Everything that a checkpoint needs; equal buffers give equal bytes."
         rows = {g: bytes(row) for g, row in self.ledger.rows.items()}
-        return encode(BufferState(group_size=self.group_size, rows=rows, reasons=self.ledger.reasons, members=self.members, complete=list(self.complete.values()), duplicates=self.duplicates))
+        return encode(BufferState(group_size=self.group_size, rows=rows, reasons=self.ledger.reasons, members=self.members, complete=list(self.complete.values()),
+                                  news=self.ledger.news, duplicates=self.duplicates))
     def restore(self, data:bytes)->None:
         "Become the buffer that `state()` described. `UserError` if its groups had another size, `ValueError` for foreign bytes."
         s = decode(BufferState, data)
         if s.group_size != self.group_size: raise UserError(f'rl.group_size is {self.group_size}, the checkpoint was made with {s.group_size}: resume with that')
-        self.ledger.rows, self.ledger.reasons = {g: bytearray(row) for g, row in s.rows.items()}, s.reasons
+        self.ledger.rows, self.ledger.reasons, self.ledger.news = {g: bytearray(row) for g, row in s.rows.items()}, s.reasons, s.news
         self.members, self.complete, self.duplicates = s.members, {g.id: g for g in s.complete}, s.duplicates
         self.oldest = {g: min(map(min_version, members)) for g, members in s.members.items()}
         self.changed.set()

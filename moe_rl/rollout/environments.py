@@ -7,7 +7,7 @@ __all__ = ['GOLDEN', 'Task', 'exact_match', 'text_hash', 'is_held_out', 'mix', '
            'ReasoningGym', 'make_dataset', 'calculate', 'Calculator', 'load_attribute', 'load_env', 'choose', 'Mixture',
            'load_envs', 'RolloutLost', 'EnvError', 'Calls', 'usable_reward', 'Guard', 'Episode', 'play']
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #141dbae3
+# %% ../../nbs/06_rollout/03_environments.ipynb #5bb1e802
 import asyncio, ast, copy, difflib, hashlib, importlib, inspect, math, operator, queue, random, threading
 from collections import Counter
 from concurrent.futures import Future
@@ -15,6 +15,7 @@ from typing import Any, Awaitable, Callable
 import msgspec
 import numpy as np
 from ..config import UserError
+from ..data.tokens import Tokenizer
 from ..records import Rollout, join_routes
 
 # %% ../../nbs/06_rollout/03_environments.ipynb #3f8fe1e1
@@ -48,7 +49,7 @@ def mix(*parts)->int: # 63-bit key
     "A key that depends on every one of `parts`, by their `repr`."
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), 'big') >> 1
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #99c3b005
+# %% ../../nbs/06_rollout/03_environments.ipynb #bef76534
 class Environment:
     """Source of problems and rewards. Subclass it and write `problem`; `reply` and `score` may be `async def` or `def`.
 
@@ -74,6 +75,9 @@ class Environment:
     def train_examples(self, n:int, start:int=0)->list[tuple[str,str]]:
         "`n` solved problems, (prompt, answer), for a supervised warm start."
         return solved_examples(self, n, start)
+    def single_turn(self, task:Task)->bool:
+        "Whether `reply` need not be asked: it is the default, which ends every conversation."
+        return type(self).reply is Environment.reply
     def draw(self, stream:str, i:int)->Task:
         "Problem number `i` of a stream of the training side."
         for attempt in range(self.draws):
@@ -206,7 +210,7 @@ def choose(
     borders = np.cumsum(weights)/np.sum(weights)
     return int(min(np.searchsorted(borders, (0.5 + i*GOLDEN) % 1, side='right'), len(weights)-1))
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #860f1c9c
+# %% ../../nbs/06_rollout/03_environments.ipynb #23b45d12
 class Mixture(Environment):
     "Several environments as one; problem `i` comes from the part that `choose(i, weights)` names."
     name = 'mixture'
@@ -221,6 +225,7 @@ class Mixture(Environment):
     def held_out(self, n):
         ends = np.rint(np.cumsum(self.weights)/np.sum(self.weights)*n).astype(int)
         return [t for env, m in zip(self.parts, np.diff(ends, prepend=0)) for t in env.held_out(int(m))]
+    def single_turn(self, task): return self.envs[task.env].single_turn(task)
     def reply(self, task, turns): return self.envs[task.env].reply(task, turns)
     def score(self, task, turns): return self.envs[task.env].score(task, turns)
 
@@ -268,7 +273,7 @@ class Calls:
         self.jobs.put((make, timeout, future))
         return await asyncio.wait_for(asyncio.wrap_future(future), timeout)
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #7f70a9ef
+# %% ../../nbs/06_rollout/03_environments.ipynb #6fbdae3d
 async def _settle(value): return await value if inspect.isawaitable(value) else value
 
 def usable_reward(value)->float:
@@ -294,15 +299,25 @@ class Guard:
         self.failures[reason] += 1
         return EnvError(reason, ' '.join(message.split()))
 
-    async def sample(self, i:int)->Task: return await self._call(f'sample({i})', self.env.name, self.env.sample, i)
-    async def reply(self, task:Task, turns:list[str])->str|None: return await self._call('reply', task.env, self.env.reply, task, turns)
+    def beside(self, reward:str|None=None)->'Guard':
+        "The same environment and the same count of failures, with threads of its own: for an evaluation that must not wait for training's calls."
+        other = Guard(self.env, self.timeout, reward or self.reward, self.calls.threads)
+        other.failures = self.failures
+        return other
+
+    async def sample(self, i:int)->Task:
+        "Training problem number `i`."
+        return await self._call(f'sample({i})', self.env.name, self.env.sample, i)
+    async def reply(self, task:Task, turns:list[str])->str|None:
+        "The environment's answer to the model's last turn, or None."
+        return None if self.env.single_turn(task) else await self._call('reply', task.env, self.env.reply, task, turns)
     async def score(self, task:Task, turns:list[str])->float:
         "The reward, a finite float."
         value = await self._call('score', task.env, exact_match if self.reward == 'exact' else self.env.score, task, turns)
         try: return usable_reward(value)
         except (TypeError, ValueError) as e: raise self._lost('env_reward', f'{task.env}: score returned {value!r}: {e}') from None
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #2ba2b8b4
+# %% ../../nbs/06_rollout/03_environments.ipynb #4094fd3d
 class Episode:
     "The tokens of one conversation as they come; `record` makes the `Rollout`."
     def __init__(self, prompt:list[int]):
@@ -325,11 +340,11 @@ class Episode:
         routes = None if any(r is None for r in self.routes) else join_routes(self.routes)
         return Rollout(token_ids=self.tokens, loss_mask=self.sampled, logprobs=self.logprobs, versions=self.versions, routes=routes, **fields)
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #b70e2aaa
+# %% ../../nbs/06_rollout/03_environments.ipynb #9999cfc8
 async def play(
     guard:Guard,        # the environment, guarded
     task:Task,
-    tokenizer,          # render_prompt, render_reply, decode, eos_id
+    tokenizer:Tokenizer,
     generate:Callable[[list[int], int], Awaitable], # (token ids so far, turn number) -> part with token_ids, logprobs, versions, routes, stop_reason
     group:int,          # number of the prompt
     index:int,          # number within the group
@@ -342,8 +357,8 @@ async def play(
         part = await generate(episode.tokens, turn)
         if part.stop_reason not in ('stop', 'length'): raise RolloutLost(part.stop_reason, f'rollout {group}-{index}: the engine ended the request: {part.stop_reason}')
         episode.said(part)
-        ids, stop = list(part.token_ids), part.stop_reason
-        texts.append(tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids))
+        stop = part.stop_reason
+        texts.append(tokenizer.decode(part.token_ids))
         if stop == 'length': break
         reply = await guard.reply(task, list(texts))
         if reply is None: break
