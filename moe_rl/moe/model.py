@@ -150,7 +150,7 @@ class ModelOutput(NamedTuple):
         "Tokens per expert of every MoE layer; fillers are not counted."
         return torch.stack([count_tokens(r.idx, r.scores.shape[-1]) for r in self.routings])
 
-# %% ../../nbs/01_moe/04_model.ipynb #a7b0d2ef
+# %% ../../nbs/01_moe/04_model.ipynb #4e0e5e4b
 class Afmoe(nn.Module):
     "AFMoE over a flat row of tokens. Parameter names are the Hugging Face ones without `model.`, experts stacked."
     def __init__(self,
@@ -179,7 +179,7 @@ class Afmoe(nn.Module):
         if c.mup_enabled: x = x*math.sqrt(c.hidden_size)
         given = [None]*c.num_dense_layers + (list(replay.unbind(1)) if replay is not None else [None]*c.num_moe_layers) # by absolute layer
         tables, routings = rope(positions, c.head_dim, c.rope_theta, x.dtype), []
-        for layer, chosen in zip(self.layers, given):
+        for layer, chosen in zip(self.layers, given, strict=True):
             x, routing = layer(x, tables, attend, chosen, token_mask)
             if routing is not None: routings.append(routing)
         return ModelOutput(self.norm(x), routings)
