@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['LOGPROB_SLACK', 'ARRAY_EXT', 'exact_array', 'Record', 'narrow_routes', 'repeats_expert', 'join_routes', 'Rollout',
-           'min_version', 'MicroBatch', 'encode', 'decode']
+           'min_version', 'MicroBatch', 'encode', 'decode', 'replace']
 
-# %% ../nbs/04_data/00_records.ipynb #b125dac9
+# %% ../nbs/04_data/00_records.ipynb #3c1162cb
 import math
 import msgspec
 import numpy as np
 from msgspec.structs import force_setattr, replace
+
+_all_ = ['replace']
 
 # %% ../nbs/04_data/00_records.ipynb #194eefd6
 def exact_array(

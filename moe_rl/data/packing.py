@@ -13,7 +13,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 import numpy as np
 
-# %% ../../nbs/04_data/02_packing.ipynb #7a5bf27a
+# %% ../../nbs/04_data/02_packing.ipynb #ee1db83a
 def lognormal_lengths(
     rng:np.random.Generator,
     n:int,              # how many
@@ -25,7 +25,7 @@ def lognormal_lengths(
     sigma = math.log(p95/median)/1.6448536269514722
     return np.clip(np.rint(median*np.exp(sigma*rng.standard_normal(n))), 1, longest).astype(np.int64)
 
-# %% ../../nbs/04_data/02_packing.ipynb #d225f295
+# %% ../../nbs/04_data/02_packing.ipynb #f0d24d47
 @dataclass(frozen=True)
 class LengthProfile:
     "What there is to know about a set of sequence lengths, in tokens."
@@ -44,12 +44,12 @@ class LengthProfile:
     @property
     def micro_batch_budget(self)->int: return max(math.ceil(4*self.p95), self.longest)
 
-# %% ../../nbs/04_data/02_packing.ipynb #68fa803f
+# %% ../../nbs/04_data/02_packing.ipynb #e599518e
 def fewest_bins(lengths, budget:int)->int: # at least this many bins
     "The lower bound `ceil(sum/budget)`."
     return -(-int(np.sum(lengths)) // budget)
 
-# %% ../../nbs/04_data/02_packing.ipynb #bf208928
+# %% ../../nbs/04_data/02_packing.ipynb #bc6cfeeb
 def _checked(lengths, budget)->tuple[list[int], list[int]]:
     "Lengths as Python integers, and their indices from longest to shortest."
     lengths = [int(n) for n in lengths]
@@ -57,7 +57,7 @@ def _checked(lengths, budget)->tuple[list[int], list[int]]:
         if not 0 < n <= budget: raise ValueError(f'lengths[{i}]: {n} tokens, expected 1 to the budget of {budget}')
     return lengths, sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
-# %% ../../nbs/04_data/02_packing.ipynb #729dd671
+# %% ../../nbs/04_data/02_packing.ipynb #544c7352
 def next_fit_decreasing(
     lengths,    # n sequence lengths
     budget:int  # tokens per bin
@@ -71,7 +71,7 @@ def next_fit_decreasing(
         room -= lengths[i]
     return bins
 
-# %% ../../nbs/04_data/02_packing.ipynb #e4adbdc6
+# %% ../../nbs/04_data/02_packing.ipynb #be55a1b3
 def first_fit_decreasing(
     lengths,    # n sequence lengths
     budget:int  # tokens per bin
@@ -93,7 +93,7 @@ def first_fit_decreasing(
             room[node] = top
     return bins
 
-# %% ../../nbs/04_data/02_packing.ipynb #c504d6a3
+# %% ../../nbs/04_data/02_packing.ipynb #3f406f32
 def best_subset(
     sizes:list[int], # longest first
     room:int         # the sum may not exceed this
@@ -106,7 +106,7 @@ def best_subset(
         if not reachable[i]>>left & 1: chosen.append(i); left -= sizes[i]
     return chosen[::-1]
 
-# %% ../../nbs/04_data/02_packing.ipynb #b7020445
+# %% ../../nbs/04_data/02_packing.ipynb #34f91341
 def fill_bins(
     lengths,        # n sequence lengths
     budget:int,     # tokens per bin
@@ -127,7 +127,7 @@ def fill_bins(
         for j in reversed(taken): total -= sizes[j]; del rest[j], sizes[j]
     return bins + ([rest] if rest else [])
 
-# %% ../../nbs/04_data/02_packing.ipynb #a82fd882
+# %% ../../nbs/04_data/02_packing.ipynb #fa9e81cd
 def pack(
     lengths,    # n sequence lengths
     budget:int  # tokens per bin
@@ -139,7 +139,7 @@ def pack(
         best = min(best, fill_bins(lengths, budget, window, free), key=len)
     return best
 
-# %% ../../nbs/04_data/02_packing.ipynb #2bb4b188
+# %% ../../nbs/04_data/02_packing.ipynb #adfb775e
 def utilisation(
     bins,       # indices per bin
     lengths,    # n sequence lengths
@@ -151,7 +151,7 @@ def utilisation(
     if share < warn_below: warnings.warn(f'utilisation {share:.0%}: {len(bins)} micro-batches of {budget} tokens are mostly empty; lower the token budget or raise the batch size', stacklevel=2)
     return share
 
-# %% ../../nbs/04_data/02_packing.ipynb #58e67932
+# %% ../../nbs/04_data/02_packing.ipynb #00e61384
 def batch_token_budget(
     gpus:int,         # engine devices
     kv_tokens:int,    # KV cache of one device, tokens
@@ -160,7 +160,7 @@ def batch_token_budget(
     "Tokens that `gpus` engines hold at once, with a margin: `gpus * kv_tokens * share`."
     return int(gpus*kv_tokens*share)
 
-# %% ../../nbs/04_data/02_packing.ipynb #8966ee9a
+# %% ../../nbs/04_data/02_packing.ipynb #772e9540
 def sequence_flops(
     cfg,     # a `ModelConfig`, or any object with its names
     lengths  # [n] tokens
@@ -176,7 +176,7 @@ def sequence_flops(
     per_pair = 2*a
     return 3*2*(n*per_token + per_pair*(L//every*pairs_global + (L - L//every)*pairs_local))
 
-# %% ../../nbs/04_data/02_packing.ipynb #c01626b8
+# %% ../../nbs/04_data/02_packing.ipynb #8530669e
 def longest_first(
     costs,    # [n] non-negative
     ranks:int
@@ -189,7 +189,7 @@ def longest_first(
         heapq.heapreplace(heap, (load + float(costs[i]), r))
     return parts
 
-# %% ../../nbs/04_data/02_packing.ipynb #36ffe9cb
+# %% ../../nbs/04_data/02_packing.ipynb #263e82a5
 def imbalance(
     parts,   # indices per rank
     costs    # [n]
@@ -198,7 +198,7 @@ def imbalance(
     loads = [sum(float(costs[i]) for i in p) for p in parts]
     return max(loads)*len(loads)/sum(loads)
 
-# %% ../../nbs/04_data/02_packing.ipynb #8b6ff777
+# %% ../../nbs/04_data/02_packing.ipynb #a6900839
 def _best_swap(heavy, light, costs, sizes, limit):
     "Positions in `heavy` and `light` (one past its end: nothing) whose exchange halves the gap best and keeps both sizes within `limit`; None if none helps."
     a, b, n, m = costs[heavy], np.append(costs[light], 0.), sizes[heavy], np.append(sizes[light], 0)
@@ -207,7 +207,7 @@ def _best_swap(heavy, light, costs, sizes, limit):
     i, j = divmod(int(miss.argmin()), len(b))
     return (i, j) if miss[i,j] < gap/2*(1-1e-9) else None
 
-# %% ../../nbs/04_data/02_packing.ipynb #d7df2851
+# %% ../../nbs/04_data/02_packing.ipynb #784e4161
 def refine(
     parts,        # indices per part
     costs,        # [n] work
@@ -233,7 +233,7 @@ def refine(
         loads[[h, l]] = costs[parts[h]].sum(), costs[parts[l]].sum()
     return parts
 
-# %% ../../nbs/04_data/02_packing.ipynb #97be36fd
+# %% ../../nbs/04_data/02_packing.ipynb #cc172cc1
 def balance(
     costs,    # [n] non-negative work per item
     ranks:int
@@ -241,4 +241,4 @@ def balance(
     "Equal work for every rank: LPT, then `refine`; never worse than LPT. `ValueError` for costs that are negative or not finite, or for no rank."
     costs = np.asarray(costs, np.float64)
     if ranks < 1 or not np.isfinite(costs).all() or (costs < 0).any(): raise ValueError(f'balance: {ranks} ranks, costs must be finite and non-negative')
-    return refine(longest_first(costs, ranks), costs)
+    return refine(longest_first(costs, ranks), costs, tolerance=1e-5)
