@@ -1,8 +1,8 @@
 """The scheduler against an oracle that knows what every slot of the cache contains."""
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis import HealthCheck, Phase, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from moe_rl.rollout import kvcache, scheduler
 from moe_rl.rollout.scheduler import Scheduler
@@ -13,11 +13,11 @@ LANES = {'train': .75, 'eval': .25}
 class Play(RuleBasedStateMachine):
     "Random requests, aborts and new versions. A slot contains (version, all tokens up to its own): what real KV is a function of."
 
-    @initialize(blocks=st.integers(2, 14), size=st.integers(1, 5), seats=st.integers(1, 6), extra=st.integers(1, 20), cache=st.booleans())
+    @initialize(blocks=st.integers(2, 14), size=st.integers(1, 5), seats=st.integers(1, 6), extra=st.integers(1, 20), cache=st.sampled_from([True, True, True, False]))
     def start(self, blocks, size, seats, extra, cache):
         self.s = Scheduler(blocks, size, seats, seats+extra, LANES, prefix_cache=cache)
-        self.slots = [None]*(blocks*size)
-        self.mixed, self.first, self.born, self.ended, self.asked = {}, {}, {}, [], {}
+        self.slots = np.full((blocks*size, 2), -1)
+        self.ended, self.asked, self.texts = [], {}, {}
 
     def _try_add(self, prompt, max_tokens, lane):
         id = f'r{len(self.asked)}'
@@ -28,11 +28,12 @@ class Play(RuleBasedStateMachine):
         self.s.add(id, prompt, max_tokens, lane)
         self.asked[id] = (prompt, max_tokens)
 
-    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=24), max_tokens=st.integers(1, 20), lane=st.sampled_from(sorted(LANES)), copies=st.integers(1, 4))
-    def add(self, prompt, max_tokens, lane, copies):
-        for _ in range(copies): self._try_add(prompt, max_tokens, lane)
+    @rule(text=st.sampled_from([0b1011, 0b1010, 0b0011]), n=st.integers(1, 24), max_tokens=st.integers(1, 20), lane=st.sampled_from(sorted(LANES)), copies=st.integers(1, 4))
+    def add(self, text, n, max_tokens, lane, copies):
+        for _ in range(copies): self._try_add([text >> i%4 & 1 for i in range(n)], max_tokens, lane)
 
-    @rule(n=st.integers(1, 12))
+    @precondition(lambda self: self.s.seqs)
+    @rule(n=st.integers(1, 6))
     def run(self, n):
         for _ in range(n): self.step()
 
@@ -45,28 +46,33 @@ class Play(RuleBasedStateMachine):
         assert plan.counts.sum() <= s.max_step_tokens and (plan.counts >= 1).all()
         assert (np.diff(kvcache.size_class(plan.counts)) >= 0).all()
         for seq,*_ in plan.evicted: assert seq.arrival != oldest, 'the oldest running request was sent away'
-        size = s.block_size
-        before = list(self.slots)
-        for source,target,count in plan.copies:
-            for i in range(count): self.slots[target*size+i] = before[source*size+i]
-        written = [self._slot(row, p) for row,a,n in zip(plan.rows, plan.starts, plan.counts) for p in range(a, a+n)]
-        for row,a,n in zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist()):
-            for p in range(a, a+n): self.slots[self._slot(row, p)] = (s.version, tuple(s.tokens[row,:p+1].tolist()))
-        assert len(set(written)) == len(written), 'two requests write to one slot'
-        for row,a,n in zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist()): self._check_row(row, a+n)
+        size, at = s.block_size, lambda block, n: np.arange(block*size, block*size+n)
+        if plan.copies: self.slots[np.concatenate([at(t, n) for _,t,n in plan.copies])] = self.slots[np.concatenate([at(b, n) for b,_,n in plan.copies])]
+        spans = list(zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist()))
+        written = np.concatenate([self._at(row, a, a+n) for row,a,n in spans])
+        assert len(set(written.tolist())) == len(written), 'two requests write to one slot'
+        for row,a,n in spans: self.slots[self._at(row, a, a+n)] = np.stack([np.full(n, s.version), self._text(row)[a:a+n]], 1)
+        for row,a,n in spans: self._check_row(row, a+n)
         s.commit(plan)
         rows = plan.rows[plan.samples]
         s.extend(rows, s.length[rows] % 2) # a function of the position: equal prompts go on equally
         for row in rows[s.length[rows] == [s.at[r].max_length for r in rows]].tolist(): self._end(s.at[row].id)
 
-    def _slot(self, row, p): return int(self.s.tables[row,p//self.s.block_size])*self.s.block_size + p%self.s.block_size
+    def _at(self, row, a, b):
+        p = np.arange(a, b)
+        return self.s.tables[row,p//self.s.block_size]*self.s.block_size + p%self.s.block_size
+
+    def _text(self, row):
+        "For each position a number that stands for the whole text up to it."
+        s, known = self.s, self.texts.setdefault(self.s.at[row].id, [1])
+        for token in s.tokens[row,len(known)-1:s.length[row]].tolist(): known.append((known[-1]*1_000_003 + token + 7) % (2**61-1))
+        return np.array(known[1:])
 
     def _check_row(self, row, upto):
         seq = self.s.at[row]
-        for p in range(upto):
-            version, text = self.slots[self._slot(row, p)]
-            assert text == tuple(self.s.tokens[row,:p+1].tolist()), f'position {p} of {seq.id} looks at the KV of another text'
-            assert version == self.s.version or (not seq.pure and version <= self.s.version), f'position {p} of {seq.id} uses KV of v{version} under v{self.s.version}'
+        version, text = self.slots[self._at(row, 0, upto)].T
+        assert (text == self._text(row)[:upto]).all(), f'{seq.id} looks at the KV of another text'
+        assert (version == self.s.version).all() or (not seq.pure and (version >= 0).all()), f'{seq.id} uses KV of another version'
 
     def _end(self, id):
         prompt, max_tokens = self.asked[id]
@@ -75,10 +81,12 @@ class Play(RuleBasedStateMachine):
         assert tokens[len(prompt):].tolist() == [p%2 for p in range(len(prompt), len(tokens))], 'a generated token was lost'
         self.ended.append(id)
 
+    @precondition(lambda self: self.s.seqs)
     @rule(data=st.data())
     def abort(self, data):
-        if self.s.seqs: self._end(data.draw(st.sampled_from(sorted(self.s.seqs))))
+        self._end(data.draw(st.sampled_from(sorted(self.s.seqs))))
 
+    @precondition(lambda self: self.s.running)
     @rule(recompute=st.booleans())
     def new_version(self, recompute): self.s.new_version(self.s.version+1, recompute)
 
@@ -100,7 +108,7 @@ class Play(RuleBasedStateMachine):
 
     def teardown(self):
         if not hasattr(self, 's'): return
-        for _ in range(40*sum(len(p)+n for p,n in self.asked.values())):
+        for _ in range(4*sum(len(p)+n for p,n in self.asked.values())):
             if not self.s.seqs: break
             self.step()
         assert sorted(self.ended) == sorted(self.asked), 'somebody never finished'
@@ -108,12 +116,12 @@ class Play(RuleBasedStateMachine):
         self.books_balance()
 
 
-def play(examples):
-    quiet = settings(max_examples=examples, stateful_step_count=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=False)
+def play(examples, phases=tuple(Phase)):
+    quiet = settings(max_examples=examples, stateful_step_count=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), phases=phases, print_blob=False)
     run_state_machine_as_test(Play, settings=quiet)
 
 
-def test_memory_is_never_over_budget_and_everybody_finishes_once(): play(200)
+def test_memory_is_never_over_budget_and_everybody_finishes_once(): play(150)
 
 
 def bug_names_without_version(monkeypatch):
@@ -144,12 +152,14 @@ def bug_oldest_is_preempted(monkeypatch):
     def evict(s, seq, plan): real(s, s.at[int(np.argmin(np.where(s.active, s.age, 2**60)))] if plan is not None else seq, plan)
     monkeypatch.setattr(scheduler, 'evict', evict)
 
-def bug_preempted_request_forgets_what_it_wrote(monkeypatch):
-    real = scheduler.evict
-    def evict(s, seq, plan):
-        real(s, seq, plan)
-        seq.tokens = seq.tokens[:-1]
-    monkeypatch.setattr(scheduler, 'evict', evict)
+def bug_preempted_request_keeps_its_tokens_in_the_seat(monkeypatch):
+    real = scheduler.Seats.vacate
+    def vacate(self, seq):
+        row = seq.row
+        n, table = self.length[row], real(self, seq)
+        seq.tokens = self.tokens[row,:n]
+        return table
+    monkeypatch.setattr(scheduler.Seats, 'vacate', vacate)
 
 def bug_rest_taken_over_while_it_is_held(monkeypatch):
     class Nobody(list):
@@ -167,13 +177,12 @@ def bug_rest_taken_over_while_it_is_held(monkeypatch):
     monkeypatch.setattr(scheduler, 'place', place)
 
 BUGS = [bug_names_without_version, bug_mixtures_get_names, bug_names_without_history, bug_copy_forgotten, bug_block_kept_after_the_end, bug_oldest_is_preempted,
-        bug_preempted_request_forgets_what_it_wrote, bug_rest_taken_over_while_it_is_held]
+        bug_preempted_request_keeps_its_tokens_in_the_seat, bug_rest_taken_over_while_it_is_held]
 
 @pytest.mark.parametrize('bug', BUGS)
 def test_the_oracle_catches(bug, monkeypatch):
     bug(monkeypatch)
-    with pytest.raises(BaseException) as caught: play(60)
-    assert caught.type.__name__ != 'KeyboardInterrupt'
+    with pytest.raises((AssertionError, ValueError, KeyError, IndexError)): play(60, phases=[Phase.generate])
 
 
 def drain(s):

@@ -6,7 +6,7 @@
 __all__ = ['root_key', 'block_key', 'prefix_keys', 'BlockPool', 'PagedCache', 'plain_attend', 'RowGroup', 'size_class',
            'StepLayout', 'paged_attend']
 
-# %% ../../nbs/06_rollout/00_kvcache.ipynb #885196c7
+# %% ../../nbs/06_rollout/00_kvcache.ipynb #ba2a0d7b
 import hashlib
 from collections import OrderedDict
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..moe.attention import AttendFn
+from ..moe.attention import AttendFn, masked_attend
 from ..moe.routing import pack_routes, route_dtype
 
 # %% ../../nbs/06_rollout/00_kvcache.ipynb #614418d4
