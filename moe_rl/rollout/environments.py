@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GOLDEN', 'Task', 'exact_match', 'text_hash', 'is_held_out', 'mix', 'Environment', 'held_out_tasks', 'solved_examples',
-           'ReasoningGym', 'make_dataset', 'calculate', 'Calculator', 'load_attribute', 'load_env', 'choose', 'Mixture',
-           'load_envs', 'RolloutLost', 'EnvError', 'Calls', 'usable_reward', 'Guard', 'Episode', 'play']
+           'seeded', 'ReasoningGym', 'make_dataset', 'calculate', 'Calculator', 'load_attribute', 'load_env', 'choose',
+           'Mixture', 'load_envs', 'RolloutLost', 'EnvError', 'Calls', 'usable_reward', 'Guard', 'Episode', 'play']
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #5bb1e802
+# %% ../../nbs/06_rollout/03_environments.ipynb #1d8cc350
 import asyncio, ast, copy, difflib, hashlib, importlib, inspect, math, operator, queue, random, threading
 from collections import Counter
+from contextlib import contextmanager
 from concurrent.futures import Future
 from typing import Any, Awaitable, Callable
 import msgspec
@@ -113,7 +114,16 @@ def solved_examples(
         if t.answer is None: raise UserError(f'{t.env}: tasks have no reference answer, so a warm start is impossible; set warm_start.seconds = 0')
     return [(t.prompt, t.answer) for t in tasks]
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #35c043f8
+# %% ../../nbs/06_rollout/03_environments.ipynb #9fe09a95
+@contextmanager
+def seeded(key:int):
+    "Python's global random numbers start from `key` inside, and go on outside as if nothing had been drawn."
+    state = random.getstate()
+    random.seed(key)
+    try: yield
+    finally: random.setstate(state)
+
+# %% ../../nbs/06_rollout/03_environments.ipynb #a0e48594
 class ReasoningGym(Environment):
     """Task `name` of the suite reasoning-gym with generator settings `params`.
 
@@ -121,11 +131,12 @@ class ReasoningGym(Environment):
     SIZE = 1<<14
     def __init__(self, name:str, answer_tag:str|None=None, held_out_share:float=1/16, **params):
         self.name, self.answer_tag, self.held_out_share = name, answer_tag, held_out_share
-        self.dataset = make_dataset(name, params | dict(seed=0, size=self.SIZE))
+        self.dataset, self.lock = make_dataset(name, params | dict(seed=0, size=self.SIZE)), threading.Lock()
     def problem(self, key):
-        dataset = copy.copy(self.dataset)
-        dataset.seed = key >> 32
-        item = dataset[key % self.SIZE]
+        with self.lock, seeded(key):
+            dataset = copy.copy(self.dataset)
+            dataset.seed = key >> 32
+            item = dataset[key % self.SIZE]
         return Task(env=self.name, prompt=item['question'], answer=item['answer'], data=item)
     async def score(self, task, turns):
         return float(self.dataset.score_answer(self.extract(turns[-1]), task.data))
@@ -135,7 +146,7 @@ class ReasoningGym(Environment):
         from reasoning_gym.utils import extract_answer
         return extract_answer(text, self.answer_tag)
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #fbcce23a
+# %% ../../nbs/06_rollout/03_environments.ipynb #e9e96a95
 def make_dataset(name:str, params:dict):
     "A reasoning-gym dataset; `UserError` for an unknown task, an unknown setting or a value it refuses."
     from reasoning_gym.factory import DATASETS, create_dataset
@@ -147,7 +158,7 @@ def make_dataset(name:str, params:dict):
     try: return create_dataset(name, **params)
     except (AssertionError, ValueError, TypeError) as e: raise UserError(f'env {name}: settings refused: {e}') from None
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #93966f1a
+# %% ../../nbs/06_rollout/03_environments.ipynb #9c1eb190
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 def calculate(
@@ -162,7 +173,7 @@ def calculate(
     try: return str(value(ast.parse(expression[:65].strip(), mode='eval').body)) if len(expression) <= 64 else 'error'
     except (ValueError, SyntaxError, RecursionError, MemoryError): return 'error'
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #37efbd4f
+# %% ../../nbs/06_rollout/03_environments.ipynb #f7eb3738
 class Calculator(Environment):
     "Sums of `terms` products; a turn that starts with `=` is computed and answered, any other turn is the final answer."
     name = 'calculator'
@@ -174,9 +185,9 @@ class Calculator(Environment):
         return Task(env=self.name, prompt=f'Compute {expression} (write "= 1+2" to use the calculator): ', answer=calculate(expression))
     async def reply(self, task, turns):
         text = turns[-1].strip()
-        return f'\n{calculate(text[1:])}\n' if text.startswith('=') else None
+        return calculate(text[1:]) if text.startswith('=') else None
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #2bc5a133
+# %% ../../nbs/06_rollout/03_environments.ipynb #acfe3f53
 def load_attribute(path:str)->Any: # the object
     "What `module:attribute` names. `UserError` if either part does not exist."
     module, _, attribute = path.partition(':')
@@ -199,7 +210,7 @@ def load_env(
     env.seed = seed
     return env
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #fe1352ad
+# %% ../../nbs/06_rollout/03_environments.ipynb #35448969
 GOLDEN = (math.sqrt(5)-1)/2
 
 def choose(
@@ -210,7 +221,7 @@ def choose(
     borders = np.cumsum(weights)/np.sum(weights)
     return int(min(np.searchsorted(borders, (0.5 + i*GOLDEN) % 1, side='right'), len(weights)-1))
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #23b45d12
+# %% ../../nbs/06_rollout/03_environments.ipynb #f01c9be9
 class Mixture(Environment):
     "Several environments as one; problem `i` comes from the part that `choose(i, weights)` names."
     name = 'mixture'
@@ -236,7 +247,7 @@ def load_envs(
     "The mixture that the settings describe; one section makes a mixture of one."
     return Mixture([load_env(s, seed) for s in sections], [s.get('weight', 1.) for s in sections])
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #1d77282c
+# %% ../../nbs/06_rollout/03_environments.ipynb #8d65dd4f
 class RolloutLost(Exception):
     "A rollout that will never be finished; `reason` is the name under which it is counted."
     def __init__(self, reason:str, message:str):
@@ -246,7 +257,7 @@ class RolloutLost(Exception):
 class EnvError(RolloutLost):
     "A call of an environment that raised (`env_error`), took too long (`env_timeout`) or gave no usable reward (`env_reward`)."
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #b8766466
+# %% ../../nbs/06_rollout/03_environments.ipynb #e7d7b300
 class Calls:
     "Runs coroutine functions in up to `threads` daemon threads, each call under a time limit."
     def __init__(self, threads:int=16):
@@ -273,7 +284,7 @@ class Calls:
         self.jobs.put((make, timeout, future))
         return await asyncio.wait_for(asyncio.wrap_future(future), timeout)
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #6fbdae3d
+# %% ../../nbs/06_rollout/03_environments.ipynb #c6181ab2
 async def _settle(value): return await value if inspect.isawaitable(value) else value
 
 def usable_reward(value)->float:
@@ -317,7 +328,7 @@ class Guard:
         try: return usable_reward(value)
         except (TypeError, ValueError) as e: raise self._lost('env_reward', f'{task.env}: score returned {value!r}: {e}') from None
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #4094fd3d
+# %% ../../nbs/06_rollout/03_environments.ipynb #cbe0dfd0
 class Episode:
     "The tokens of one conversation as they come; `record` makes the `Rollout`."
     def __init__(self, prompt:list[int]):
@@ -340,7 +351,7 @@ class Episode:
         routes = None if any(r is None for r in self.routes) else join_routes(self.routes)
         return Rollout(token_ids=self.tokens, loss_mask=self.sampled, logprobs=self.logprobs, versions=self.versions, routes=routes, **fields)
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #9999cfc8
+# %% ../../nbs/06_rollout/03_environments.ipynb #72ee220d
 async def play(
     guard:Guard,        # the environment, guarded
     task:Task,
