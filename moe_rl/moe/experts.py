@@ -181,7 +181,7 @@ def expert_backward(
     torch.mm(gh, gate_up, out=gy)
     return gw
 
-# %% ../../nbs/01_moe/02_experts.ipynb #e2caed53
+# %% ../../nbs/01_moe/02_experts.ipynb #f02819c4
 class InplaceExperts(torch.autograd.Function):
     "The loop over experts in reused buffers, with a backward of its own; see `inplace_experts`."
     @staticmethod
@@ -207,7 +207,7 @@ class InplaceExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gy):
         x, order, tok, w, h, gate_up, down = ctx.saved_tensors
-        (E, D, I), m = down.shape, ctx.longest
+        (D, I), m = down.shape[1:], ctx.longest
         gx, gw = torch.zeros_like(x), w.new_zeros(ctx.shape)
         ggu, gd = torch.zeros_like(gate_up), torch.zeros_like(down)
         rows, grads = x.new_empty(m, D), x.new_empty(m, D)
