@@ -212,7 +212,18 @@ def test_exact_reward_setting():
     assert asyncio.run(Guard(env, reward='score').score(t, [wrong])) > 0 == asyncio.run(Guard(env, reward='exact').score(t, [wrong]))
     with pytest.raises(UserError, match='rl.reward'): Guard(env, reward='f1')
 
-@given(st.text(max_size=80))
-def test_calculator_survives_any_text(text):
-    value = calculate(text)
-    assert value == 'error' or int(value) == eval(text.strip().split('#')[0] or '0', {})  # only what it understood as arithmetic reaches `eval`
+atoms = st.integers(0, 99).map(str)
+expressions = st.recursive(atoms, lambda e: st.one_of(st.tuples(e, st.sampled_from('+-*'), e).map(''.join), e.map('({})'.format), e.map('-{}'.format)), max_leaves=12)
+
+@given(expressions.filter(lambda e: len(e) <= 64))
+def test_calculator_agrees_with_python(expression): assert calculate(expression) == str(eval(expression))
+
+@given(st.text(max_size=80) | st.text('0123456789+-*() ', max_size=80))
+def test_calculator_survives_any_text(text): assert calculate(text) == 'error' or str(int(calculate(text))) == calculate(text)
+
+def test_an_exit_in_one_call_does_not_fall_on_the_next():
+    async def main():
+        guard = Guard(Faulty(), timeout=5., threads=1)
+        got = await asyncio.gather(*[guard.score(guard.env.sample(0), [f]) for f in ('exit', 'fine')*20], return_exceptions=True)
+        assert [getattr(g, 'reason', g) for g in got] == ['env_error', 1.0]*20
+    asyncio.run(main())

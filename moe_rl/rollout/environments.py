@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['GOLDEN', 'Task', 'exact_match', 'text_hash', 'is_held_out', 'mix', 'Environment', 'held_out_tasks', 'solved_examples',
            'seeded', 'ReasoningGym', 'make_dataset', 'calculate', 'Calculator', 'load_attribute', 'load_env', 'choose',
-           'Mixture', 'load_envs', 'RolloutLost', 'EnvError', 'Calls', 'usable_reward', 'Guard', 'Episode', 'play']
+           'Mixture', 'load_envs', 'RolloutLost', 'EnvError', 'contain', 'Calls', 'usable_reward', 'Guard', 'Episode',
+           'play']
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #1d8cc350
-import asyncio, ast, copy, difflib, hashlib, importlib, inspect, math, operator, queue, random, threading
+# %% ../../nbs/06_rollout/03_environments.ipynb #bddaeb8e
+import asyncio, copy, difflib, hashlib, importlib, inspect, math, queue, random, re, threading
 from collections import Counter
 from contextlib import contextmanager
 from concurrent.futures import Future
@@ -158,20 +159,31 @@ def make_dataset(name:str, params:dict):
     try: return create_dataset(name, **params)
     except (AssertionError, ValueError, TypeError) as e: raise UserError(f'env {name}: settings refused: {e}') from None
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #9c1eb190
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
-
+# %% ../../nbs/06_rollout/03_environments.ipynb #8e364be9
 def calculate(
     expression:str # integers with + - * and brackets, at most 64 characters
 )->str:            # the value, or 'error'
     "What the calculator prints for `expression`."
-    def value(node):
-        if isinstance(node, ast.Constant) and type(node.value) is int: return node.value
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub): return -value(node.operand)
-        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS: return _OPERATORS[type(node.op)](value(node.left), value(node.right))
-        raise ValueError('not arithmetic')
-    try: return str(value(ast.parse(expression[:65].strip(), mode='eval').body)) if len(expression) <= 64 else 'error'
-    except (ValueError, SyntaxError, RecursionError, MemoryError): return 'error'
+    rest = re.findall('[0-9]+|[-+*()]', expression)
+    def atom():
+        t = rest.pop(0)
+        if t == '-': return -atom()
+        if t != '(': return int(t)
+        value = total()
+        if rest.pop(0) != ')': raise ValueError('bracket not closed')
+        return value
+    def product():
+        value = atom()
+        while rest and rest[0] == '*': rest.pop(0); value *= atom()
+        return value
+    def total():
+        value = product()
+        while rest and rest[0] in '+-': value += product() if rest.pop(0) == '+' else -product()
+        return value
+    if len(expression) > 64 or ''.join(rest) != re.sub(r'\s', '', expression): return 'error'
+    try: value = total()
+    except (IndexError, ValueError): return 'error'
+    return 'error' if rest else str(value)
 
 # %% ../../nbs/06_rollout/03_environments.ipynb #f7eb3738
 class Calculator(Environment):
@@ -257,7 +269,13 @@ class RolloutLost(Exception):
 class EnvError(RolloutLost):
     "A call of an environment that raised (`env_error`), took too long (`env_timeout`) or gave no usable reward (`env_reward`)."
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #e7d7b300
+# %% ../../nbs/06_rollout/03_environments.ipynb #8e15fa1b
+async def contain(make:Callable[[], Awaitable]):
+    "`await make()`, with `SystemExit` and `KeyboardInterrupt` as ordinary errors."
+    try: return await make()
+    except (SystemExit, KeyboardInterrupt) as e: raise RuntimeError(f'{type(e).__name__} {e}') from None
+
+# %% ../../nbs/06_rollout/03_environments.ipynb #5bb9a49f
 class Calls:
     "Runs coroutine functions in up to `threads` daemon threads, each call under a time limit."
     def __init__(self, threads:int=16):
@@ -269,9 +287,9 @@ class Calls:
             if future.set_running_or_notify_cancel(): self._answer(loop, make, timeout, future)
             with self.lock: self.load -= 1
     def _answer(self, loop, make, timeout, future):
-        try: future.set_result(loop.run_until_complete(asyncio.wait_for(make(), timeout)))
+        try: future.set_result(loop.run_until_complete(asyncio.wait_for(contain(make), timeout)))
         except Exception as e: future.set_exception(e)
-        except BaseException as e: future.set_exception(RuntimeError(f'{type(e).__name__} {e}'))
+        except asyncio.CancelledError: future.set_exception(RuntimeError('the call cancelled itself'))
 
     async def run(self, make:Callable[[], Awaitable], timeout:float):
         "The result of `await make()`; `TimeoutError` after `timeout` seconds, waiting for a thread included."
@@ -284,7 +302,7 @@ class Calls:
         self.jobs.put((make, timeout, future))
         return await asyncio.wait_for(asyncio.wrap_future(future), timeout)
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #c6181ab2
+# %% ../../nbs/06_rollout/03_environments.ipynb #f3f64359
 async def _settle(value): return await value if inspect.isawaitable(value) else value
 
 def usable_reward(value)->float:
@@ -328,7 +346,7 @@ class Guard:
         try: return usable_reward(value)
         except (TypeError, ValueError) as e: raise self._lost('env_reward', f'{task.env}: score returned {value!r}: {e}') from None
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #cbe0dfd0
+# %% ../../nbs/06_rollout/03_environments.ipynb #dead2840
 class Episode:
     "The tokens of one conversation as they come; `record` makes the `Rollout`."
     def __init__(self, prompt:list[int]):
@@ -351,7 +369,7 @@ class Episode:
         routes = None if any(r is None for r in self.routes) else join_routes(self.routes)
         return Rollout(token_ids=self.tokens, loss_mask=self.sampled, logprobs=self.logprobs, versions=self.versions, routes=routes, **fields)
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #72ee220d
+# %% ../../nbs/06_rollout/03_environments.ipynb #65156544
 async def play(
     guard:Guard,        # the environment, guarded
     task:Task,
