@@ -8,9 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-import moe_rl.moe.balance as balance
 import moe_rl.moe.experts as experts
-import moe_rl.moe.routing as routing
 from moe_rl.moe.balance import max_vio, router_z_loss, sequence_aux_loss, sign_update, smebu_update
 from moe_rl.moe.experts import (auto_experts, choose_experts, experts_loop, grouped_experts, inplace_experts, small_experts, sorted_experts,
                                 torch_grouped_mm)

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# %% ../../nbs/01_moe/02_experts.ipynb #29aa119d
+# %% ../../nbs/01_moe/02_experts.ipynb #55690361
 def swiglu(
     h:Tensor, # [...,2I] gate half, then up half
 )->Tensor: # [...,I]
     "`silu(gate) * up`."
     inner = h.shape[-1]//2
-    return F.silu(h[...,:inner])*h[...,inner:]
+    return F.silu(h[...,:inner]).mul_(h[...,inner:])
 
 # %% ../../nbs/01_moe/02_experts.ipynb #431eab83
 class SwiGLU(nn.Module):
@@ -234,17 +234,17 @@ def inplace_experts(
         raise TypeError(f"inplace_experts got {', '.join(sorted(map(str, kinds)))}; it computes in one of float32, float64: use `grouped_experts`")
     return InplaceExperts.apply(x, idx, weights, gate_up, down)
 
-# %% ../../nbs/01_moe/02_experts.ipynb #dca6e033
+# %% ../../nbs/01_moe/02_experts.ipynb #cae48d31
 def choose_experts(
     tokens:int, # T
     k:int, # experts per token
     gate_up:Tensor, # [E,2I,D]
 )->ExpertsFn:
-    "The fastest expert computation for this many tokens on the device, and in the dtype, of the weights."
-    E, inner2, D = gate_up.shape
+    "The fastest expert computation for this many tokens, on the device and in the dtype of the weights."
+    _, inner2, D = gate_up.shape
     if gate_up.device.type != "cpu" or gate_up.dtype != torch.float32: return grouped_experts
-    if max(tokens, 8)*E*D*inner2 <= 2**21: return small_experts
-    if tokens*k*(D+inner2) <= 2**20 and aligned(gate_up) and inner2 % 8 == 0: return sorted_experts
+    if max(tokens, 8)*gate_up.numel() <= 2**22: return small_experts
+    if tokens*k*(D+inner2) <= 2**20 and D % 4 == 0 and inner2 % 8 == 0: return sorted_experts
     return inplace_experts
 
 # %% ../../nbs/01_moe/02_experts.ipynb #3859d13b
