@@ -19,22 +19,20 @@ def _inverse_rms(x:Tensor, eps:float)->Tensor: # [...,D] -> [...,1]
     "`1/r`, in one pass over `x`."
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
-# %% ../../nbs/01_moe/03_attention.ipynb #34d9865c
+# %% ../../nbs/01_moe/03_attention.ipynb #12a77dc7
 class _RMSNormCPU(torch.autograd.Function):
-    "RMSNorm with its gradient written out: a third of the time of the same formula under autograd."
+    "RMSNorm whose gradient comes from the fused kernel of LayerNorm: a quarter of the time of the formula under autograd."
     @staticmethod
     def forward(ctx, x:Tensor, w:Tensor, eps:float)->Tensor: # [...,D], [D] -> [...,D]
         inv = _inverse_rms(x, eps)
-        unit = x*inv
-        ctx.save_for_backward(unit, w, inv)
-        return unit*w
+        ctx.save_for_backward(x, w, inv)
+        return (x*inv).mul_(w)
 
     @staticmethod
     def backward(ctx, g:Tensor)->tuple[Tensor,Tensor,None]: # [...,D] -> [...,D], [D]
-        unit, w, inv = ctx.saved_tensors
-        gu = g*unit
-        along = (gu @ w).unsqueeze_(-1).div_(-w.shape[0])
-        return (g*w).addcmul_(unit, along).mul_(inv), gu.flatten(0, -2).sum(0), None
+        x, w, inv = ctx.saved_tensors
+        gx, gw, _ = torch.ops.aten.native_layer_norm_backward(g, x, w.shape, torch.zeros_like(inv), inv, w, None, [True, True, False])
+        return gx.add_((g @ w).unsqueeze_(-1).mul_(inv).div_(len(w))), gw, None
 
 # %% ../../nbs/01_moe/03_attention.ipynb #90d336ac
 class RMSNorm(nn.Module):
@@ -127,7 +125,7 @@ def _buckets(
 AttendFn = Callable[[int, Tensor, Tensor, Tensor, int|None], Tensor]
 "`(layer, q [N,H,hd], k [N,KV,hd], v [N,KV,hd], window|None) -> o [N,H,hd]`: who sees whom, and where keys are kept, is the caller's business."
 
-# %% ../../nbs/01_moe/03_attention.ipynb #4ca9a1f7
+# %% ../../nbs/01_moe/03_attention.ipynb #b3ef41ce
 class PackedAttend:
     "Attention inside each document of a packed row; made once per forward and shared by all layers. An `AttendFn`."
     def __init__(self,
@@ -146,7 +144,7 @@ class PackedAttend:
     def __call__(self, layer:int, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor: # [N,H,hd], [N,KV,hd] x 2 -> [N,H,hd]
         if len(q) != self.tokens: raise ValueError(f"{len(q)} tokens do not fit cu_seqlens, which ends at {self.tokens}")
         if window is not None and window >= self.longest: window = None
-        flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+        flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 # what the kernels take
         return self.varlen(q, k, v, window) if flash else self.rectangles(q, k, v, window)
 
     def varlen(self, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor:
@@ -164,7 +162,7 @@ class PackedAttend:
         return out if self.slot is None else out.index_select(0, self.slot)
 
     def _spread(self, x:Tensor)->tuple[Tensor,...]: # [N,H,hd] -> [S_b*L_b,H,hd] per rectangle
-        if self.slot is not None: x = x.new_zeros(self.padded, *x.shape[1:]).index_copy(0, self.slot, x)
+        if self.slot is not None: x = x.new_zeros(self.padded, *x.shape[1:]).index_copy_(0, self.slot, x)
         return x.split([s*l for s,l in self.shapes])
 
     def _rectangle(self, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor: # [S,H,L,hd] x 3 -> [S*L,H,hd]
