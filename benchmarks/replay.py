@@ -4,7 +4,6 @@
 """
 import argparse
 from pathlib import Path
-import numpy as np
 import torch
 from moe_rl.config import UserError
 from moe_rl.data.batch import micro_batches, to_torch

@@ -1,5 +1,5 @@
 "Environments: held-out problems by text, mixtures, guarded calls, conversations in tokens."
-import asyncio, json, subprocess, sys, time
+import asyncio, subprocess, sys, time
 from types import SimpleNamespace
 import numpy as np
 import pytest
@@ -7,8 +7,7 @@ from hypothesis import given, settings, strategies as st
 import moe_rl.rollout.environments as environments
 from moe_rl.config import UserError
 from moe_rl.data.tokens import byte_tokenizer
-from moe_rl.rollout.environments import (Calculator, EnvError, Environment, Guard, Mixture, ReasoningGym, RolloutLost, Task, calculate, choose, is_held_out,
-                                         load_env, load_envs, play, text_hash)
+from moe_rl.rollout.environments import (Calculator, EnvError, Environment, Guard, Mixture, ReasoningGym, RolloutLost, Task, calculate, choose, load_env, load_envs, play, text_hash)
 
 
 class Words(Environment):

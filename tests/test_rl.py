@@ -6,8 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-import moe_rl.rl.buffer as buffer_module
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 import moe_rl.rl.loss as loss_module
 from moe_rl.config import UserError
 from moe_rl.data.batch import micro_batch, to_torch
@@ -387,8 +386,8 @@ def test_overlong_rules(overlong, rewards, trained):
     assert g.rewards == rewards and len(g.rollouts) == trained and b.drops == ({'overlong': 1} if overlong == 'mask' else {})
 
 def test_zero_variance_rules():
-    for rule, ready in (('keep', True), ('filter', False)):
-        b = Buffer(2, 2, zero_variance=rule)
+    for setting, ready in (("keep", True), ("filter", False)):
+        b = Buffer(2, 2, zero_variance=setting)
         for i in (0, 1): b.add(rollout(0, i, 0.5))
         assert b.ready(1, 1) == ready and b.drops == ({} if ready else {'zero_variance': 2})
 

@@ -103,7 +103,7 @@ class BufferState(msgspec.Struct, kw_only=True):
     news:dict[str,list[str]]
     duplicates:int
 
-# %% ../../nbs/07_rl/03_buffer.ipynb #be2f1ac4
+# %% ../../nbs/07_rl/03_buffer.ipynb #48378f5e
 class Buffer:
     """Rollouts on their way to the trainer, each with exactly one fate.
 
@@ -193,11 +193,6 @@ class Buffer:
         "Raise `BufferBroken` if a producer failed."
         if self.error: raise BufferBroken(f'a producer of rollouts failed: {type(self.error).__name__}: {self.error}') from self.error
 
-    def pop_dropped(self)->dict[str,list[str]]: # reason -> ids
-        "What was dropped since the last call: the lines of a run's log."
-        out, fresh, self.ledger.fresh = {}, self.ledger.fresh, []
-        for reason, id in fresh: out.setdefault(reason, []).append(id)
-        return out
     def counts(self)->dict[str,int]:
         "Rollouts by fate: 'in flight', 'pending', 'taken', and every reason of a drop."
         return fates(self.ledger)
@@ -208,8 +203,8 @@ class Buffer:
     def drops(self)->Counter:
         "Dropped rollouts of the whole run, by reason."
         return Counter({k: n for k, n in self.counts().items() if k in self.ledger.reasons})
-    def pop_dropped(self)->dict[str,list[str]]:
-        "Reason -> ids dropped since the last call; for the log, which so names every loss once."
+    def pop_dropped(self)->dict[str,list[str]]: # reason -> ids
+        "What was dropped since the last call; for the log, which so names every loss once."
         news, self.ledger.news = self.ledger.news, {}
         return news
     @property

@@ -70,13 +70,14 @@ def require_routes(
         if r.routes is None: raise ReplayError(f'rollout {r.id} ({r.env}): has no routes, but replay is on: use an engine that records routes, or set rl.replay = false')
         check_routes(r.routes, len(r)-1, cfg.num_moe_layers, cfg.num_experts_per_tok, cfg.num_experts, f'rollout {r.id}')
 
-# %% ../../nbs/07_rl/02_replay.ipynb #be1b3896
+# %% ../../nbs/07_rl/02_replay.ipynb #33041c20
 def replay_of(
     batch,       # a TensorBatch (or MicroBatch): `routes` and `ids`
     replay:bool  # the setting rl.replay
 ):               # [N,L,k] routes, or None: choose live
     "The routes that the model must replay. Raises `ReplayError` if replay is on and the batch has none."
-    if replay and batch.routes is None: raise ReplayError(f'batch of rollouts {", ".join(batch.ids[:3])}...: has no routes, but replay is on: use an engine that records routes, or set rl.replay = false')
+    if replay and batch.routes is None:
+        raise ReplayError(f'batch of rollouts {", ".join(batch.ids[:3])}...: has no routes, but replay is on: use an engine that records routes, or set rl.replay = false')
     return batch.routes if replay else None
 
 # %% ../../nbs/07_rl/02_replay.ipynb #7f0f5356
@@ -103,7 +104,7 @@ def live_choice(
     chosen = [select(r.scores, c.num_experts_per_tok, m.expert_bias, c.n_group, c.topk_group, top2=c.score_func == 'sigmoid') for m, r in zip(moe_modules(model), out.routings)]
     return torch.stack(chosen, 1)
 
-# %% ../../nbs/07_rl/02_replay.ipynb #e585634e
+# %% ../../nbs/07_rl/02_replay.ipynb #868c9fd1
 def check_plausible(
     given:Tensor,    # [N,L,k] replayed routes
     live:Tensor,     # [N,L,k] from `live_choice`
@@ -113,7 +114,9 @@ def check_plausible(
 )->float:            # share of slots that the live router would not have chosen
     "Raise `ReplayError` when routes look as if they belonged to other tokens, layers or weights."
     slots, chance = disagreement(given, live, valid).slots, 1 - given.shape[-1]/num_experts
-    if slots > limit*chance: raise ReplayError(f'{slots:.0%} of the replayed experts are not what the router would choose (random routes: {chance:.0%}): the routes belong to other tokens, layers or weights')
+    if slots > limit*chance:
+        raise ReplayError(f'{slots:.0%} of the replayed experts are not what the router would choose (random routes: {chance:.0%}): '
+                          'the routes belong to other tokens, layers or weights')
     return slots
 
 # %% ../../nbs/07_rl/02_replay.ipynb #b588f800

@@ -275,7 +275,7 @@ async def contain(make:Callable[[], Awaitable]):
     try: return await make()
     except (SystemExit, KeyboardInterrupt) as e: raise RuntimeError(f'{type(e).__name__} {e}') from None
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #5bb9a49f
+# %% ../../nbs/06_rollout/03_environments.ipynb #8345691f
 class Calls:
     "Runs coroutine functions in up to `threads` daemon threads, each call under a time limit."
     def __init__(self, threads:int=16):
@@ -302,7 +302,7 @@ class Calls:
         self.jobs.put((make, timeout, future))
         return await asyncio.wait_for(asyncio.wrap_future(future), timeout)
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #f3f64359
+# %% ../../nbs/06_rollout/03_environments.ipynb #9db6d7e3
 async def _settle(value): return await value if inspect.isawaitable(value) else value
 
 def usable_reward(value)->float:
@@ -346,7 +346,7 @@ class Guard:
         try: return usable_reward(value)
         except (TypeError, ValueError) as e: raise self._lost('env_reward', f'{task.env}: score returned {value!r}: {e}') from None
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #dead2840
+# %% ../../nbs/06_rollout/03_environments.ipynb #7da1aef9
 class Episode:
     "The tokens of one conversation as they come; `record` makes the `Rollout`."
     def __init__(self, prompt:list[int]):
@@ -369,7 +369,7 @@ class Episode:
         routes = None if any(r is None for r in self.routes) else join_routes(self.routes)
         return Rollout(token_ids=self.tokens, loss_mask=self.sampled, logprobs=self.logprobs, versions=self.versions, routes=routes, **fields)
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #65156544
+# %% ../../nbs/06_rollout/03_environments.ipynb #93603307
 async def play(
     guard:Guard,        # the environment, guarded
     task:Task,
