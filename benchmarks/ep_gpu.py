@@ -35,7 +35,7 @@ def measure(args:list[str])->dict:
     return dict(figures=figures, timeline=timeline, details=got)
 
 
-def run_pair(part, out, dry, limit=200):
+def run_pair(part, out, dry, limit=280):
     "Two processes of this file; returns '' or what went wrong."
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     def start(rank):
@@ -97,9 +97,9 @@ class Worker:
         idx = torch.rand(T, E, device=self.device).topk(k).indices
         return x, idx, torch.rand(T, k, device=self.device)
 
-    def deepep(self, E, D, max_rows=0, buffer=None):
+    def deepep(self, E, D, max_rows=0, buffer=None, sms=20):
         from moe_rl.ep.deepep import BufferOnGloo, DeepEP
-        return DeepEP(E, D, dist.group.WORLD, max_rows=max_rows, buffer=buffer or (BufferOnGloo(dist.group.WORLD, E) if self.dry else None))
+        return DeepEP(E, D, dist.group.WORLD, max_rows=max_rows, buffer=buffer or (BufferOnGloo(dist.group.WORLD, E) if self.dry else None), sms=sms)
 
 
 def kernels(w):
@@ -213,14 +213,14 @@ class Recording:
 
 
 def check_layer(w):
-    "EP=2 over every exchange, with and without streams, against EP=1 on the tokens of both ranks."
+    "EP=2 over every exchange, with and without streams, against EP=1 on the tokens of both ranks. One layer: a second one would route its tokens by rounding."
     from moe_rl.ep.dispatch import AllToAll, Dispatcher, Local
-    from moe_rl.ep.overlap import make_streams, overlapped
-    T, D, I, E, k, depth = (48, 256, 64, 8, 2, 2) if w.dry else (1024, 1024, 256, 16, 4, 2)
+    from moe_rl.ep.overlap import DeferredExperts, make_streams, overlapped
+    T, D, I, E, k, depth = (16, 256, 32, 4, 2, 1) if w.dry else (2048, 1024, 256, 16, 4, 1)
     experts, choose = tools(w, k)
     mine = slice(w.rank*E//2, (w.rank+1)*E//2)
     both = torch.randn(2*T, D, generator=torch.Generator().manual_seed(2)).bfloat16().to(w.device)
-    def run(x, layers, dispatcher, streams, parts):
+    def run(x, layers, dispatcher, streams, parts, experts=experts):
         x = x.clone().requires_grad_()
         y = overlapped(x, layers, dispatcher, experts, choose, streams, parts)
         (y.float()*torch.arange(D, device=w.device).sin()).sum().backward()
@@ -229,81 +229,103 @@ def check_layer(w):
     my = slice(w.rank*T, (w.rank+1)*T)
     want = [full[0][my], full[1][my]] + [g if i % 3 == 0 else g[mine] for i, g in enumerate(full[2:])]
     kinds = dict(all_to_all=(AllToAll(E, dist.group.WORLD), None, 1), deepep=(w.deepep(E, D), None, 1), halves=(w.deepep(E, D), None, 2))
-    if not w.dry: kinds.update(overlap=(w.deepep(E, D), make_streams(), 2), overlap_max_rows=(w.deepep(E, D, max_rows=T), make_streams(), 2))
+    if not w.dry:
+        streams, ex = make_streams(), w.deepep(E, D, sms=48)
+        free = lambda rows, sms=20: w.deepep(E, D, max_rows=rows, buffer=ex.buffer, sms=sms)
+        kinds.update(overlap=(free(0), streams, 2), max_rows=(free(2*T), None, 1), overlap_max_rows=(free(T), streams, 2),
+                     deferred=(free(2*T, 48), streams, 1, DeferredExperts(streams, 48)), overlap_deferred=(free(T), streams, 2, DeferredExperts(streams, 20, DeferredExperts.PRODUCTS)))
     worst = {}
-    for name, (ex, streams, parts) in kinds.items():
-        got = run(both[my], layers_of(w, depth, D, I, E, mine, torch.bfloat16), Dispatcher(ex), streams, parts)
-        for i in range(0, len(got)-2, 3): dist.all_reduce(got[2+i])   # routers see both ranks' tokens
-        err = torch.stack([(a.float()-b.float()).norm()/b.float().norm() for a, b in zip(got, want)]).max()
-        dist.all_reduce(err, op=dist.ReduceOp.MAX)
-        worst[name] = round(err.item(), 5)
+    for name, (ex, *how) in kinds.items():
+        try:
+            got = run(both[my], layers_of(w, depth, D, I, E, mine, torch.bfloat16), Dispatcher(ex), *how)
+            for i in range(0, len(got)-2, 3): dist.all_reduce(got[2+i])   # routers see both ranks' tokens
+            err = torch.stack([(a.float()-b.float()).norm()/b.float().norm() for a, b in zip(got, want)]).max()
+            dist.all_reduce(err, op=dist.ReduceOp.MAX)
+            worst[name] = round(err.item(), 5)
+        except (RuntimeError, AssertionError) as e: worst[name] = 9.; w.say(name, "failed:", str(e)[:300])
     w.say("EP=2 against EP=1, worst relative difference of outputs and gradients (bf16):", worst)
     w.keep(parity_bf16=worst)
     return worst
 
 
 def sizes_of(w, name):
-    if w.dry: return dict(T=64, D=256, I=64, E=8, k=2, depth=2)
+    if w.dry: return dict(T=16, D=256, I=32, E=4, k=2, depth=2)
     return dict(mini=dict(T=16384, D=2048, I=1024, E=128, k=8, depth=4), wide=dict(T=16384, D=3072, I=3072, E=32, k=4, depth=4))[name]
 
 
 def layer(w):
-    "One stack of residual MoE layers, forward and backward: EP=1, EP=2 whole, halves one after another, halves overlapped, halves without communication."
+    """Stacks of residual MoE layers, forward and backward, milliseconds per layer. Variants take turns, so that clocks and heat treat them alike.
+
+    ep1: all experts here. whole/halves: EP=2, communication in line. wgrad<sms>: whole batch, communication of backward beneath the weight gradients. overlap<sms>: halves, each
+    beneath the other, weight gradients on their own stream. compute_*: the same without communication. A trailing letter says which products leave the exchange's multiprocessors free:
+    n none, w weight gradients, f the first of a segment and weight gradients, a all."""
     from moe_rl.ep.dispatch import Dispatcher, Local
-    from moe_rl.ep.overlap import Replayed, hidden_share, make_streams, overlapped, spans
+    from moe_rl.ep.overlap import DeferredExperts, Replayed, hidden_share, make_streams, overlapped, spans
     worst = check_layer(w)
+    beside = dict(n=(), w=("d_weights",), f=("up", "d_hidden", "d_weights"), a=DeferredExperts.PRODUCTS)
+    fixed = worst.get("overlap_max_rows", 9.) < .02 and worst.get("deferred", 9.) < .02   # fixed receive buffers: the host never waits
     for name in ("mini", "wide"):
         s = sizes_of(w, name)
         T, D, I, E, k, depth = (s[n] for n in ("T", "D", "I", "E", "k", "depth"))
-        experts, choose = tools(w, k)
+        plain, choose = tools(w, k)
         x = torch.randn(T, D, device=w.device).bfloat16().requires_grad_()
         dy = torch.randn(T, D, device=w.device).bfloat16()
-        ms, streams = {}, None if w.dry else make_streams()
-        def timed(key, layers, dispatcher, streams=None, parts=1, n=15):
-            fn = lambda: step(lambda x: overlapped(x, layers, dispatcher, experts, choose, streams, parts), x, dy, layers)
-            ms[key] = w.us(fn, n, 4)/1e3/depth
-        if name == "mini":
-            layers = layers_of(w, depth, D, I, E, slice(0, E), torch.bfloat16)
-            timed("ep1", layers, Dispatcher(Local(E)))
-            timed("ep1_halves", layers, Dispatcher(Local(E)), parts=2)
-            del layers
-        layers = layers_of(w, depth, D, I, E, slice(w.rank*E//2, (w.rank+1)*E//2), torch.bfloat16)
-        modes = {"": (0, 0)} if w.dry else {"": (0, 0), "_free": (2*T, T)}   # rows to receive for whole and half batches; 0 waits for the host
-        ex0 = w.deepep(E, D)
-        for tag, (whole_rows, half_rows) in modes.items():
-            if tag and worst.get("overlap_max_rows", 1.) > .03: continue
-            whole, half = (Dispatcher(w.deepep(E, D, max_rows=r, buffer=ex0.buffer)) for r in (whole_rows, half_rows))
-            timed("ep2_whole"+tag, layers, whole)
-            timed("ep2_serial"+tag, layers, half, parts=2)
-            timed("ep2_overlap"+tag, layers, half, streams, 2)
-            rec = Recording(half.exchange)
-            step(lambda x: overlapped(x, layers, Dispatcher(rec), experts, choose, None, 2), x, dy, layers)
-            timed("ep2_compute"+tag, layers, Dispatcher(Replayed([t._replace(plan=None) for t in rec.sent], rec)), parts=2)
-            del rec
-        all_ms = torch.tensor(list(ms.values()), device=w.device, dtype=torch.float64)
+        streams = None if w.dry else make_streams()
+        mine = layers_of(w, depth, D, I, E, slice(w.rank*E//2, (w.rank+1)*E//2), torch.bfloat16)
+        ex0 = w.deepep(E, D, sms=20 if w.dry else 64)
+        dispatcher = lambda parts, sms: Dispatcher(w.deepep(E, D, max_rows=2*T//parts if fixed else 0, buffer=ex0.buffer, sms=sms))
+        run = {}
+        def add(key, layers, dispatcher, experts=plain, streams=None, parts=1):
+            run[key] = lambda: step(lambda x: overlapped(x, layers, dispatcher, experts, choose, streams, parts), x, dy, layers)
+        def replay(key, parts, experts=plain):
+            rec = Recording(dispatcher(parts, 20).exchange)
+            step(lambda x: overlapped(x, mine, Dispatcher(rec), plain, choose, None, parts), x, dy, mine)
+            add(key, mine, Dispatcher(Replayed([t._replace(plan=None) for t in rec.sent], rec)), experts, None, parts)
+        if name == "mini": add("ep1", layers_of(w, depth, D, I, E, slice(0, E), torch.bfloat16), Dispatcher(Local(E)))
+        later = lambda sms, which: plain if w.dry else DeferredExperts(streams, sms, beside[which])   # without a GPU its kernels are interpreted: too slow here
+        for sms in (20,) if w.dry else (20, 32, 48, 64):
+            add(f"whole{sms}", mine, dispatcher(1, sms))
+            for which in "nw": add(f"wgrad{sms}{which}", mine, dispatcher(1, sms), later(sms, which), streams)
+        for sms in (20,) if w.dry else (12, 20, 32, 48, 64):
+            add(f"halves{sms}", mine, dispatcher(2, sms), parts=2)
+            if sms == 20: add(f"plain_overlap{sms}", mine, dispatcher(2, sms), plain, streams, 2)
+            for which in "nwfa" if sms == 20 else "nwf": add(f"overlap{sms}{which}", mine, dispatcher(2, sms), later(sms, which), streams, 2)
+        replay("compute_whole", 1); replay("compute_halves", 2)
+        rounds = {n: [] for n in run}
+        for r in range(4):
+            for n, fn in run.items():
+                t = w.us(fn, 3 if r else 1, 1)/1e3/depth
+                if r: rounds[n].append(t)
+        all_ms = torch.tensor([statistics.median(t) for t in rounds.values()], device=w.device, dtype=torch.float64)
         dist.all_reduce(all_ms, op=dist.ReduceOp.MAX)
-        ms = {n: round(v, 4) for n, v in zip(ms, all_ms.tolist())}
-        w.say(f"{name} {s}: ms per layer, forward + backward: {ms}")
-        shares = {tag: hidden_share(*(ms[f"ep2_{n}{tag}"] for n in ("overlap", "serial", "compute"))) for tag in modes if f"ep2_overlap{tag}" in ms}
-        best = min(shares, key=lambda tag: ms["ep2_overlap"+tag])
-        w.say(f"{name}: hidden share {({n or 'host waits': round(v, 3) for n, v in shares.items()})}")
-        w.keep(**{name: dict(size=s, ms=ms, shares=shares)})
-        if name == "mini":
-            w.keep(figures=dict(ep2_share=ms["ep1"]/ms["ep2_overlap"+best])); w.say("ep2_share", w.notes["figures"]["ep2_share"])
+        ms = {n: round(v, 4) for n, v in zip(run, all_ms.tolist())}
+        w.say(f"{name} {s}, host waits {not fixed}: ms per layer, forward + backward:"); w.say(" ".join(f"{n} {v:.3f}" for n, v in ms.items()))
+        number = lambda key: "".join(c for c in key if c.isdigit())
+        shares = {n: hidden_share(v, ms["halves"+number(n)], ms["compute_halves"]) for n, v in ms.items() if "overlap" in n}
+        shares.update({n: hidden_share(v, ms["whole"+number(n)], ms["compute_whole"]) for n, v in ms.items() if "wgrad" in n})
+        best = min((n for n in ms if "overlap" in n), key=ms.get)
+        fastest = min(shares, key=ms.get)
+        w.say(f"{name}: hidden shares " + " ".join(f"{n} {v:.3f}" for n, v in shares.items())); w.say(f"{name}: fastest of halves {best}, of all {fastest}")
+        w.keep(**{name: dict(size=s, ms=ms, shares=shares, best_halves=best, fastest=fastest, host_waits=not fixed)})
+        if name == "mini": w.keep(figures=dict(ep2_share=ms["ep1"]/ms[fastest])); w.say("ep2_share", w.notes["figures"]["ep2_share"])
         else:
-            w.keep(figures=dict(hidden_share=shares[best]))
-            half = Dispatcher(w.deepep(E, D, max_rows=modes[best][1], buffer=ex0.buffer))
-            fn = lambda: step(lambda x: overlapped(x, layers, half, experts, choose, streams, 2), x, dy, layers)
-            if not w.dry:
-                fn(); torch.cuda.synchronize(); dist.barrier()
-                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as prof: fn(); torch.cuda.synchronize()
-                if w.rank == 0:
-                    path = w.out.with_suffix(".trace"); prof.export_chrome_trace(str(path))
-                    trace = json.loads(path.read_text())
-                    names = sorted({e["name"][:90] for e in trace["traceEvents"] if e.get("cat") == "kernel"})
-                    w.keep(timeline=next(t for gap in (5, 10, 20, 50, 100) if len(t := spans(trace, gap)) < 500 or gap == 100), kernel_names=names)
-        del layers, x, dy
+            w.keep(figures=dict(hidden_share=shares[best])); w.say("hidden_share", shares[best])
+            if not w.dry: timeline(w, run[best])
+        del run, mine, x, dy
         if not w.dry: torch.cuda.empty_cache()
+
+
+def timeline(w, fn):
+    "Busy spans of one step."
+    from moe_rl.ep.overlap import spans
+    for _ in range(3): fn()
+    torch.cuda.synchronize(); dist.barrier()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as prof: fn(); torch.cuda.synchronize()
+    if w.rank: return
+    path = w.out.with_suffix(".trace"); prof.export_chrome_trace(str(path))
+    trace = json.loads(path.read_text())
+    w.keep(timeline=next(t for gap in (5, 10, 20, 50, 100) if len(t := spans(trace, gap)) < 400 or gap == 100),
+           kernel_names=sorted({e["name"][:90] for e in trace["traceEvents"] if e.get("cat") == "kernel"}))
 
 
 def decode(w):
