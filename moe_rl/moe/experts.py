@@ -65,11 +65,12 @@ def sort_by_expert(
     offsets = torch.bincount(flat+1, minlength=num_experts+1)[1:].cumsum(0, dtype=torch.int32)
     return order, offsets
 
-# %% ../../nbs/01_moe/02_experts.ipynb #9ea82c49
+# %% ../../nbs/01_moe/02_experts.ipynb #7e146501
+# (x [M,K] rows sorted by expert, w [E,N,K], offsets [E] int32 block ends) -> y [M,N]; rows of y after offsets[-1] are undefined
 GroupedMM = Callable[[Tensor, Tensor, Tensor], Tensor]
-"`(x [M,K] rows sorted by expert, w [E,N,K], offsets [E] int32 block ends) -> y [M,N]`; rows of y after `offsets[-1]` are undefined."
+
+# (x [T,D], idx [T,k], weights [T,k], gate_up [E,2I,D], down [E,D,I]) -> y [T,D]: what a model takes as its expert computation
 ExpertsFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"`(x [T,D], idx [T,k], weights [T,k], gate_up [E,2I,D], down [E,D,I]) -> y [T,D]`: what a model takes as its expert computation."
 
 # %% ../../nbs/01_moe/02_experts.ipynb #023cf1e9
 def torch_grouped_mm(
