@@ -1,13 +1,17 @@
 """Two parities. Our checkpoints in transformers and theirs in our model: same logits. Decoding in the engine and one forward pass: same numbers."""
-import argparse, random, shutil, tempfile
+import argparse, copy, random, shutil, tempfile
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from moe_rl.moe.attention import packed_attend, packed_positions
+from moe_rl.moe.attention import masked_attend, packed_attend, packed_positions
 from moe_rl.moe.checkpoint import load_pretrained, save_pretrained, to_hf_config
 from moe_rl.moe.model import Afmoe, ModelConfig, init_weights
+from moe_rl.rollout.engine import Engine, Finished, Request
+from moe_rl.train.objective import sampling_logprobs
 
 
 def draw_config(rng:random.Random) -> ModelConfig:
@@ -85,10 +89,110 @@ def hf_parities(count:int, first_seed:int) -> list[tuple[ModelConfig, float, flo
     return rows
 
 
+# Decoding
+
+
+class Growing:
+    "Keys and values of one text, kept as they were computed: an `AttendFn` that knows nothing of pages."
+    def __init__(self): self.kv = {}
+    def __call__(self, layer:int, q:Tensor, k:Tensor, v:Tensor, window:int|None) -> Tensor:
+        before = self.kv.get(layer, (k[:0], v[:0]))
+        k, v = self.kv[layer] = tuple(torch.cat((old, new)) for old, new in zip(before, (k, v)))
+        back = torch.arange(len(k)-len(q), len(k))[:,None]-torch.arange(len(k)) # how far query i looks back to see key j
+        return masked_attend(q, k, v, (back >= 0) & (back < (window or len(k))))
+
+
+@torch.no_grad()
+def forward_of_versions(models:list[Afmoe], ids:Tensor, made:np.ndarray) -> tuple[Tensor, Tensor]: # logits [T,V], routes [T,L_moe,k]
+    "One pass over a text whose inputs were computed by different versions: `made[t]` is that of input t, never falling."
+    attend, parts = Growing(), []
+    for version in np.unique(made):
+        at = torch.from_numpy(np.flatnonzero(made == version))
+        out = models[version](ids[at], at, attend)
+        parts.append((models[version].logits(out.hidden), out.routes))
+    return tuple(torch.cat(p) for p in zip(*parts))
+
+
+@torch.no_grad()
+def forward_of_one(model:Afmoe, ids:Tensor) -> tuple[Tensor, Tensor]: # logits [T,V], routes [T,L_moe,k]
+    "One packed pass over a text."
+    out = model(ids, torch.arange(len(ids)), packed_attend(torch.tensor([0, len(ids)])))
+    return model.logits(out.hidden), out.routes
+
+
+def difference(r:Request, f:Finished, logits:Tensor, routes:Tensor, sampled:np.ndarray, inputs:np.ndarray) -> tuple[float, int]:
+    "Largest difference of a log-probability over the `sampled` tokens, and how many of the `inputs` went through other experts."
+    if f.stop_reason != "length" or len(f.token_ids) != r.max_tokens: raise AssertionError(f"request {r.id} gave {len(f.token_ids)} of {r.max_tokens} tokens ({f.stop_reason})")
+    want = sampling_logprobs(logits[len(r.prompt)-1:], r.temperature, r.top_k, r.top_p).gather(1, torch.tensor(f.token_ids)[:,None])[:,0].numpy()
+    off = (routes.sort(-1).values.numpy() != np.sort(f.routes.astype(np.int64), -1)).any((1, 2))
+    return float(np.abs(want-f.logprobs)[sampled].max(initial=0)), int(off[inputs].sum())
+
+
+def serve(engine:Engine, requests:list[Request], update:tuple[int, dict[str, Tensor]]|None=None) -> dict[str, Finished]:
+    "Run requests to their end, with new weights after some steps if `update` says so."
+    for r in requests: engine.add(r)
+    done, steps = [], 0
+    while engine.has_work:
+        if update is not None and steps == update[0]: engine.update_weights(1, update[1])
+        done, steps = done + engine.step(), steps+1
+    return {f.id: f for f in done}
+
+
+def decode_parity(seed:int) -> tuple[dict[str, float], Counter]:
+    "One drawn configuration: differences per situation, and what really happened in them."
+    rng, gen = random.Random(seed), torch.Generator().manual_seed(seed)
+    cfg = draw_config(rng)
+    models = [init_weights(Afmoe(cfg), 2*seed+v).requires_grad_(False) for v in (0, 1)]
+    for m in models: stir(m.state_dict(), gen)
+    news = {n: t.clone() for n, t in models[1].state_dict().items()}
+    prompts = [torch.randint(0, cfg.vocab_size, (rng.randint(1, 40),), generator=gen).tolist() for _ in range(4)]
+    requests = [Request(id=f"{i}-{j}", prompt=p, max_tokens=rng.randint(8, 24), seed=10*i+j, temperature=rng.choice([1., 0.7])) for i, p in enumerate(prompts) for j in range(4)]
+    block, diff, seen = rng.choice([1, 4, 16]), {}, Counter()
+
+    def compare(name:str, done:dict[str, Finished], reference) -> None:
+        results = [difference(r, done[r.id], *reference(r, done[r.id])) for r in requests]
+        diff[name] = max(d for d, _ in results)
+        seen["routes_differ"] += sum(n for _, n in results)
+
+    text = lambda r, f: torch.tensor(r.prompt+f.token_ids)[:-1]
+    every = lambda f: (np.ones(len(f.token_ids), bool), np.ones(len(f.routes), bool))
+    engine = Engine(copy.deepcopy(models[0]), kv_tokens=128, block_size=block, max_seqs=12, max_step_tokens=24)
+    compare("pages, sharing, preemption", serve(engine, requests), lambda r, f: (*forward_of_one(models[0], text(r, f)), *every(f)))
+    seen.update({k: engine.stats()[k] for k in ("preemptions", "prefix_hits")})
+
+    def mixture(r:Request, f:Finished): # an input is computed by the version that samples the token after it
+        made = np.concatenate((np.full(len(r.prompt)-1, f.versions[0]), f.versions))
+        seen["mixed"] += int(made[0] != made[-1])
+        return *forward_of_versions(models, text(r, f), made), *every(f)
+    engine = Engine(copy.deepcopy(models[0]), kv_tokens=2048, block_size=block, max_seqs=16, kv_update="keep")
+    compare("new weights, KV kept", serve(engine, requests, (6, news)), mixture)
+
+    def renewed(r:Request, f:Finished): # all that is sampled after the update, and the routes of the whole text if anything was
+        new = f.versions == 1
+        return *forward_of_one(models[1], text(r, f)), new, np.full(len(f.routes), new.any())
+    engine = Engine(copy.deepcopy(models[0]), kv_tokens=2048, block_size=block, max_seqs=16, kv_update="recompute")
+    compare("new weights, KV recomputed", serve(engine, requests, (6, news)), renewed)
+    seen["recomputes"] += engine.stats()["recomputes"]
+    return diff, seen
+
+
+def decode_parities(count:int, first_seed:int) -> tuple[float, Counter]:
+    worst, total = {}, Counter()
+    for seed in range(first_seed, first_seed+count):
+        diff, seen = decode_parity(seed)
+        worst, total = {k: max(worst.get(k, 0.), v) for k, v in diff.items()}, total+seen
+    print("\nengine against forward pass, largest difference of a log-probability")
+    for name, value in worst.items(): print(f"  {name:<28}{value:.1e}")
+    print("  that happened: " + ", ".join(f"{n} {k}" for k, n in total.items()))
+    if missing := [k for k in ("preemptions", "prefix_hits", "mixed", "recomputes") if not total[k]]: raise AssertionError(f"the draws contain no {missing[0]}: nothing was shown")
+    return max(worst.values()), total
+
+
 def measure(args:list[str]) -> dict:
     parser = argparse.ArgumentParser(prog="moe-rl bench parity")
-    parser.add_argument("--configs", type=int, default=24, help="drawn configurations for the comparison with transformers")
+    parser.add_argument("--configs", type=int, default=24, help="drawn configurations")
     parser.add_argument("--seed", type=int, default=0, help="of the first configuration")
     a = parser.parse_args(args)
     rows = hf_parities(a.configs, a.seed)
-    return {"figures": {"hf_max_diff": max(max(there, back) for _, there, back in rows), "configs": len(rows)}}
+    decode, happened = decode_parities(a.configs, a.seed)
+    return {"figures": {"hf_max_diff": max(max(there, back) for _, there, back in rows), "decode_max_diff": decode, "configs": len(rows), "routes_differ": happened["routes_differ"]}}

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
 from moe_rl.moe import attention, checkpoint, model as model_module
-from moe_rl.moe.attention import PackedAttend, RMSNorm, document_mask, masked_attend, packed_attend, packed_positions
+from moe_rl.moe.attention import PackedAttend, document_mask, masked_attend, packed_attend, packed_positions
 from moe_rl.moe.checkpoint import CheckpointError, from_hf_config, load_pretrained, save_pretrained, to_hf_config
 from moe_rl.moe.model import Afmoe, MoE, ModelConfig, ModelOutput, init_weights, moe_modules
 from moe_rl.moe.zoo import PRESETS, count_parameters
@@ -248,6 +248,36 @@ def test_bfloat16_keeps_what_decides_in_float32():
     assert all(("norm" in n) or ("router" in n) or ("bias" in n) or n == "lm_head.weight" for n in kept)
     out = run(model, documents([20]))
     assert out.hidden.dtype == torch.bfloat16 and model.logits(out.hidden).dtype == out.routings[0].weights.dtype == torch.float32
+
+
+# On a GPU
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@gpu
+@pytest.mark.parametrize("heads, kv, hd", [(4, 4, 64), (8, 2, 128), (4, 2, 24)])
+@pytest.mark.parametrize("window", [None, 1, 5, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gpu_attention_is_the_masked_one(heads, kv, hd, window, dtype):
+    gen = torch.Generator().manual_seed(0)
+    cu = torch.tensor([0, 1, 90, 218, 228]).cuda()
+    qkv = [torch.randn(228, h, hd, generator=gen).to("cuda", dtype).requires_grad_() for h in (heads, kv, kv)]
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    got, want = packed_attend(cu)(0, *qkv, window), masked_attend(*exact, document_mask(cu, window))
+    g, tol = torch.randn(got.shape, generator=gen).cuda(), 2e-2 if dtype == torch.bfloat16 else 1e-3 # float32 products may use TF32
+    close = lambda a, b: (a.double()-b).abs().max() <= tol*b.abs().max()
+    assert close(got, want)
+    for a, b in zip(torch.autograd.grad(got, qkv, g.to(dtype)), torch.autograd.grad(want, exact, g.double())): assert close(a, b)
+
+
+@gpu
+def test_gpu_model_is_the_cpu_one():
+    model, docs = stirred(), documents([9, 30, 1])
+    want, routes = model.logits(run(model, docs).hidden), run(model, docs).routes
+    cu, flat = torch.tensor([0, 9, 39, 40]).cuda(), torch.cat(docs).cuda()
+    with torch.no_grad(): out = model.cuda()(flat, packed_positions(cu), packed_attend(cu), replay=routes.cuda())
+    torch.testing.assert_close(model.logits(out.hidden).cpu(), want, rtol=0, atol=2e-2) # TF32 allowed
 
 
 # Checkpoints
