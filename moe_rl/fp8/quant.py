@@ -38,7 +38,7 @@ class Quantised(NamedTuple):
 
     def __repr__(self): return f"Quantised({list(self.q.shape)}, block {self.block}, scales {list(self.scale.shape)})"
 
-# %% ../../nbs/02_fp8/00_quant.ipynb #1aaf3a07
+# %% ../../nbs/02_fp8/00_quant.ipynb #01563c70
 def tile_amax(
     x:Tensor, # [...,M,K]
     block:tuple[int,int]|None, # see `Quantised`
@@ -67,7 +67,8 @@ def quantise(
 
     A tile that holds an infinity or a NaN has a scale that is not finite, and comes back as NaN everywhere: never a plausible number."""
     if scale is None:
-        sf = tile_amax(x, block).clamp(min=MIN_AMAX)/E4M3_MAX
+        amax = tile_amax(x, block).clamp(min=MIN_AMAX)
+        sf = amax/amax.new_full((), E4M3_MAX)  # a Python number here would make CUDA multiply by 1/448, which rounds differently
         if ue8m0: sf = to_ue8m0(sf)
         y = x.float()*expand_scale(1/sf, x.shape, block)
     else:

@@ -1,0 +1,78 @@
+"""Every FP8 cast kernel against the bandwidth of a copy on the same chip, counting bytes read and written.
+
+Inputs are 512 MiB of bf16. A kernel's share is its bandwidth over the copy's; the figure is the smallest share. Before timing, every kernel's result is compared
+bit by bit with the reference, on heavy-tailed data with zeros, subnormals, outliers, infinities and NaN.
+
+    moe-rl bench cast
+"""
+import torch
+import torch.nn.functional as F
+
+from moe_rl.bench import NeedsHardware
+
+
+def ms(f, n=20, warm=5):
+    "Median milliseconds of `f` on the device."
+    for _ in range(warm): f()
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
+    for a, b in pairs: a.record(); f(); b.record()
+    torch.cuda.synchronize()
+    return sorted(a.elapsed_time(b) for a, b in pairs)[n//2]
+
+
+def size(*tensors): return sum(t.numel()*t.element_size() for t in tensors)
+
+
+def corners(M, K):
+    x = torch.randn(M, K, device="cuda")*torch.randn(M, K, device="cuda").exp()**2
+    x[0] = 0; x[1] *= 1e-40; x[2,K//2] = 3e4; x[3,1] = float("inf"); x[4,K-1] = float("nan"); x[5] *= 1e-5
+    return x.bfloat16()
+
+
+def same(name, got, want):
+    "Raise unless numbers and scales are the same bits; any NaN equals any NaN."
+    for a, b in zip(got[:2], want[:2]):
+        if a.dtype == torch.float8_e4m3fn: a, b = (torch.where(t.view(torch.uint8) & 127 == 127, 127, t.view(torch.uint8)).float() for t in (a, b))
+        differ = (a.nan_to_num(-1.) != b.nan_to_num(-1.)).sum().item()
+        if differ: raise AssertionError(f"{name}: {differ} of {a.numel()} values differ from the reference")
+
+
+def check():
+    from moe_rl.fp8.kernels import cast_blocks, cast_both, cast_rows
+    from moe_rl.fp8.quant import quantise
+    for shape in ((384, 1024), (300, 640), (256, 200)):
+        x = corners(*shape)
+        for ue8m0 in (False, True): same("cast_rows", cast_rows(x, ue8m0), quantise(x, ue8m0=ue8m0))
+        a, at = cast_both(x)
+        same("cast_both", a, quantise(x)); same("cast_both, transposed", at, quantise(F.pad(x, (0, 0, 0, -len(x) % 128)).T.contiguous()))
+        w = torch.stack([x, corners(*shape)])
+        a, at = cast_blocks(w, transpose=True)
+        same("cast_blocks", a, quantise(w, (128, 128))); same("cast_blocks, transposed", at, quantise(w.mT.contiguous(), (128, 128)))
+
+
+def measure(args):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9: raise NeedsHardware("an H100 or H200")
+    from moe_rl.fp8.kernels import cast_blocks, cast_both, cast_rows, swiglu_cast
+    from moe_rl.fp8.quant import quantise
+    from moe_rl.moe.experts_gpu import Layout
+    torch.manual_seed(0)
+    check()
+    x = torch.randn(65536, 4096, device="cuda").bfloat16()
+    y = torch.empty_like(x)
+    copy = 2*size(x)/ms(lambda: y.copy_(x))/1e6
+    print(f"copy of {size(x)>>20} MiB: {copy:.0f} GB/s")
+    rows = torch.arange(len(x), device="cuda", dtype=torch.int32)
+    lay, gates = Layout(rows.view(-1, 8), rows, rows[-1:]+1, rows[-1:]+1), torch.rand(len(x)//8, 8, device="cuda")
+    h = (F.silu(x[:,:2048].float())*x[:,2048:].float()*gates.view(-1, 1)).bfloat16()
+    same("swiglu_cast", swiglu_cast(x, gates, lay), quantise(h))
+    w = x.view(32, 2048, 4096)
+    both = lambda q: [t for a in q for t in a[:2]]
+    kernels = dict(rows=(lambda: cast_rows(x), lambda q: q[:2]), rows_transposed=(lambda: cast_both(x), both), blocks=(lambda: cast_blocks(w), lambda q: q[:2]),
+                   blocks_transposed=(lambda: cast_blocks(w, transpose=True), both), swiglu=(lambda: swiglu_cast(x, gates, lay), lambda q: [*q[:2], gates, rows]))
+    figures = {}
+    for name, (f, written) in kernels.items():
+        moved = size(x, *written(f()))
+        t = ms(f)
+        figures[name] = moved/t/1e6/copy
+        print(f"{name:18s} {t:6.3f} ms  {moved/t/1e6:5.0f} GB/s  {figures[name]:.3f} of the copy", flush=True)
+    return dict(figures=dict(share_of_copy=min(figures.values()), copy_gb_s=copy, **figures))
