@@ -93,7 +93,7 @@ def test_decode_equals_the_forward_pass(seed, block, seats, spare, blocks, cache
     kv = (-(-60//block) + blocks)*block
     engine, done = serve(reqs, MODELS[0], kv, block_size=block, max_seqs=seats, max_step_tokens=seats+spare, prefix_cache=cache)
     check_all(reqs, done, MODELS[0])
-    assert engine.scheduler.pool.held == 0 and not engine.live and not engine.replays
+    assert engine.scheduler.pool.held == 0 and not engine.ledger.live and not engine.ledger.replays
 
 def test_the_cases_above_really_occur():
     reqs = requests(6, 1, group=4)
@@ -135,11 +135,11 @@ def preempted_in_bfloat16():
     "Requests with the routes that they had when they lost their seat, and what they finished with."
     reqs, saved = requests(6, 5, group=4), {}
     engine = Engine(fresh(), 80, block_size=4, max_seqs=24, dtype=torch.bfloat16, prefix_cache=False)
-    make_way = engine._make_way
-    def spy(evicted, version):
-        make_way(evicted, version)
-        for seq,*_ in evicted: saved[seq.id] = engine.live[seq.id].routes.copy()
-    engine._make_way = spy
+    make_way = engine.make_way
+    def spy(plan, version):
+        make_way(plan, version)
+        for seq,*_ in plan.evicted: saved[seq.id] = engine.ledger.live[seq.id].routes.copy()
+    engine.make_way = spy
     for r in reqs: engine.add(r)
     done = drain(engine)
     assert len(saved) > 5 and engine.cache.kv.dtype == torch.bfloat16
@@ -153,7 +153,7 @@ def test_a_preempted_request_keeps_the_routes_it_sampled_with(monkeypatch):
     for r,f in done:
         lp = full_forward(low, r.prompt + f.token_ids)[0][len(r.prompt)-1:].log_softmax(-1).gather(1, torch.tensor(f.token_ids)[:,None])[:,0].numpy()
         assert np.abs(lp-f.logprobs).mean() < .1
-    monkeypatch.setattr(Engine, '_replay', lambda self, plan: None)
+    monkeypatch.setattr(engine_module, 'replayed', lambda *a: None)
     assert not all((a == b).all() for a,b in preempted_in_bfloat16()[0])
 
 
@@ -317,7 +317,7 @@ def test_refusals():
                       ('top_p', dict(prompt=[1], max_tokens=4, top_p=0.)), ("no lane 'x'", dict(prompt=[1], max_tokens=4, lane='x'))):
         with pytest.raises(ValueError, match=match) as e: engine.add(Request(id='a', **kw))
         assert '\n' not in str(e.value)
-    assert not engine.has_work and not engine.live
+    assert not engine.has_work and not engine.ledger.live
     engine.add(Request(id='a', prompt=[1], max_tokens=4))
     with pytest.raises(ValueError, match='already'): engine.add(Request(id='a', prompt=[2], max_tokens=4))
     for kw in dict(kv_update='drop'), dict(eval_share=1.), dict(max_step_tokens=2):
@@ -410,11 +410,11 @@ def still_right(**kw): check_all(GROUPS, serve(GROUPS, **TIGHT | kw)[1], MODELS[
 
 def test_known_failure_01_a_dummy_route_for_the_last_token(monkeypatch):
     still_right()
-    real = Engine._finish
-    def finish(self, id, reason):
+    real = Engine.leave
+    def leave(self, id, reason):
         f = real(self, id, reason)
         return type(f)(**{n: getattr(f, n) for n in f.__struct_fields__} | dict(routes=np.concatenate([f.routes, f.routes[:1]*0])))
-    monkeypatch.setattr(Engine, '_finish', finish)
+    monkeypatch.setattr(Engine, 'leave', leave)
     with pytest.raises(AssertionError, match='none for the last token'): still_right()
 
 def test_known_failure_01_routes_of_a_second_turn_continue_the_first():
@@ -454,18 +454,17 @@ def test_known_failure_04_routes_of_cancelled_and_preempted_requests(monkeypatch
     for r,f in aborted_after_preemption():
         assert f.stop_reason == 'aborted'
         check(r, f, MODELS[0])
-    real = Engine._make_way
-    def lost(self, evicted, version):
-        real(self, evicted, version)
-        for seq,*_ in evicted: self.live[seq.id].routes[:] = 0
-    monkeypatch.setattr(Engine, '_make_way', lost)
+    real = Engine.make_way
+    def lost(self, plan, version):
+        real(self, plan, version)
+        for seq,*_ in plan.evicted: self.ledger.live[seq.id].routes[:] = 0
+    monkeypatch.setattr(Engine, 'make_way', lost)
     with pytest.raises(AssertionError, match='routes differ'):
         for r,f in aborted_after_preemption(): check(r, f, MODELS[0])
 
 def test_known_failure_04_routes_of_the_one_who_had_the_seat_before(monkeypatch):
-    def late(self, evicted, version):     # the table is read after the seat has been given away
-        for seq,row,table in evicted: self._keep(self.live[seq.id], row, self.scheduler.pool.num_blocks-1-table, len(seq.tokens), version)
-    monkeypatch.setattr(Engine, '_make_way', late)
+    real = Engine.made
+    monkeypatch.setattr(Engine, 'made', lambda self, row, table: real(self, row, self.scheduler.pool.num_blocks-1-table))
     with pytest.raises(AssertionError): still_right()
 
 def test_known_failure_05_prompt_rows_are_zero_after_a_prefix_hit(monkeypatch):
@@ -548,4 +547,4 @@ def test_known_failure_31_an_aborted_request_gives_a_record(when):
     else: check(r, f, MODELS[0])
     assert engine.abort('a') is None
     drain(engine)
-    assert engine.scheduler.pool.held == 0 and not engine.live
+    assert engine.scheduler.pool.held == 0 and not engine.ledger.live

@@ -97,7 +97,7 @@ class BlockPool:
     def held(self)->int: return self.num_blocks - len(self.free)
     def __repr__(self): return f'BlockPool({self.held} of {self.num_blocks} blocks held, {len(self.found)} names)'
 
-# %% ../../nbs/06_rollout/00_kvcache.ipynb #2828a9f8
+# %% ../../nbs/06_rollout/00_kvcache.ipynb #61590f9c
 class PagedCache:
     "KV of all layers, and the routes of the same tokens, by slot."
     def __init__(self,
@@ -123,10 +123,17 @@ class PagedCache:
     def copy(self,
         source:np.ndarray, target:np.ndarray, # [n] int64 slots; all sources are read before any target is written
     ):
-        "Copy tokens, keys, values and routes."
+        "Copy tokens: keys, values and routes."
         dev = self.kv.device
         self.kv[:,torch.from_numpy(target).to(dev)] = self.kv[:,torch.from_numpy(source).to(dev)]
         self.routes[target] = self.routes[source]
+
+    def copy_heads(self,
+        copies:list[tuple[int,int,int]], # source block, target block, number of tokens
+    ):
+        "Copy the first tokens of blocks into others."
+        spans = [np.arange(n) for *_,n in copies]
+        self.copy(*(np.concatenate([c[i]*self.block_size + s for c,s in zip(copies, spans)]) for i in (0, 1)))
 
     def put_routes(self,
         slots:np.ndarray, # [N] int64
@@ -213,7 +220,7 @@ def size_class(
     "Requests of one class share a rectangle."
     return np.ceil(np.log2(counts)/2).astype(np.int64)
 
-# %% ../../nbs/06_rollout/00_kvcache.ipynb #ae79bb43
+# %% ../../nbs/06_rollout/00_kvcache.ipynb #dd1c30cc
 class StepLayout:
     "Positions, slots and row groups of one forward pass. Requests must come in the order of their `size_class`."
     def __init__(self,
@@ -224,11 +231,10 @@ class StepLayout:
     ):
         device, kind = cache.kv.device, size_class(counts)
         if (np.diff(kind) < 0).any(): raise ValueError('requests of a step must be ordered by size_class of their new tokens')
-        row = np.repeat(np.arange(len(counts)), counts)
-        position = np.arange(len(row)) + (starts-(counts.cumsum()-counts))[row]
-        self.slots = tables[row,position//cache.block_size]*cache.block_size + position%cache.block_size # [N] int64 numpy
-        self.positions_host, self.positions = position, torch.from_numpy(position).to(device)            # [N] int64
-        self.slot_ids = torch.from_numpy(self.slots).to(device)
+        self.row = row = np.repeat(np.arange(len(counts)), counts)                                       # [N] request of each token
+        self.host_positions = position = np.arange(len(row)) + (starts-(counts.cumsum()-counts))[row]   # [N] int64
+        self.slots = tables[row,position//cache.block_size]*cache.block_size + position%cache.block_size # [N] int64
+        self.positions, self.slot_ids = (torch.from_numpy(x).to(device) for x in (position, self.slots))
         edges = [0, *(np.flatnonzero(np.diff(kind))+1), len(kind)]
         first = np.append(0, counts.cumsum())
         self.groups = [RowGroup(int(first[a]), tables[a:b], starts[a:b], counts[a:b], cache.block_size, device, cache.kv.dtype)

@@ -30,7 +30,7 @@ class Sequence:
     leads: bool = False     # others wait for this one to finish the same prompt
     pure: bool = True       # all of its KV was made by the current version
 
-# %% ../../nbs/06_rollout/01_scheduler.ipynb #045088d1
+# %% ../../nbs/06_rollout/01_scheduler.ipynb #d4306a07
 @dataclass(eq=False, slots=True)
 class Plan:
     "One step. Arrays have one entry per scheduled row, ordered by `size_class(counts)`."
@@ -39,7 +39,7 @@ class Plan:
     counts: np.ndarray = None   # [R] int64 tokens to compute
     samples: np.ndarray = None  # [R] bool: this row gets a new token
     evicted: list = field(default_factory=list)  # (sequence, row, its block table): preempted
-    admitted: list = field(default_factory=list) # (sequence, row)
+    admitted: list = field(default_factory=list) # sequences
     copies: list = field(default_factory=list)   # (source block, target block, tokens)
 
 # %% ../../nbs/06_rollout/01_scheduler.ipynb #b037bcd8
@@ -147,7 +147,7 @@ def find_prefix(
         shared.append(block)
     return shared, s.pool.found.get(seq.rest)
 
-# %% ../../nbs/06_rollout/01_scheduler.ipynb #8301aa0c
+# %% ../../nbs/06_rollout/01_scheduler.ipynb #4da9149d
 def place(
     s:Seats,
     seq:Sequence,
@@ -168,7 +168,7 @@ def place(
     held = shared + [rest]*adopt + [s.pool.take() for _ in range(need)]
     if rest is not None and not adopt: plan.copies.append((rest, held[-1], (n-1)%bs))
     s.seat(seq, held, len(shared), len(shared)*bs if rest is None else n-1)
-    plan.admitted.append((seq, seq.row))
+    plan.admitted.append(seq)
     return True
 
 # %% ../../nbs/06_rollout/01_scheduler.ipynb #3b6d8513
