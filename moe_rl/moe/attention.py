@@ -19,7 +19,7 @@ def _inverse_rms(x:Tensor, eps:float)->Tensor: # [...,D] -> [...,1]
     "`1/r`, in one pass over `x`."
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
-# %% ../../nbs/01_moe/03_attention.ipynb #12a77dc7
+# %% ../../nbs/01_moe/03_attention.ipynb #04ef01b1
 class _RMSNormCPU(torch.autograd.Function):
     "RMSNorm whose gradient comes from the fused kernel of LayerNorm: a quarter of the time of the formula under autograd."
     @staticmethod
@@ -34,7 +34,7 @@ class _RMSNormCPU(torch.autograd.Function):
         gx, gw, _ = torch.ops.aten.native_layer_norm_backward(g, x, w.shape, torch.zeros_like(inv), inv, w, None, [True, True, False])
         return gx.add_((g @ w).unsqueeze_(-1).mul_(inv).div_(len(w))), gw, None
 
-# %% ../../nbs/01_moe/03_attention.ipynb #90d336ac
+# %% ../../nbs/01_moe/03_attention.ipynb #934a4be9
 class RMSNorm(nn.Module):
     "`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in float32, returned in the dtype of `x`."
     def __init__(self,
@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
         else: y = (x32*_inverse_rms(x32, self.eps)).mul_(w)
         return y.to(x.dtype)
 
-# %% ../../nbs/01_moe/03_attention.ipynb #65da61d4
+# %% ../../nbs/01_moe/03_attention.ipynb #29f03412
 def rope(
     positions:Tensor, # [N] integer position of each token in its document
     head_dim:int,     # hd, even
@@ -64,7 +64,7 @@ def rope(
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), -1)[:,None].to(dtype), torch.cat((-sin, sin), -1)[:,None].to(dtype)
 
-# %% ../../nbs/01_moe/03_attention.ipynb #cd86ee6b
+# %% ../../nbs/01_moe/03_attention.ipynb #82953ab3
 def apply_rope(
     x:Tensor, # [N,H,hd] queries or keys
     cos:Tensor, sin:Tensor, # [N,1,hd] from `rope`
@@ -72,7 +72,7 @@ def apply_rope(
     "Rotate dimension pairs (i, i+hd/2) of every head by the angle of the token's position (the rotate-half convention of Hugging Face checkpoints)."
     return torch.addcmul(x*cos, x.roll(x.shape[-1]//2, -1), sin)
 
-# %% ../../nbs/01_moe/03_attention.ipynb #cb414d2a
+# %% ../../nbs/01_moe/03_attention.ipynb #707f9280
 def packed_positions(
     cu_seqlens:Tensor, # [S+1] cumulative lengths, first 0, last N
 )->Tensor: # [N] int64
@@ -80,7 +80,7 @@ def packed_positions(
     starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff())
     return torch.arange(len(starts), device=starts.device) - starts
 
-# %% ../../nbs/01_moe/03_attention.ipynb #4d54e1b9
+# %% ../../nbs/01_moe/03_attention.ipynb #7c844407
 def document_mask(
     cu_seqlens:Tensor,     # [S+1] cumulative lengths
     window:int|None=None,  # W keys that a query sees, itself included; None: all before it
@@ -92,7 +92,7 @@ def document_mask(
     mask = (doc[:,None] == doc) & (i <= i[:,None])
     return mask if window is None else mask & (i > i[:,None]-window)
 
-# %% ../../nbs/01_moe/03_attention.ipynb #6400e50e
+# %% ../../nbs/01_moe/03_attention.ipynb #eacb20ad
 def masked_attend(
     q:Tensor,    # [N,H,hd]
     k:Tensor,    # [M,KV,hd]; query head h reads key head h // (H/KV)
@@ -105,7 +105,7 @@ def masked_attend(
     scores = torch.einsum("nhd,mhd->hnm", q, k)*q.shape[-1]**-0.5
     return torch.einsum("hnm,mhd->nhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v)
 
-# %% ../../nbs/01_moe/03_attention.ipynb #3fa49a2f
+# %% ../../nbs/01_moe/03_attention.ipynb #0a102ab5
 def _buckets(
     lengths:Tensor, # [S] int64 on the host, none of them 0
 )->tuple[Tensor,list[tuple[int,int]]]: # [N] row of each token in the padded layout; (documents, padded length) of each rectangle
@@ -121,11 +121,11 @@ def _buckets(
     within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0)-lengths).repeat_interleave(lengths)
     return first.repeat_interleave(lengths) + within, shapes
 
-# %% ../../nbs/01_moe/03_attention.ipynb #065a6cf5
+# %% ../../nbs/01_moe/03_attention.ipynb #3bbb2ca6
 AttendFn = Callable[[int, Tensor, Tensor, Tensor, int|None], Tensor]
-"`(layer, q [N,H,hd], k [N,KV,hd], v [N,KV,hd], window|None) -> o [N,H,hd]`: who sees whom, and where keys are kept, is the caller's business."
+"`(layer, q [N,H,hd], k [N,KV,hd], v [N,KV,hd], window|None) -> o [N,H,hd]`: who sees whom, and where keys are kept, is the caller's business.";
 
-# %% ../../nbs/01_moe/03_attention.ipynb #b3ef41ce
+# %% ../../nbs/01_moe/03_attention.ipynb #80678086
 class PackedAttend:
     "Attention inside each document of a packed row; made once per forward and shared by all layers. An `AttendFn`."
     def __init__(self,
@@ -175,7 +175,7 @@ class PackedAttend:
         if (L, window) not in self.masks: self.masks[L, window] = torch.ones(L, L, dtype=torch.bool, device=device).tril().triu(1-window)
         return self.masks[L, window]
 
-# %% ../../nbs/01_moe/03_attention.ipynb #4fce7530
+# %% ../../nbs/01_moe/03_attention.ipynb #0534af95
 def packed_attend(
     cu_seqlens:Tensor, # [S+1] integer cumulative lengths of the packed documents, on the device of the model
 )->PackedAttend: # an `AttendFn` for one forward pass over these documents
@@ -185,7 +185,7 @@ def packed_attend(
     Raises `ValueError` for cumulative lengths that fall, do not start with 0, hold no token, or do not fit the queries."""
     return PackedAttend(cu_seqlens)
 
-# %% ../../nbs/01_moe/03_attention.ipynb #47e64d07
+# %% ../../nbs/01_moe/03_attention.ipynb #fbc4a24b
 def is_local(
     layer:int, # absolute index of the layer, from 0
     every:int, # `global_attn_every_n_layers`
@@ -193,7 +193,7 @@ def is_local(
     "Does this layer see only a window, and use RoPE? Every `every`-th layer, counted from 1, is global and has no positions."
     return (layer+1) % every != 0
 
-# %% ../../nbs/01_moe/03_attention.ipynb #4dc0a9db
+# %% ../../nbs/01_moe/03_attention.ipynb #2e9ad47d
 class Attention(nn.Module):
     "Grouped-query attention with QK-norm, RoPE on local layers only, and an elementwise sigmoid gate on its output."
     def __init__(self,

@@ -19,7 +19,7 @@ from .attention import Attention, AttendFn, RMSNorm, is_local, rope
 from .experts import ExpertsFn, SwiGLU, auto_experts
 from .routing import Routing, count_tokens, route, unroute
 
-# %% ../../nbs/01_moe/04_model.ipynb #184b9c54
+# %% ../../nbs/01_moe/04_model.ipynb #6283e33b
 @dataclass(frozen=True)
 class ModelConfig:
     "The numbers that define a model, named as in the Hugging Face `config.json` of AFMoE. Raises `ValueError` for an impossible combination."
@@ -47,22 +47,7 @@ class ModelConfig:
     max_position_embeddings:int=131072 # longest document the model was made for
     mup_enabled:bool=True       # embeddings times sqrt(D)
 
-    def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "num_shared_experts", "n_group", "topk_group",
-                     "global_attn_every_n_layers", "sliding_window", "max_position_embeddings"):
-            if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.num_dense_layers <= self.num_hidden_layers:
-            raise ValueError(f"num_dense_layers={self.num_dense_layers} must be between 0 and num_hidden_layers={self.num_hidden_layers}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={self.num_attention_heads}")
-        if self.head_dim % 2: raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
-        if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}")
-        if self.score_func not in ("sigmoid", "softmax"): raise ValueError(f"score_func={self.score_func!r} must be 'sigmoid' or 'softmax'")
-        if self.num_experts % self.n_group or self.topk_group > self.n_group or self.topk_group*(self.num_experts//self.n_group) < self.num_experts_per_tok:
-            raise ValueError(f"n_group={self.n_group}, topk_group={self.topk_group} do not fit {self.num_experts} experts and "
-                             f"{self.num_experts_per_tok} per token: n_group must divide the experts and the open groups must hold enough of them")
+    def __post_init__(self): _validate(self)
 
     @property
     def moe_layers(self)->list[int]: # absolute indices of the layers with experts
@@ -73,7 +58,28 @@ class ModelConfig:
 
     def is_local(self, layer:int)->bool: return is_local(layer, self.global_attn_every_n_layers)
 
-# %% ../../nbs/01_moe/04_model.ipynb #60e12dcd
+# %% ../../nbs/01_moe/04_model.ipynb #782bfaa7
+def _validate(cfg:ModelConfig)->None:
+    "Raise `ValueError` for the first number that cannot work, with its name and value."
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "head_dim", "num_experts", "num_experts_per_tok", "num_shared_experts", "n_group", "topk_group",
+                 "global_attn_every_n_layers", "sliding_window", "max_position_embeddings"):
+        if getattr(cfg, name) < 1: raise ValueError(f"{name}={getattr(cfg, name)} must be at least 1")
+    for name in ("route_scale", "rope_theta", "rms_norm_eps"):
+        if not getattr(cfg, name) > 0: raise ValueError(f"{name}={getattr(cfg, name)} must be positive")
+    if not 0 <= cfg.num_dense_layers < cfg.num_hidden_layers:
+        raise ValueError(f"num_dense_layers={cfg.num_dense_layers} must be 0 to {cfg.num_hidden_layers-1}: one of num_hidden_layers={cfg.num_hidden_layers} at least has experts")
+    if cfg.num_attention_heads % cfg.num_key_value_heads:
+        raise ValueError(f"num_key_value_heads={cfg.num_key_value_heads} must divide num_attention_heads={cfg.num_attention_heads}")
+    if cfg.head_dim % 2: raise ValueError(f"head_dim={cfg.head_dim} must be even: RoPE rotates pairs")
+    if cfg.num_experts_per_tok > cfg.num_experts:
+        raise ValueError(f"num_experts_per_tok={cfg.num_experts_per_tok} is more than num_experts={cfg.num_experts}")
+    if cfg.score_func not in ("sigmoid", "softmax"): raise ValueError(f"score_func={cfg.score_func!r} must be 'sigmoid' or 'softmax'")
+    if cfg.num_experts % cfg.n_group or cfg.topk_group > cfg.n_group or cfg.topk_group*(cfg.num_experts//cfg.n_group) < cfg.num_experts_per_tok:
+        raise ValueError(f"n_group={cfg.n_group}, topk_group={cfg.topk_group} do not fit {cfg.num_experts} experts and "
+                         f"{cfg.num_experts_per_tok} per token: n_group must divide the experts and the open groups must hold enough of them")
+
+# %% ../../nbs/01_moe/04_model.ipynb #9dae7da7
 class Router(nn.Module):
     "One row per expert; logits in float32."
     def __init__(self, dim:int, num_experts:int):
@@ -83,7 +89,7 @@ class Router(nn.Module):
     def forward(self, x:Tensor)->Tensor: # [N,D] -> [N,E] float32
         return F.linear(x.float(), self.weight.float())
 
-# %% ../../nbs/01_moe/04_model.ipynb #0125e755
+# %% ../../nbs/01_moe/04_model.ipynb #8d49dda9
 class Experts(nn.Module):
     "The weights of all experts of a layer, stacked, and the function that computes with them."
     def __init__(self, dim:int, hidden:int, num_experts:int, compute:ExpertsFn):
@@ -95,7 +101,7 @@ class Experts(nn.Module):
     def forward(self, x:Tensor, idx:Tensor, weights:Tensor)->Tensor: # [N,D], [N,k], [N,k] -> [N,D]
         return self.compute(x, idx, weights, self.gate_up_proj, self.down_proj)
 
-# %% ../../nbs/01_moe/04_model.ipynb #36afa168
+# %% ../../nbs/01_moe/04_model.ipynb #a3d3773d
 class MoE(nn.Module):
     "Shared expert plus `k` routed ones. The bias and its momentum are buffers: saved with the model, moved by a balancing rule, never by a gradient."
     def __init__(self, cfg:ModelConfig, experts:ExpertsFn):
@@ -117,7 +123,7 @@ class MoE(nn.Module):
         if token_mask is not None: routing = unroute(routing, token_mask)
         return self.shared_experts(x) + self.experts(x, routing.idx, routing.weights), routing
 
-# %% ../../nbs/01_moe/04_model.ipynb #f26432c4
+# %% ../../nbs/01_moe/04_model.ipynb #ce7b6658
 class Layer(nn.Module):
     "`x + norm(attention(norm(x)))`, then `x + norm(ffn(norm(x)))`."
     def __init__(self, cfg:ModelConfig, layer:int, experts:ExpertsFn):
@@ -135,7 +141,7 @@ class Layer(nn.Module):
         h, routing = self.mlp(h, replay, token_mask) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
         return x + self.post_mlp_layernorm(h), routing
 
-# %% ../../nbs/01_moe/04_model.ipynb #55b0733e
+# %% ../../nbs/01_moe/04_model.ipynb #a002018b
 class ModelOutput(NamedTuple):
     "Hidden states and, for every MoE layer in order, the routing."
     hidden: Tensor           # [N,D] after the final norm
@@ -150,7 +156,7 @@ class ModelOutput(NamedTuple):
         "Tokens per expert of every MoE layer; fillers are not counted."
         return torch.stack([count_tokens(r.idx, r.scores.shape[-1]) for r in self.routings])
 
-# %% ../../nbs/01_moe/04_model.ipynb #4e0e5e4b
+# %% ../../nbs/01_moe/04_model.ipynb #5ae2077c
 class Afmoe(nn.Module):
     "AFMoE over a flat row of tokens. Parameter names are the Hugging Face ones without `model.`, experts stacked."
     def __init__(self,
@@ -188,12 +194,12 @@ class Afmoe(nn.Module):
         "The head, in float32 whatever the model computes in."
         return F.linear(hidden.float(), self.lm_head.weight.float())
 
-# %% ../../nbs/01_moe/04_model.ipynb #4728b800
+# %% ../../nbs/01_moe/04_model.ipynb #6e2c6ef0
 def moe_modules(model:Afmoe)->list[MoE]: # L_moe of them
     "The MoE layers of a model, in the order of the routes' second axis."
     return [l.mlp for l in model.layers if isinstance(l.mlp, MoE)]
 
-# %% ../../nbs/01_moe/04_model.ipynb #e2b29689
+# %% ../../nbs/01_moe/04_model.ipynb #d7e64ce8
 @torch.no_grad()
 def init_weights(
     model:Afmoe,
@@ -209,14 +215,14 @@ def init_weights(
     for b in model.buffers(): b.zero_()
     return model
 
-# %% ../../nbs/01_moe/04_model.ipynb #657e1d4b
+# %% ../../nbs/01_moe/04_model.ipynb #c51d911c
 def stays_float32(
     name:str, # of a tensor in the model's `state_dict`
 )->bool:
     "Norms, routers, balancing state and the head are float32 in every model: they are small or decide, and rounding them shows."
     return "norm" in name or ".router." in name or "bias" in name or name.startswith("lm_head.")
 
-# %% ../../nbs/01_moe/04_model.ipynb #dc5dcb99
+# %% ../../nbs/01_moe/04_model.ipynb #b9d57a2e
 def lower_precision(
     model:Afmoe,
     dtype:torch.dtype, # torch.bfloat16 or torch.float16
