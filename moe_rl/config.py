@@ -62,14 +62,15 @@ class EnvSection(Section):
     weight: float = Field(1.0, gt=0)
     params: dict[str, Any] = {}
 
-# %% ../nbs/00_start/01_config.ipynb #4eda93ce
+# %% ../nbs/00_start/01_config.ipynb #8a466d91
 class WarmStartSection(Section):
     "Supervised warm start on solved examples of the environment."
     seconds: float = Field(85.0, ge=0, description='time limit; 0: no warm start')
     steps: int = Field(0, ge=0, description='when > 0: exactly so many steps, no clock and no probe (deterministic)')
     stop_at: float = Field(0.2, ge=0, le=1, description='stop when a probe of fresh problems is solved to this share')
     probe_every: int = Field(25, gt=0, description='steps between probes')
-    tokens_per_step: int = Field(6144, gt=0)
+    tokens_per_step: int = Field(4096, gt=0)
+    threads: int = Field(0, ge=0, description='CPU threads of the warm start, when the engines have nothing to do; 0: all cores')
     muon_lr: float = Field(0.02, ge=0)
     adamw_lr: float = Field(0.004, ge=0)
 
@@ -91,7 +92,7 @@ class BalanceSection(Section):
     z_coef: float = Field(0.0, ge=0, description='router z-loss')
     head_z_coef: float = Field(1e-6, ge=0, description='LM-head z-loss')
 
-# %% ../nbs/00_start/01_config.ipynb #21ad2c48
+# %% ../nbs/00_start/01_config.ipynb #85268c01
 class EngineSection(Section):
     "The rollout engines and how they sample."
     replicas: int = Field(1, gt=0)
@@ -110,6 +111,7 @@ class RLSection(Section):
     steps: int = Field(200, ge=0)
     seconds: float = Field(0.0, ge=0, description='when > 0: stop after so many seconds of RL')
     stop_at: float = Field(0.0, ge=0, le=1, description='when > 0: stop once the held-out evaluation reaches this')
+    stop_solved: float = Field(0.0, ge=0, le=1, description='when > 0: stop once the answers played in the last 5 steps are exact to this share')
     groups_per_step: int = Field(32, gt=0)
     group_size: int = Field(8, gt=1)
     max_staleness: int = Field(2, ge=0)

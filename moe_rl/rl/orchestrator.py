@@ -35,22 +35,28 @@ class Worker:
         quiet = time.monotonic() - self.heard
         return f'{self.name} has been silent for {quiet:.0f} s while {self.doing}' if quiet > silence else ''
 
-# %% ../../nbs/07_rl/08_orchestrator.ipynb #80314552
+# %% ../../nbs/07_rl/08_orchestrator.ipynb #5851aa04
 class EnginePool:
     "Requests to engines and back; `generate` is what a rollout awaits."
     def __init__(self, server:Server, deterministic:bool=False):
         self.server, self.deterministic = server, deterministic
         self.engines, self.version, self.stats = {}, {}, {}        # name -> Worker, version, counters
         self.waiting, self.out, self.held = {}, {}, {}             # id -> future, id -> (engine, request), id -> request
-        self.playing = self.requeued = 0
+        self.playing, self.requeued, self.posting = 0, 0, None
         self.latest, self.updated = None, asyncio.Condition()      # newest (version, folder); told when an engine has taken one
 
     async def generate(self, request:Request) -> Finished:
         "Send a request to an engine and await its end; it is sent again when its engine dies."
         future = self.waiting[request.id] = asyncio.get_running_loop().create_future()
         self.held[request.id] = request
-        if not self.deterministic or len(self.held) == self.playing: await self.flush()
+        if self.deterministic:
+            if len(self.held) == self.playing: await self.flush()
+        elif len(self.held) == 1: asyncio.get_running_loop().call_soon(self.post)  # one letter for all that ask in this turn of the loop
         return await future
+
+    def post(self):
+        "Flush soon, as a task of its own."
+        self.posting = asyncio.ensure_future(self.flush())
 
     async def flush(self):
         "Send what is held, each request to the engine with the fewest tokens out."
@@ -64,7 +70,9 @@ class EnginePool:
             load[engine] += len(request.prompt) + request.max_tokens
             self.out[id] = engine, request
             mail[engine].append(request)
-        for engine, requests in mail.items(): await self.server.send(engine, Generate(requests))
+        for engine, requests in mail.items():
+            try: await self.server.send(engine, Generate(requests))
+            except ConnectionError: pass # it has died: `watch` will find it, and `lost` sends these requests again
 
     async def finished(self, engine:str, message:Generated):
         "Hand results to those who wait for them; an answer nobody waits for any more is ignored."
@@ -111,7 +119,7 @@ class State(msgspec.Struct):
     counts: dict[str, float] = {}
     rounds: int = 0                     # evaluations so far
 
-# %% ../../nbs/07_rl/08_orchestrator.ipynb #0e35c89e
+# %% ../../nbs/07_rl/08_orchestrator.ipynb #f9ed18da
 def seed_of(*parts:int) -> int: # 63 bits
     "Seed of one request: a hash of what it is, so that a rollout that is played again draws the same noise."
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -119,7 +127,7 @@ def seed_of(*parts:int) -> int: # 63 bits
 def interval(share:float, n:int, z:float=1.96) -> tuple[float, float]:
     "Wilson interval of a share of `n`, 95 % by default."
     middle, half = (share + z*z/(2*n)) / (1 + z*z/n), z * math.sqrt(share*(1-share)/n + z*z/(4*n*n)) / (1 + z*z/n)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return float(max(0.0, middle - half)), float(min(1.0, middle + half))
 
 def pass_at_k(solved:np.ndarray) -> dict[str, float]: # solved [n,k]
     "Chance that at least one of 1, 2, 4, ... k answers is right, estimated from k answers per problem."
@@ -133,7 +141,7 @@ def summary(rollouts:list[Rollout]) -> dict[str, float]:
     return dict(reward=float(np.mean([r.reward for r in rollouts])), exact=float(np.mean(exact)) if exact else float('nan'), rollouts=len(rollouts),
                 answer_tokens=float(np.mean([r.sampled for r in rollouts])), cut=float(np.mean([r.stop_reason == 'length' for r in rollouts])))
 
-# %% ../../nbs/07_rl/08_orchestrator.ipynb #70cd62a4
+# %% ../../nbs/07_rl/08_orchestrator.ipynb #47ece5ec
 class Orchestrator:
     "The asynchronous loop of one run."
     def __init__(self, s:Settings, guard:Guard, tokenizer, server:Server, pool:EnginePool, trainer:Worker, log, folder:Path, show=lambda row: None):
@@ -142,7 +150,7 @@ class Orchestrator:
         self.state, self.started, self.advantage = State(), 0, resolve(s.rl.advantage)
         self.buffer = Buffer(max_staleness=s.rl.max_staleness, group_size=s.rl.group_size, zero_variance=s.rl.zero_variance, overlong=s.rl.overlong)
         self.changed, self.trained, self.began = asyncio.Event(), None, time.monotonic()
-        self.tasks, self.error, self.last, self.looking = set(), None, {}, None
+        self.solved, self.recent, self.tasks, self.error, self.last, self.looking, self.past = [], [], set(), None, {}, None, None
 
     # ---- rollouts
     def room(self) -> int: # groups that may be issued now
@@ -161,7 +169,7 @@ class Orchestrator:
         "Start playing rollouts of a group."
         self.state.live[group] = list(indices)
         self.pool.playing += len(indices)
-        for i in indices: self.spawn(self.roll(group, i))
+        self.spawn(self.play_group(group, list(indices)))
 
     def spawn(self, work):
         "Run a coroutine beside the loop; its error ends the run instead of being lost."
@@ -174,9 +182,19 @@ class Orchestrator:
         self.tasks.discard(task)
         if not task.cancelled() and task.exception(): self.error = self.error or task.exception(); self.changed.set()
 
-    async def roll(self, group:int, index:int):
+    async def play_group(self, group:int, indices:list[int]):
+        "Draw the problem once, then play its rollouts side by side."
+        try: task = await self.guard.sample(group)
+        except RolloutLost as e: task = e
+        for i in indices: self.spawn(self.roll(group, i, task))
+
+    async def roll(self, group:int, index:int, task):
         "Play one rollout and hand it to the buffer, or count why there is none."
-        try: self.buffer.add(await self.play(0, group, index, self.guard.env.sample(group), self.s.engine.temperature))
+        try:
+            if isinstance(task, RolloutLost): raise task
+            rollout = await self.play(0, group, index, task, self.s.engine.temperature)
+            self.solved.append(rollout.metrics.get('exact', rollout.reward))
+            self.buffer.add(rollout)
         except RolloutLost as e:
             self.buffer.lose(group, index, e.reason)
             self.log.event(str(e))
@@ -225,6 +243,7 @@ class Orchestrator:
         sent = time.monotonic()
         await self.server.send(self.trainer.name, Train(step, micro_batches(rollouts, list(advantages), self.s.rl.tokens_per_batch)[0], str(target)))
         metrics = (await self.trained) | summary(rollouts) | dict(step_seconds=time.monotonic() - sent)
+        if self.s.schedule.deterministic: await self.quiet()    # the line of a step, and its checkpoint, are written when nothing is in the air
         self.state.step = step
         self.record(step, rollouts, metrics)
         if save: self.commit()
@@ -235,13 +254,21 @@ class Orchestrator:
         dropped = self.buffer.pop_dropped()
         self.log.ledger(step, [r.id for r in rollouts], dropped)
         for reason, ids in dropped.items(): self.state.counts['dropped_' + reason] = self.state.counts.get('dropped_' + reason, 0) + len(ids)
-        stats = {k: sum(s.get(k, 0) for s in self.pool.stats.values()) for k in ('preemptions', 'prefix_hits', 'tokens')}
-        now = self.seconds()
-        row = metrics | self.state.counts | dict(engine_tokens=stats['tokens'], preemptions=stats['preemptions'], seconds=now)
-        row |= dict(requeued=self.pool.requeued, buffered=len(self.buffer.complete), running=len(self.state.live))
+        solved, self.solved = self.solved, []   # of everything that was played, filtered groups too
+        self.recent = [*self.recent[-4:], float(np.mean(solved)) if solved else 0.0]
+        row = metrics | dict(solved=self.recent[-1], played=len(solved)) | self.state.counts | self.pace(metrics) | dict(requeued=self.pool.requeued, buffered=len(self.buffer.complete), running=len(self.state.live), seconds=self.seconds())
         self.log.metrics(step, row)
         self.log.sample(dict(step=step, id=rollouts[0].id, reward=rollouts[0].reward, text=self.tokenizer.decode([int(t) for t in rollouts[0].token_ids])))
         self.show(dict(step=step) | row)
+
+    def pace(self, metrics:dict) -> dict[str, float]:
+        "Speed since the last step, and the share of the time that each side waited for the other."
+        total = lambda key: sum(s.get(key, 0) for s in self.pool.stats.values())
+        now = dict(time=time.monotonic(), tokens=total('tokens'), idle=total('idle_seconds'), engine=total('seconds'), preemptions=total('preemptions'), prefix_hits=total('prefix_hits'))
+        past, self.past = self.past or dict.fromkeys(now, 0) | dict(time=now['time'] - metrics['step_seconds']), now
+        d = {k: max(0.0, now[k] - past[k]) for k in now}                # an engine that was replaced starts from 0 again
+        return dict(tokens_per_s=metrics['tokens']/d['time'], engine_tokens_per_s=d['tokens']/d['time'], engine_waits=d['idle']/max(d['engine'], 1e-9),
+                    trainer_waits=max(0.0, 1 - metrics['step_seconds']/d['time']), sampled_tokens=d['tokens'], preemptions=d['preemptions'], prefix_hits=d['prefix_hits'])
 
     def seconds(self) -> float: return self.state.seconds + time.monotonic() - self.began
 
@@ -263,18 +290,16 @@ class Orchestrator:
 
     async def run(self) -> dict:
         "All steps, with an evaluation before and after; returns the last evaluation."
-        if self.state.step == 0: await self.evaluate()
         while not self.over():
+            if self.state.step == 0: await self.evaluate()
+            elif self.s.eval.every and self.state.step % self.s.eval.every == 0: await self.look()
             self.feed()
             groups = await self.batch()
             self.started += 1
-            training = self.spawn(self.train(groups))
-            if self.s.schedule.deterministic: await self.quiet()
-            await self.until(training)
+            await self.until(self.spawn(self.train(groups)))
             update = self.spawn(self.pool.update(self.state.step, str(self.folder/'weights')))
             if self.s.schedule.deterministic: await self.until(update)
             else: update.add_done_callback(lambda _: self.changed.set())
-            if self.s.eval.every and self.state.step % self.s.eval.every == 0 and self.state.step < self.s.rl.steps: await self.look()
         await self.until(self.spawn(self.pool.update(self.state.step, str(self.folder/'weights'))))
         return await self.evaluate()
 
@@ -291,6 +316,7 @@ class Orchestrator:
     def over(self) -> bool:
         "Whether the steps, the clock or the goal say enough."
         goal = self.s.rl.stop_at and self.last.get('exact', 0) >= self.s.rl.stop_at
+        goal = goal or self.s.rl.stop_solved and len(self.recent) == 5 and np.mean(self.recent) >= self.s.rl.stop_solved
         return bool(self.state.step >= self.s.rl.steps or (self.s.rl.seconds and self.seconds() >= self.s.rl.seconds) or goal)
 
     # ---- evaluation

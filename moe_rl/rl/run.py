@@ -46,7 +46,7 @@ async def stop(server:Server, workers:list[Worker], export:str='', patience:floa
         if w.process.poll() is None: w.process.kill()
         w.process.wait()
 
-# %% ../../nbs/07_rl/09_run.ipynb #19ed862b
+# %% ../../nbs/07_rl/09_run.ipynb #1667b39e
 async def run_async(s:Settings, resume:bool=False, show=lambda row: None) -> dict:
     "Run (or resume) the run of `s.dir`; returns the last evaluation with the run's seconds."
     began, folder = time.monotonic(), Path(s.dir)
@@ -69,8 +69,7 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None) -> dic
         pool.engines = {e.name: e for e in (start_engine(0, i) for i in range(s.engine.replicas))}
         loop = Orchestrator(s, Guard(env, s.schedule.env_timeout, s.rl.reward), tokenizer, server, pool, trainer, log, folder, show)
         loop.trained = asyncio.get_running_loop().create_future()
-        loop.spawn(receive(loop))
-        loop.spawn(watch(loop, start_engine))
+        services = loop.spawn(receive(loop)), loop.spawn(watch(loop, start_engine))
         for e in pool.engines.values(): loop.spawn(pool.introduce(e))
         show(dict(phase='warm start') if not checkpoint else dict(phase='resuming'))
         log_warm = await loop.until(loop.trained)
@@ -79,6 +78,7 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None) -> dic
         await loop.until(loop.spawn(pool.update(loop.state.step, str(folder/'weights'))))
         if not checkpoint: loop.commit()
         last = await loop.run()
+        for task in services: task.cancel()
         await stop(server, workers, str(folder/'model'))
         return last | dict(total_seconds=time.monotonic() - began, warm_start=log_warm)
     finally:

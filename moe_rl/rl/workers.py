@@ -47,7 +47,7 @@ def answers(model:Afmoe, tokenizer:Tokenizer, prompts:list[str], max_tokens:int,
         for f in engine.step(): out[int(f.id)] = tokenizer.decode([t for t in f.token_ids if t != tokenizer.eos_id])
     return [out[n] for n in range(len(prompts))]
 
-# %% ../../nbs/07_rl/07_workers.ipynb #e5cc0698
+# %% ../../nbs/07_rl/07_workers.ipynb #bbe6c17b
 def warm_start(model:Afmoe, tokenizer:Tokenizer, env:Environment, s:Settings, alive=lambda doing: None) -> dict[str, float]:
     "Supervised steps on `env.train_examples` until the clock, the step count or the probe says enough."
     if not (s.warm_start.seconds or s.warm_start.steps): return dict(sft_steps=0, sft_seconds=0.0)
@@ -67,7 +67,7 @@ def warm_start(model:Afmoe, tokenizer:Tokenizer, env:Environment, s:Settings, al
         best = sum(g.strip() == a.strip() for g, (_, a) in zip(got, probes)) / len(probes)
         return best >= w.stop_at
     threads = torch.get_num_threads()
-    if not s.schedule.deterministic: torch.set_num_threads(max(threads, os.cpu_count() or 1))
+    if not s.schedule.deterministic: torch.set_num_threads(s.warm_start.threads or max(threads, len(os.sched_getaffinity(0))))
     try:
         report = run_sft(model, build_optimizer(model, muon_lr=w.muon_lr, adamw_lr=w.adamw_lr), examples, batch=batch, budget=w.tokens_per_step, steps=w.steps,
                          seconds=0 if w.steps else max(1.0, w.seconds - (time.monotonic() - started)), stop_when=None if w.steps else solved, probe_every=w.probe_every,

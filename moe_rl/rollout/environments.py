@@ -302,7 +302,7 @@ class Calls:
         self.jobs.put((make, timeout, future))
         return await asyncio.wait_for(asyncio.wrap_future(future), timeout)
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #9db6d7e3
+# %% ../../nbs/06_rollout/03_environments.ipynb #cf7f4e2a
 async def _settle(value): return await value if inspect.isawaitable(value) else value
 
 def usable_reward(value)->float:
@@ -342,7 +342,8 @@ class Guard:
         return None if self.env.single_turn(task) else await self._call('reply', task.env, self.env.reply, task, turns)
     async def score(self, task:Task, turns:list[str])->float:
         "The reward, a finite float."
-        value = await self._call('score', task.env, exact_match if self.reward == 'exact' else self.env.score, task, turns)
+        if self.reward == 'exact': return exact_match(task, turns)      # our own and quick: no thread
+        value = await self._call('score', task.env, self.env.score, task, turns)
         try: return usable_reward(value)
         except (TypeError, ValueError) as e: raise self._lost('env_reward', f'{task.env}: score returned {value!r}: {e}') from None
 

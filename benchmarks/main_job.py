@@ -1,0 +1,36 @@
+"""The main job on two CPU cores: an AFMoE learns to spell words backward; a control that cannot learn; a second task by `--env` alone."""
+import argparse
+from _runs import Run, finish, folders
+from moe_rl.bench import repository
+
+
+def measure(args):
+    p = argparse.ArgumentParser(prog='moe-rl bench main_job')
+    p.add_argument('--second', default='letter_counting', help='a task that was not used while tuning')
+    p.add_argument('--only', choices=['main', 'control', 'second'], default='')
+    a = p.parse_args(args)
+    root = repository()
+    out, config, figures = folders(root, 'main_job'), str(root / 'configs' / 'main_job.toml'), {}
+
+    def job(name, *more): return finish(Run(out / name, '--config', config, '--dir', str(out / name), *more), 900)
+    if a.only in ('', 'main'):
+        main = job('main')
+        metrics = main.metrics
+        figures |= dict(reward_before=main.evals[0]['exact'], reward_after=main.evals[-1]['exact'], minutes=main.seconds / 60, peak_gib=main.peak / 2**30,
+                        stale_share=sum(m['stale_tokens'] for m in metrics) / sum(m['loss_tokens'] for m in metrics), steps=len(metrics),
+                        sft_seconds=main_warm_start(main))
+    if a.only in ('', 'control'):
+        steps = figures.get('steps', 400)
+        control = job('control', '--optim.muon_lr', '0', '--optim.adamw_lr', '0', '--rl.steps', str(steps), '--rl.stop_at', '0')
+        figures |= dict(control_before=control.evals[0]['exact'], control_after=control.evals[-1]['exact'])
+    if a.only in ('', 'second'):
+        second = job('second', '--env', a.second)
+        figures |= dict(reward_before_second=second.evals[0]['exact'], reward_after_second=second.evals[-1]['exact'], minutes_second=second.seconds / 60)
+    return dict(figures=figures, second_task=a.second)
+
+
+def main_warm_start(run) -> float:
+    "Seconds of supervised warm start, from the run's events."
+    import ast
+    line = next(l for l in (run.folder / 'events.log').read_text().splitlines() if 'warm start: ' in l)
+    return ast.literal_eval(line.split('warm start: ')[1])['sft_seconds']
