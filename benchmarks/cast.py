@@ -1,7 +1,7 @@
 """Every FP8 cast kernel against the bandwidth of a copy on the same chip, counting bytes read and written.
 
-Inputs are 512 MiB of bf16. A kernel's share is its bandwidth over the copy's; the figure is the smallest share. Before timing, every kernel's result is compared
-bit by bit with the reference, on heavy-tailed data with zeros, subnormals, outliers, infinities and NaN.
+Inputs are 512 MiB of bf16. A kernel's share is its bandwidth over the copy's; the figure is the smallest share. Every kernel's result is
+compared bit by bit with the reference, on heavy-tailed data with zeros, subnormals, outliers, infinities and NaN; `bits_differ` counts what is not equal.
 
     moe-rl bench cast
 """
@@ -29,25 +29,29 @@ def corners(M, K):
     return x.bfloat16()
 
 
-def same(name, got, want):
-    "Raise unless numbers and scales are the same bits; any NaN equals any NaN."
+def differ(got, want):
+    "Numbers and scales whose bits are not the same; any NaN equals any NaN."
+    count = 0
     for a, b in zip(got[:2], want[:2]):
         if a.dtype == torch.float8_e4m3fn: a, b = (torch.where(t.view(torch.uint8) & 127 == 127, 127, t.view(torch.uint8)).float() for t in (a, b))
-        differ = (a.nan_to_num(-1.) != b.nan_to_num(-1.)).sum().item()
-        if differ: raise AssertionError(f"{name}: {differ} of {a.numel()} values differ from the reference")
+        count += (a.nan_to_num(-1.) != b.nan_to_num(-1.)).sum().item()
+    return count
 
 
 def check():
+    "Values that differ from the reference, per kernel."
     from moe_rl.fp8.kernels import cast_blocks, cast_both, cast_rows
     from moe_rl.fp8.quant import quantise
-    for shape in ((384, 1024), (300, 640), (256, 200)):
+    bad = dict(rows=0, rows_transposed=0, blocks_transposed=0)
+    for shape in ((384, 1024), (300, 640), (256, 200), (8192, 4096)):
         x = corners(*shape)
-        for ue8m0 in (False, True): same("cast_rows", cast_rows(x, ue8m0), quantise(x, ue8m0=ue8m0))
+        for ue8m0 in (False, True): bad["rows"] += differ(cast_rows(x, ue8m0), quantise(x, ue8m0=ue8m0))
         a, at = cast_both(x)
-        same("cast_both", a, quantise(x)); same("cast_both, transposed", at, quantise(F.pad(x, (0, 0, 0, -len(x) % 128)).T.contiguous()))
+        bad["rows_transposed"] += differ(a, quantise(x)) + differ(at, quantise(F.pad(x, (0, 0, 0, -len(x) % 128)).T.contiguous()))
         w = torch.stack([x, corners(*shape)])
         a, at = cast_blocks(w, transpose=True)
-        same("cast_blocks", a, quantise(w, (128, 128))); same("cast_blocks, transposed", at, quantise(w.mT.contiguous(), (128, 128)))
+        bad["blocks_transposed"] += differ(a, quantise(w, (128, 128))) + differ(at, quantise(w.mT.contiguous(), (128, 128)))
+    return bad
 
 
 def measure(args):
@@ -56,15 +60,17 @@ def measure(args):
     from moe_rl.fp8.quant import quantise
     from moe_rl.moe.experts_gpu import Layout
     torch.manual_seed(0)
-    check()
+    bad = check()
     x = torch.randn(65536, 4096, device="cuda").bfloat16()
     y = torch.empty_like(x)
     copy = 2*size(x)/ms(lambda: y.copy_(x))/1e6
     print(f"copy of {size(x)>>20} MiB: {copy:.0f} GB/s")
     rows = torch.arange(len(x), device="cuda", dtype=torch.int32)
     lay, gates = Layout(rows.view(-1, 8), rows, rows[-1:]+1, rows[-1:]+1), torch.rand(len(x)//8, 8, device="cuda")
-    h = (F.silu(x[:,:2048].float())*x[:,2048:].float()*gates.view(-1, 1)).bfloat16()
-    same("swiglu_cast", swiglu_cast(x, gates, lay), quantise(h))
+    g, u = x[:,:2048].float(), x[:,2048:].float()
+    bad["swiglu"] = differ(swiglu_cast(x, gates, lay), quantise((g*g.sigmoid()*u*gates.view(-1, 1)).bfloat16()))
+    del g, u
+    print(f"values that differ from the reference: {bad}")
     w = x.view(32, 2048, 4096)
     both = lambda q: [t for a in q for t in a[:2]]
     kernels = dict(rows=(lambda: cast_rows(x), lambda q: q[:2]), rows_transposed=(lambda: cast_both(x), both), blocks=(lambda: cast_blocks(w), lambda q: q[:2]),
@@ -75,4 +81,4 @@ def measure(args):
         t = ms(f)
         figures[name] = moved/t/1e6/copy
         print(f"{name:18s} {t:6.3f} ms  {moved/t/1e6:5.0f} GB/s  {figures[name]:.3f} of the copy", flush=True)
-    return dict(figures=dict(share_of_copy=min(figures.values()), copy_gb_s=copy, **figures))
+    return dict(figures=dict(share_of_copy=min(figures.values()), bits_differ=sum(bad.values()), copy_gb_s=copy, **figures))

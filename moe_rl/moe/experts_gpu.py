@@ -48,7 +48,7 @@ def layout_plain(
     pairs[row] = order; pairs[-1] = -1  # unrouted pairs land on the extra last place
     return Layout(rows.view_as(idx).int(), pairs[:-1].int(), padded.cumsum(0).int(), counts.int())
 
-# %% ../../nbs/01_moe/08_experts_gpu.ipynb #6356f5f4
+# %% ../../nbs/01_moe/08_experts_gpu.ipynb #77727a8d
 @triton.jit
 def _count(idx_ptr, counts_ptr, n, E, BLOCK:tl.constexpr, EP:tl.constexpr):
     "counts[block,e]: how often expert e occurs in this block of pairs."
@@ -78,12 +78,12 @@ def _place(idx_ptr, before_ptr, total_ptr, rows_ptr, pairs_ptr, ends_ptr, n, E, 
     if b == 0: tl.store(ends_ptr+e, ends, mask=e < E)
     first = ends - padded + tl.load(before_ptr + b*E + e, mask=e < E, other=0) # [EP] first row of e that this block may use
     key = tl.load(idx_ptr+i, mask=i < n, other=-1).to(tl.int32)
-    before = tl.sum(((key[:,None] == key[None,:]) & (i[:,None] > i[None,:])).to(tl.int32), 1) # equal keys earlier in the block
-    row = before + tl.sum(tl.where(key[:,None] == e[None,:], first[None,:], 0), 1)
+    before = tl.sum(((key[:,None] == key[None,:]) & (i[:,None] < i[None,:])).to(tl.int32), 0) # equal keys earlier in the block
+    row = before + tl.gather(first, tl.maximum(key, 0), 0)
     tl.store(rows_ptr+i, tl.where(key < 0, -1, row), mask=i < n)
     tl.store(pairs_ptr+row, i, mask=(i < n) & (key >= 0))
 
-# %% ../../nbs/01_moe/08_experts_gpu.ipynb #6446e783
+# %% ../../nbs/01_moe/08_experts_gpu.ipynb #49baae6e
 def layouts(
     idx:Tensor, # [T,k] integer expert ids, -1 for none
     num_experts:int, # E
@@ -101,7 +101,7 @@ def layouts(
     out = []
     for align in aligns:
         rows, ends, pairs = new(*idx.shape), new(E), torch.full((max_rows(n, E, align),), -1, dtype=torch.int32, device=idx.device)
-        _place[(blocks,)](idx, counts, total, rows, pairs, ends, n, E, ALIGN=align, BLOCK=BLOCK, EP=EP, num_warps=8)
+        _place[(blocks,)](idx, counts, total, rows, pairs, ends, n, E, ALIGN=align, BLOCK=BLOCK, EP=EP, num_warps=4)
         out.append(Layout(rows, pairs, ends, total))
     return out
 
