@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'HEALTH', 'NUMBERS', 'PICTURES', 'RunData', 'state_of', 'columns_of',
-           'read_run', 'smooth', 'trace', 'sheet', 'dress', 'draw_learning', 'draw_health', 'staleness_bands',
-           'draw_flow', 'draw_speed', 'outcome', 'table', 'numbers', 'inline', 'spread', 'changed', 'page',
-           'write_report']
+           'read_run', 'smooth', 'trace', 'rule', 'key', 'sheet', 'drawn', 'dress', 'draw_learning', 'draw_health',
+           'staleness_bands', 'draw_flow', 'draw_speed', 'outcome', 'table', 'numbers', 'inline', 'spread', 'changed',
+           'page', 'write_report']
 
-# %% ../nbs/80_app/02_report.ipynb #c64d187d
+# %% ../nbs/80_app/02_report.ipynb #51f39409
 import fcntl, html, json, math, textwrap, tomllib
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from .config import Settings, UserError, all_keys
 from .rl.log import read_lines
 
@@ -84,32 +84,51 @@ def smooth(y:np.ndarray, # [n]
     total, count = (np.convolve(a, np.ones(window), 'same') for a in (np.where(ok, y, 0), ok.astype(float)))
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
-# %% ../nbs/80_app/02_report.ipynb #a824f1db
+# %% ../nbs/80_app/02_report.ipynb #ddb38bdd
 def trace(ax:Axes, x:np.ndarray, y:np.ndarray, color:str=BLUE, label:str=''):
     "A noisy series: pale as it is, strong as its running mean. A short one is drawn with points."
     if len(x) < 12: ax.plot(x, y, color=color, marker='o', markersize=3, label=label); return
     ax.plot(x, y, color=color, alpha=.25, linewidth=.8)
     ax.plot(x, smooth(y, 2*(len(x)//50) + 3), color=color, label=label)
 
-def sheet(run:RunData, rows:int, columns:int, height:float=2.1) -> tuple[Figure, list[Axes]]:
+def rule(ax:Axes, y:float, word:str=''):
+    "A thin line across a panel that has numbers, with a word at its right end."
+    if drawn(ax):
+        ax.axhline(y, color=GREY, linewidth=.8, linestyle='--' if word else '-', zorder=1)
+        ax.annotate(word, (1, y), xycoords=('axes fraction', 'data'), xytext=(-2, 2), textcoords='offset points', ha='right', va='bottom', fontsize=7, color=GREY)
+
+def key(ax:Axes, **kw):
+    "A legend below a panel, when there is anything to name."
+    if drawn(ax): ax.legend(loc='upper center', bbox_to_anchor=(.5, -.28), ncols=5, handlelength=1.2, columnspacing=1.2, **kw)
+
+def sheet(rows:int, columns:int, height:float=2.1) -> tuple[Figure, list[Axes]]:
     "An empty figure of `rows` x `columns` panels."
     figure = Figure(figsize=(8.6, .25 + height*rows), layout='constrained', dpi=120)
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=.08, h_pad=.06, wspace=.03, hspace=.05)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
+def drawn(ax:Axes) -> bool:
+    "Whether anything with a finite value is in the panel."
+    return any(np.isfinite(np.asarray(line.get_ydata(), float)).any() for line in ax.lines) or bool(ax.collections)
+
 def dress(ax:Axes, title:str, y:str='', x:str='step', share:bool=False, log:bool=False):
-    "Title, axis labels and scales of a panel; `share`: the y axis is a part of a whole."
+    "Title, axis labels and scales of a panel; `share`: the y axis is a part of a whole. A panel without numbers says so."
     ax.set(title=title, xlabel=x, ylabel=y)
+    if not drawn(ax):
+        ax.set(xticks=[], yticks=[])
+        ax.text(.5, .5, 'no numbers', ha='center', va='center', color=GREY, transform=ax.transAxes)
+        return
     if x == 'step': ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if log: ax.set_yscale('log')
     elif share: ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if ax.get_ylim()[1] > .05 else 1 if ax.get_ylim()[1] > .005 else 2))
     if not log and ax.get_ylim()[0] > 0: ax.set_ylim(bottom=0)
+    if not log and not share and ax.get_ylim()[1] >= 1000: ax.yaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
 
-# %% ../nbs/80_app/02_report.ipynb #8bd08ef1
+# %% ../nbs/80_app/02_report.ipynb #2e2c7a19
 def draw_learning(run:RunData) -> Figure:
     "Reward and exact answers of training batches, and held-out evaluations, over minutes and over steps."
-    figure, panels = sheet(run, 1, 2, 2.6)
+    figure, panels = sheet(1, 2, 2.6)
     for ax, name, x, at in ((panels[0], 'minutes', run['seconds']/60, [e['seconds']/60 for e in run.evals]), (panels[1], 'step', run.steps, [e['step'] for e in run.evals])):
         if run.has('reward'): trace(ax, x, run['reward'], BLUE, 'reward of the batch')
         if run.has('exact') and not np.array_equal(run['exact'], run['reward'], equal_nan=True): trace(ax, x, run['exact'], GREEN, 'exact answers of the batch')
@@ -126,26 +145,25 @@ def draw_learning(run:RunData) -> Figure:
     figure.legend(handles, labels, loc='outside upper left', ncols=3)
     return figure
 
-# %% ../nbs/80_app/02_report.ipynb #ec1cd698
+# %% ../nbs/80_app/02_report.ipynb #c14f1a4d
 HEALTH = (('loss', 'loss', '', False), ('entropy', 'entropy', 'nats per token', False), ('grad_norm', 'gradient norm', 'before clipping', False),
           ('masked', 'masked share', 'of trained tokens', False), ('mismatch_kl', 'mismatch KL', 'nats per token', True), ('max_vio', 'MaxVio', 'load above the mean', False))
 
 def draw_health(run:RunData) -> Figure:
     "Loss, entropy, gradient norm, masked share, mismatch KL and MaxVio over steps."
-    figure, panels = sheet(run, 2, 3, 1.8)
-    for ax, (key, title, unit, log) in zip(panels, HEALTH):
-        y = run[key]
+    figure, panels = sheet(2, 3, 1.8)
+    for ax, (name, title, unit, log) in zip(panels, HEALTH):
+        y = run[name]
         if log: y = np.where(y > 0, y, np.nan)
         trace(ax, run.steps, y)
-        if key == 'loss': ax.axhline(0, color=GREY, linewidth=.7)
-        if key == 'grad_norm' and (clip := run.settings.get('optim', {}).get('clip')):
-            ax.axhline(clip, color=GREY, linewidth=.8, linestyle='--')
-            ax.annotate('clip', (1, clip), xycoords=('axes fraction', 'data'), ha='right', va='bottom', fontsize=7, color=GREY)
-        dress(ax, title, unit, share=key == 'masked', log=log and np.isfinite(y).any())
-        if key == 'masked': ax.set_ylim(bottom=0)
+        dress(ax, title, unit, share=name == 'masked', log=log and np.isfinite(y).any())
+        if name == 'masked': ax.set_ylim(bottom=0)
+        if name == 'loss': rule(ax, 0)
+        if name == 'grad_norm' and (clip := run.settings.get('optim', {}).get('clip')) and clip < ax.get_ylim()[1]: rule(ax, clip, 'clip')
+        if log and np.isfinite(y).any(): ax.set_ylim(bottom=max(ax.get_ylim()[0], np.nanmedian(y)/1000))
     return figure
 
-# %% ../nbs/80_app/02_report.ipynb #b63f4844
+# %% ../nbs/80_app/02_report.ipynb #d0ee4708
 def staleness_bands(run:RunData) -> np.ndarray: # [ages,n], columns sum to 1; no rows when nothing was logged
     "Share of the trained tokens of each step by their age in versions."
     ages = sorted(int(k[6:]) for k in run.columns if k.startswith('stale_') and k[6:].isdigit())
@@ -155,40 +173,41 @@ def staleness_bands(run:RunData) -> np.ndarray: # [ages,n], columns sum to 1; no
 
 def draw_flow(run:RunData) -> Figure:
     "Staleness of the trained tokens over steps, what became of the rollouts, and how long the answers are."
-    figure, (ages, fates, lengths) = sheet(run, 1, 3, 2.2)
+    figure, (ages, fates, lengths) = sheet(1, 3, 2.2)
     bands = staleness_bands(run)
     blues = ['#1f4e79', '#2f6fab', '#6fa3d2', '#a9c9e6', '#d4e4f3']
     if len(bands):
         ages.stackplot(run.steps, [smooth(b, 2*(len(run.steps)//60) + 1) for b in bands], colors=[blues[min(a, 4)] for a in range(len(bands))], linewidth=0, labels=[f'{a}' for a in range(len(bands))])
         ages.set(ylim=(0, 1), xlim=(run.steps.min(), max(run.steps.max(), run.steps.min() + 1)))
-        ages.legend(title='versions old', title_fontsize=7, fontsize=7, loc='upper center', bbox_to_anchor=(.5, -.28), ncols=5, handlelength=1, columnspacing=1)
     dress(ages, 'age of trained tokens', share=True)
+    key(ages, title='versions behind', title_fontsize=7)
     bars = [('trained', run.trained), *((reason.replace('_', ' '), n) for reason, n in run.dropped.most_common())]
-    drawn = fates.barh([b for b, _ in bars], [n for _, n in bars], color=[BLUE] + [ORANGE]*(len(bars) - 1), height=.62)
-    fates.bar_label(drawn, [f'{n:,}' for _, n in bars], padding=3, fontsize=7, color='#4a545e')
+    shown = fates.barh([b for b, _ in bars], [n for _, n in bars], color=[BLUE] + [ORANGE]*(len(bars) - 1), height=.62)
+    fates.bar_label(shown, [f'{n:,}' for _, n in bars], padding=3, fontsize=7, color='#4a545e')
     fates.invert_yaxis()
     fates.grid(False)
     fates.set(title='rollouts by fate', xlabel='rollouts', xlim=(0, 1.25*max(1, *(n for _, n in bars))), ylim=(max(2.5, len(bars) - .5), -.5))
-    fates.xaxis.set_major_locator(MaxNLocator(4))
+    fates.xaxis.set_major_locator(MaxNLocator(3))
+    fates.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
     trace(lengths, run.steps, run['answer_tokens'])
     dress(lengths, 'length of answers', 'tokens')
     return figure
 
-# %% ../nbs/80_app/02_report.ipynb #b142f88b
+# %% ../nbs/80_app/02_report.ipynb #2e33e41d
 def draw_speed(run:RunData) -> Figure:
     "Tokens per second of trainer and engines, utilisation of the token budget, and who waits for whom."
-    figure, (speed, used, waits) = sheet(run, 1, 3, 2.2)
+    figure, (speed, used, waits) = sheet(1, 3, 2.2)
     trace(speed, run.steps, run['tokens_per_s'], BLUE, 'trained')
     trace(speed, run.steps, run['engine_tokens_per_s'], ORANGE, 'sampled')
     trace(used, run.steps, run['utilisation'])
-    used.axhline(.7, color=GREY, linewidth=.8, linestyle='--')
     trace(waits, run.steps, run['trainer_waits'], BLUE, 'trainer')
     trace(waits, run.steps, run['engine_waits'], ORANGE, 'engines')
     for ax in (used, waits): ax.set_ylim(0, 1.02)
     dress(speed, 'tokens per second', 'tokens/s')
     dress(used, 'utilisation', 'of the token budget', share=True)
     dress(waits, 'who waits', 'of the time', share=True)
-    for ax in (speed, waits): ax.legend(loc='upper center', bbox_to_anchor=(.5, -.28), ncols=2)
+    rule(used, .7, 'warning')
+    for ax in (speed, waits): key(ax)
     return figure
 
 # %% ../nbs/80_app/02_report.ipynb #9058e5a5
