@@ -149,6 +149,15 @@ def test_gradients_agree_with_finite_differences(batch, name):
         slope = float(up.per_token[i].detach().double() - down.per_token[i].detach().double())/(2*eps)
         assert abs(slope - float(grad[i])) <= 2e-2*max(1., abs(slope))
 
+@pytest.mark.parametrize('name, masked', [
+    ('dppo', '1001000'), ('ipo', '1111000'), ('icepop', '0011110'), ('grpo', '1001100'), ('tis', '0000000'), ('cispo', '0000000')])
+def test_which_tokens_are_masked(name, masked):
+    "p engine -> p trainer, A: up for +, up for -, down for +, down for -, rare up for +, rare down for +, unchanged"
+    old, new = torch.tensor([.5, .5, .5, .5, 1e-4, 1e-2, .3]), torch.tensor([.8, .8, .2, .2, 1e-2, 1e-4, .3])
+    adv, n = torch.tensor([1., -1, 1, -1, 1, 1, 1]), 7
+    out = policy_loss(name, new.log(), old.log(), adv, torch.ones(n, dtype=torch.bool), torch.arange(n+1))
+    assert ''.join(str(int(m)) for m in out.masked) == masked
+
 def test_sums_add_up_to_means():
     g = torch.Generator().manual_seed(1)
     logp, old, mask = -torch.rand(20, generator=g), -torch.rand(20, generator=g), torch.rand(20, generator=g) < 0.6
@@ -377,6 +386,14 @@ def test_staleness_bound_catches_an_off_by_one(monkeypatch):
         return 7 - 1 - min(g.oldest for g in taken)
     assert [oldest_taken(S) for S in (1, 2, 4)] == [1, 2, 4]
     with pytest.raises(ValueError, match='0 groups are ready'): oldest_taken(0)
+
+def test_late_members_of_a_stale_group_and_versions_from_the_future():
+    b = Buffer(2, 1)
+    b.add(rollout(0, 0, version=0))
+    assert b.expire(3) == [0] and b.add(rollout(0, 1, version=2)) == 'stale' and b.counts() == {'stale': 2}
+    for i in (0, 1): b.add(rollout(1, i, float(i), version=5))
+    with pytest.raises(ValueError, match='step 5 trains version 4, but a rollout was sampled by version 5'): b.take(1, 5)
+    assert len(b.take(1, 6)) == 1
 
 @pytest.mark.parametrize('overlong, rewards, trained', [('keep', [1, 0, 1], 3), ('mask', [1, 0, 1], 2), ('penalise', [1, 0, 0.5], 3)])
 def test_overlong_rules(overlong, rewards, trained):
