@@ -78,7 +78,7 @@ def batch_loss(model:Afmoe, b:TensorBatch, loss_fn, # `resolve` of the loss's na
     if s.balance.head_z_coef: loss = loss + s.balance.head_z_coef * head_z_loss(lse, every, tokens)
     return BatchLoss(loss, out.counts(), loss_sums(policy, logp, old, every) | dict(entropy=entropy.detach().double().sum()))
 
-# %% ../../nbs/07_rl/05_trainer.ipynb #c34caece
+# %% ../../nbs/07_rl/05_trainer.ipynb #962ab87c
 class Trainer:
     "Model, optimizer and step counter of one rank; `ranks` is the size of its mesh (1: the identity mesh)."
     def __init__(self, model:Afmoe, settings:Settings, ranks:int=1):
@@ -112,9 +112,10 @@ class Trainer:
             if self.skipped_in_a_row == 3: raise UserError(f'trainer: gradient not finite in 3 steps in a row (steps {self.step_number-2} to {self.step_number}): lower optim.muon_lr or look at the rewards')
         versions = np.concatenate([b.versions[b.loss_mask] for b in batches])
         staleness = self.step_number - 1 - versions if len(versions) else np.zeros(1)
+        ages = np.bincount(staleness.astype(int), minlength=self.s.rl.max_staleness + 1) # [ages] trained tokens by age of the version that sampled them
         capacity = max(1, len(batches)) * self.s.rl.tokens_per_batch
         return {k: float(v)/tokens for k, v in sums.items() if k != 'tokens'} | dict(grad_norm=norm, skipped=self.skipped, max_vio=float(max_vio(counts).mean()), tokens=all_tokens, loss_tokens=tokens,
-            staleness=float(staleness.mean()), staleness_max=float(staleness.max()), stale_tokens=int((staleness >= 1).sum()), utilisation=all_tokens/capacity, train_seconds=time.perf_counter()-started)
+            staleness=float(staleness.mean()), staleness_max=float(staleness.max()), stale_tokens=int((staleness >= 1).sum()), **{f'stale_{a}': int(n) for a, n in enumerate(ages)}, utilisation=all_tokens/capacity, train_seconds=time.perf_counter()-started)
 
     def save(self, folder:Path):
         "Write model, optimizer and counters below `folder`; the caller commits it."
