@@ -18,21 +18,21 @@ def fingerprint(run) -> dict:
 
 def measure(args):
     p = argparse.ArgumentParser(prog='moe-rl bench determinism')
-    p.add_argument('--steps', type=int, default=24)
+    p.add_argument('--steps', type=int, default=40)
     p.add_argument('--kills', type=int, default=3)
     p.add_argument('--seed', type=int, default=0)
     a = p.parse_args(args)
     root, rng = repository(), random.Random(a.seed)
     out = folders(root, 'determinism')
 
-    def job(name): return Run(out / name, '--config', str(root / 'configs' / 'main_job.toml'), '--dir', str(out / name), '--schedule.deterministic', 'true', '--warm_start.steps', '40',
+    def job(name): return Run(out / name, '--config', str(root / 'configs' / 'main_job.toml'), '--dir', str(out / name), '--schedule.deterministic', 'true', '--warm_start.steps', '40', '--rl.reward', 'score',
                               '--rl.seconds', '0', '--rl.stop_at', '0', '--rl.steps', str(a.steps), '--checkpoint.every', '4', '--eval.every', '10', '--eval.prompts', '64')
     first, second = finish(job('first'), 600), finish(job('second'), 600)
     print(f'two runs: {first.seconds:.1f} s and {second.seconds:.1f} s', flush=True)
     killed = job('killed').start()
     moments = []
     for _ in range(a.kills):
-        moment = rng.uniform(0.15, 0.9) * first.seconds
+        moment = rng.uniform(0.35, 0.8) * first.seconds if not moments else rng.uniform(0.25, 0.5) * first.seconds
         time.sleep(moment)
         if killed.process.poll() is not None: break
         killed.kill()

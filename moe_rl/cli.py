@@ -22,7 +22,7 @@ def pop_flag(args:list[str], flag:str) -> bool:
     if flag in args: args.remove(flag); return True
     return False
 
-# %% ../nbs/80_app/03_cli.ipynb #fd253321
+# %% ../nbs/80_app/03_cli.ipynb #b6723f2e
 def cmd_run(args:list[str]) -> int:
     "run [--config FILE] [--KEY VALUE ...] | run --resume FOLDER"
     from moe_rl.display import Display
@@ -35,6 +35,9 @@ def cmd_run(args:list[str]) -> int:
         if not (folder/'config.toml').exists(): raise UserError(f'{folder}: no run to resume there')
         settings = load_settings(folder/'config.toml', {'dir': str(folder)})
     else: settings, _ = split_settings(args)
+    if settings.schedule.deterministic and os.environ.get('PYTHONHASHSEED') != '0': # some tasks draw from sets, whose order hangs on the hash seed
+        os.environ['PYTHONHASHSEED'] = '0'
+        os.execv(sys.executable, [sys.executable, '-m', 'moe_rl.cli', 'run', *(['--resume'] if resume else []), *args])
     try:
         with Display(settings.dir, settings.rl.steps) as show: last = run(settings, resume, show)
     except KeyboardInterrupt:

@@ -141,13 +141,14 @@ def summary(rollouts:list[Rollout]) -> dict[str, float]:
     return dict(reward=float(np.mean([r.reward for r in rollouts])), exact=float(np.mean(exact)) if exact else float('nan'), rollouts=len(rollouts),
                 answer_tokens=float(np.mean([r.sampled for r in rollouts])), cut=float(np.mean([r.stop_reason == 'length' for r in rollouts])))
 
-# %% ../../nbs/07_rl/08_orchestrator.ipynb #47ece5ec
+# %% ../../nbs/07_rl/08_orchestrator.ipynb #04be6e31
 class Orchestrator:
     "The asynchronous loop of one run."
     def __init__(self, s:Settings, guard:Guard, tokenizer, server:Server, pool:EnginePool, trainer:Worker, log, folder:Path, show=lambda row: None):
         self.s, self.guard, self.tokenizer, self.server, self.pool, self.trainer = s, guard, tokenizer, server, pool, trainer
         self.log, self.folder, self.show = log, Path(folder), show
         self.state, self.started, self.advantage = State(), 0, resolve(s.rl.advantage)
+        self.judge = guard.beside('score')  # evaluation has threads of its own: neither starves the other
         self.buffer = Buffer(max_staleness=s.rl.max_staleness, group_size=s.rl.group_size, zero_variance=s.rl.zero_variance, overlong=s.rl.overlong)
         self.changed, self.trained, self.began = asyncio.Event(), None, time.monotonic()
         self.solved, self.recent, self.tasks, self.error, self.last, self.looking, self.past = [], [], set(), None, {}, None, None
@@ -209,7 +210,7 @@ class Orchestrator:
         e = self.s.engine
         def request(ids, turn): return Request(id=f'{lane}-{group}-{index}.{turn}', prompt=list(ids), max_tokens=e.max_tokens, temperature=temperature, top_k=e.top_k if temperature else 0,
             top_p=e.top_p if temperature else 1.0, seed=seed_of(self.s.seed, lane, group, index, turn), stop_ids=(self.tokenizer.eos_id,), lane='eval' if lane else 'train')
-        return await play(self.guard, task, self.tokenizer, lambda ids, turn: self.pool.generate(request(ids, turn)), group, index, max_turns=self.s.rl.max_turns,
+        return await play(self.judge if lane else self.guard, task, self.tokenizer, lambda ids, turn: self.pool.generate(request(ids, turn)), group, index, max_turns=self.s.rl.max_turns,
                           max_length=e.kv_tokens - e.max_tokens)
 
     # ---- steps
