@@ -26,13 +26,13 @@ def draw_routes(
     s[np.arange(len(s))[:,None], closed] = -np.inf
     return np.argpartition(s.reshape(len(noise), -1), -k, 1)[:,-k:]
 
-# %% ../../nbs/03_ep/03_placement.ipynb #ed8cb4ef
+# %% ../../nbs/03_ep/03_placement.ipynb #4f3a207f
 def gumbel(
     rng:np.random.Generator,
     tokens:int, num_experts:int, # T, E
 )->np.ndarray: # [T,E] float32
     "Noise that makes `argmax(log p + noise)` a draw from p."
-    return -np.log(rng.standard_exponential((tokens, num_experts), dtype=np.float32))
+    return -np.log(np.maximum(rng.standard_exponential((tokens, num_experts), dtype=np.float32), 1e-30))
 
 def strengths(
     loads:np.ndarray, # [E] wanted share of each expert
