@@ -3,10 +3,9 @@ import asyncio
 
 import pytest
 
-from moe_rl.moe.model import Afmoe
-from moe_rl.rollout.conformance import CHECKS, EngineProtocol, check_update
+from moe_rl.rollout.conformance import CHECKS, check_update
 from moe_rl.rollout.engine import Engine
-from test_engine import CONFIG, MODELS, fresh
+from test_engine import MODELS, fresh
 
 SHAPES = {'roomy': dict(kv_tokens=1024, block_size=16), 'small blocks': dict(kv_tokens=512, block_size=3), 'no sharing': dict(kv_tokens=512, prefix_cache=False),
           'tight': dict(kv_tokens=100, block_size=4, max_seqs=5, max_step_tokens=12)}

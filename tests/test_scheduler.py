@@ -44,7 +44,7 @@ class Play(RuleBasedStateMachine):
         plan = s.schedule()
         assert len(plan.rows), 'requests are there and nothing is planned'
         assert plan.counts.sum() <= s.max_step_tokens and (plan.counts >= 1).all()
-        assert (np.diff(kvcache.size_class(plan.counts)) >= 0).all()
+        assert (kvcache.step_order(plan.starts+plan.counts, plan.counts) == np.arange(len(plan.rows))).all()
         for seq,*_ in plan.evicted: assert seq.arrival != oldest, 'the oldest running request was sent away'
         size, at = s.block_size, lambda block, n: np.arange(block*size, block*size+n)
         if plan.copies: self.slots[np.concatenate([at(t, n) for _,t,n in plan.copies])] = self.slots[np.concatenate([at(b, n) for b,_,n in plan.copies])]

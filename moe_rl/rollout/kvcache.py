@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['root_key', 'block_key', 'prefix_keys', 'BlockPool', 'PagedCache', 'plain_attend', 'RowGroup', 'size_class',
-           'StepLayout', 'paged_attend']
+           'step_order', 'rectangles', 'StepLayout', 'paged_attend']
 
 # %% ../../nbs/06_rollout/00_kvcache.ipynb #ba2a0d7b
 import hashlib
@@ -220,22 +220,45 @@ def size_class(
     "Requests of one class share a rectangle."
     return np.ceil(np.log2(counts)/2).astype(np.int64)
 
-# %% ../../nbs/06_rollout/00_kvcache.ipynb #dd1c30cc
+# %% ../../nbs/06_rollout/00_kvcache.ipynb #98816683
+def step_order(
+    ends:np.ndarray,   # [R] int64 tokens of context each request has at the end of the step
+    counts:np.ndarray, # [R] int64 new tokens of each request
+)->np.ndarray: # [R] a permutation
+    "Order the requests of a step by `size_class`, and within a class from long context to short."
+    return np.lexsort((-ends, size_class(counts)))
+
+def rectangles(
+    kinds:np.ndarray,  # [R] int64 `size_class`, ascending
+    blocks:np.ndarray, # [R] int64 blocks of context, descending within a kind
+    call:int=16,       # cost of one more rectangle, in blocks of one row
+)->list[int]: # first row of each rectangle, and R
+    "Cut the rows where the kind changes, or where more than `call` blocks of padding would come together."
+    edges, waste = [0], 0
+    runs = np.flatnonzero(np.diff(kinds)|np.diff(blocks))+1
+    for a,b in zip(runs.tolist(), [*runs[1:].tolist(), len(kinds)]):
+        waste += (b-a)*int(blocks[edges[-1]]-blocks[a])
+        if kinds[a] != kinds[edges[-1]] or waste > call:
+            edges.append(a)
+            waste = 0
+    return edges + [len(kinds)]
+
+# %% ../../nbs/06_rollout/00_kvcache.ipynb #45e5ca5f
 class StepLayout:
-    "Positions, slots and row groups of one forward pass. Requests must come in the order of their `size_class`."
+    "Positions, slots and row groups of one forward pass. `ValueError` unless requests come in `step_order`."
     def __init__(self,
         cache:PagedCache,
         tables:np.ndarray, # [R,n] int64 block tables
         starts:np.ndarray, # [R] int64 position of each request's first new token
         counts:np.ndarray, # [R] int64 new tokens of each request, sum N
     ):
-        device, kind = cache.kv.device, size_class(counts)
-        if (np.diff(kind) < 0).any(): raise ValueError('requests of a step must be ordered by size_class of their new tokens')
+        device, kinds, blocks = cache.kv.device, size_class(counts), (starts+counts-1)//cache.block_size
+        if ((np.diff(kinds) < 0) | ((np.diff(kinds) == 0) & (np.diff(blocks) > 0))).any(): raise ValueError('requests of a step must be in step_order')
         self.row = row = np.repeat(np.arange(len(counts)), counts)                                       # [N] request of each token
         self.host_positions = position = np.arange(len(row)) + (starts-(counts.cumsum()-counts))[row]   # [N] int64
         self.slots = tables[row,position//cache.block_size]*cache.block_size + position%cache.block_size # [N] int64
         self.positions, self.slot_ids = (torch.from_numpy(x).to(device) for x in (position, self.slots))
-        edges = [0, *(np.flatnonzero(np.diff(kind))+1), len(kind)]
+        edges = rectangles(kinds, blocks)
         first = np.append(0, counts.cumsum())
         self.groups = [RowGroup(int(first[a]), tables[a:b], starts[a:b], counts[a:b], cache.block_size, device, cache.kv.dtype)
                        for a,b in zip(edges, edges[1:])]

@@ -6,13 +6,13 @@
 __all__ = ['Sequence', 'Plan', 'Lane', 'Seats', 'widen', 'name_blocks', 'evict', 'grow', 'find_prefix', 'place', 'Scheduler',
            'add_request', 'admit', 'spend']
 
-# %% ../../nbs/06_rollout/01_scheduler.ipynb #757e626b
+# %% ../../nbs/06_rollout/01_scheduler.ipynb #5e1d8901
 from bisect import insort
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .kvcache import BlockPool, block_key, prefix_keys, root_key, size_class
+from .kvcache import BlockPool, block_key, prefix_keys, root_key, step_order
 
 # %% ../../nbs/06_rollout/01_scheduler.ipynb #2d8ce79b
 @dataclass(eq=False, slots=True)
@@ -30,10 +30,10 @@ class Sequence:
     leads: bool = False     # others wait for this one to finish the same prompt
     pure: bool = True       # all of its KV was made by the current version
 
-# %% ../../nbs/06_rollout/01_scheduler.ipynb #d4306a07
+# %% ../../nbs/06_rollout/01_scheduler.ipynb #eae5c895
 @dataclass(eq=False, slots=True)
 class Plan:
-    "One step. Arrays have one entry per scheduled row, ordered by `size_class(counts)`."
+    "One step. Arrays have one entry per scheduled row, in `step_order`."
     rows: np.ndarray = None     # [R] int64 seats
     starts: np.ndarray = None   # [R] int64 position of the first token to compute
     counts: np.ndarray = None   # [R] int64 tokens to compute
@@ -171,17 +171,17 @@ def place(
     plan.admitted.append(seq)
     return True
 
-# %% ../../nbs/06_rollout/01_scheduler.ipynb #3b6d8513
+# %% ../../nbs/06_rollout/01_scheduler.ipynb #adfd24ed
 class Scheduler(Seats):
     "Continuous batching over a bounded cache: `add`, then `schedule`, `commit`, `extend`, `finish` in every step."
     def __init__(self,
         num_blocks:int, block_size:int, max_seqs:int,
         max_step_tokens:int=1024,         # tokens of one step, more than `max_seqs`
-        lanes:dict[str,float]={'train': 1.}, # share of each lane
+        lanes:dict[str,float]|None=None,  # share of each lane; None: all for 'train'
         version:int=0,                    # policy version
         prefix_cache:bool=True,           # find blocks by their contents
     ):
-        super().__init__(num_blocks, block_size, max_seqs, lanes)
+        super().__init__(num_blocks, block_size, max_seqs, lanes or {'train': 1.})
         if max_step_tokens <= max_seqs: raise ValueError(f'max_step_tokens {max_step_tokens} must exceed max_seqs {max_seqs}: prompts would wait for ever')
         self.max_step_tokens, self.version, self.prefix_cache = max_step_tokens, version, prefix_cache
         self.seqs:dict[str,Sequence] = {}      # all that are waiting or running
@@ -292,7 +292,7 @@ def admit(
         budget -= count
     return chunks
 
-# %% ../../nbs/06_rollout/01_scheduler.ipynb #ca9b9137
+# %% ../../nbs/06_rollout/01_scheduler.ipynb #77d44451
 def spend(s:Scheduler, plan:Plan):
     "Tokens of the step: one for each row that generates, the rest for prompts in order of age, then for newcomers."
     rows = np.flatnonzero(s.active)
@@ -307,8 +307,6 @@ def spend(s:Scheduler, plan:Plan):
     if not plan.evicted and s.vacant and (new := admit(s, plan, budget)):
         new = np.array(new)
         rows, counts = np.append(rows, new[:,0]), np.append(counts, new[:,1])
-    if counts.size and counts.max() > 1:
-        order = np.argsort(size_class(counts), kind='stable')
-        rows, counts = rows[order], counts[order]
-    plan.rows, plan.counts, plan.starts = rows, counts, s.computed[rows]
-    plan.samples = plan.starts+counts == s.length[rows]
+    order = step_order(s.computed[rows]+counts, counts)
+    plan.rows, plan.counts, plan.starts = rows[order], counts[order], s.computed[rows[order]]
+    plan.samples = plan.starts+plan.counts == s.length[plan.rows]
