@@ -6,13 +6,12 @@
 __all__ = ['AttendFn', 'RMSNorm', 'rope', 'apply_rope', 'packed_positions', 'document_mask', 'masked_attend', 'PackedAttend',
            'packed_attend', 'is_local', 'Attention']
 
-# %% ../../nbs/01_moe/03_attention.ipynb #02e5a932
+# %% ../../nbs/01_moe/03_attention.ipynb #3a0b94b8
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 # %% ../../nbs/01_moe/03_attention.ipynb #ab33acc8
 def _inverse_rms(x:Tensor, eps:float)->Tensor: # [...,D] -> [...,1]
@@ -125,7 +124,7 @@ def _buckets(
 AttendFn = Callable[[int, Tensor, Tensor, Tensor, int|None], Tensor]
 "`(layer, q [N,H,hd], k [N,KV,hd], v [N,KV,hd], window|None) -> o [N,H,hd]`: who sees whom, and where keys are kept, is the caller's business.";
 
-# %% ../../nbs/01_moe/03_attention.ipynb #80678086
+# %% ../../nbs/01_moe/03_attention.ipynb #509e172d
 class PackedAttend:
     "Attention inside each document of a packed row; made once per forward and shared by all layers. An `AttendFn`."
     def __init__(self,
@@ -150,6 +149,7 @@ class PackedAttend:
     def varlen(self, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor:
         "Flash attention straight from `cu_seqlens`: GPU, 16-bit."
         left = -1 if window is None else window-1 # the kernel counts the keys before the query
+        from torch.nn.attention.varlen import varlen_attn # here, since it imports torch's compiler: two seconds that a CPU process need not spend
         return varlen_attn(q, k, v, self.cu, self.cu, self.longest, self.longest, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
 
     def rectangles(self, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor:
