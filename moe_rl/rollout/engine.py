@@ -254,7 +254,7 @@ def replayed(
         if start+count >= len(routes): del replays[row]
     return torch.from_numpy(given).to(device)
 
-# %% ../../nbs/06_rollout/02_engine.ipynb #cd201b93
+# %% ../../nbs/06_rollout/02_engine.ipynb #0753d3e6
 class Engine(StepRunner):
     """An engine in this process, on CPU or GPU. `add` and `step`, or `generate`. The same requests in the same order with the same weights give the same bits.
 
@@ -336,7 +336,9 @@ class Engine(StepRunner):
         "Step while somebody waits in `generate`; an error goes to all who wait."
         try:
             while self.boxes:
-                for done in self.step(): self.boxes.pop(done.id).put_nowait(done)
+                for done in self.step():
+                    if done.id not in self.boxes: raise RuntimeError(f'request {done.id!r} came by `add` and nobody waits for it: use `add` and `step`, or `generate`, not both at a time')
+                    self.boxes.pop(done.id).put_nowait(done)
                 await asyncio.sleep(.001 if self.paused else 0)
         except Exception as e:
             for box in set(self.boxes.values()): box.put_nowait(e)
