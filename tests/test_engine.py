@@ -388,6 +388,13 @@ def test_an_error_reaches_everyone_who_waits():
         return await asyncio.wait_for(asyncio.gather(*(ask(engine, r) for r in requests(3, 17)), return_exceptions=True), 10)
     assert [str(e) for e in asyncio.run(main())] == ['the model broke']*3
 
+def test_add_and_generate_do_not_mix():
+    async def main():
+        engine = Engine(fresh(), 512)
+        engine.add(Request(id='stray', prompt=[1], max_tokens=1))
+        return [f async for f in engine.generate([Request(id='a', prompt=[1, 2], max_tokens=20)])]
+    with pytest.raises(RuntimeError, match="'stray' came by `add`"): asyncio.run(main())
+
 def test_abort_reaches_the_one_who_waits():
     async def main():
         engine = Engine(fresh(), 512)
