@@ -117,7 +117,7 @@ def test_the_command_line_starts_without_what_it_does_not_use():
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').with_suffix('').as_posix())
 def test_notebook_opens_as_agreed(path):
     (first, kind), *rest = cells(path)
-    assert kind == 'markdown' and re.match(r'# \S.*\n+> \S[^\n]*$', first.strip()), 'cell 1: "# Title", an empty line, "> one-line subtitle"'
+    assert kind == 'markdown' and re.match(r'# [^#\s].*\n+> \S[^\n]*$', first.strip()), 'cell 1: "# Title", an empty line, "> one-line subtitle"'
     assert '](' not in first, 'no link in the subtitle: it becomes the docstring of the module'
     exported = [s for s, k in rest if k == 'code' and 'export' in directives(s)]
     if exported: assert subject(path), 'cells are exported, but no `#| default_exp`'

@@ -1,0 +1,88 @@
+"Tables that README.md, the index notebook and the pages of docs/ share: made from nbs/ and benchmarks/results/, never typed."
+import ast, json, re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {'00_start': 'Start', '01_moe': 'Mixture of experts', '02_fp8': 'Eight bits', '03_ep': 'Expert parallelism', '04_data': 'Data',
+           '05_train': 'Training', '06_rollout': 'Rollouts', '07_rl': 'Reinforcement learning', '80_app': 'The program'}
+
+def notebooks() -> list[tuple[str, Path, str, str, str]]: # folder, path below nbs/, title, subtitle, module or ''
+    "Every notebook in reading order, by its first cell and its `default_exp`."
+    out = []
+    for path in sorted((ROOT/'nbs').glob('*/*.ipynb')):
+        if path.parent.name[0] in '._': continue
+        cells = [''.join(c['source']) for c in json.loads(path.read_text())['cells']]
+        first = re.match(r'# (.+)\n+> (.+)', cells[0].strip())
+        if not first: raise SystemExit(f'{path}: the first cell has no "# Title" and "> subtitle"')
+        module = next((m[1] for c in cells if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', c, re.M))), '')
+        out.append((path.parent.name, path.relative_to(ROOT/'nbs'), first[1], first[2], module))
+    return out
+
+def notebook_table(link:str='{}') -> str: # Markdown
+    "All notebooks, by folder; `link` makes a target of a path below nbs/."
+    rows, last = ['| notebook | what it is about | module |', '|---|---|---|'], None
+    for folder, path, title, subtitle, module in notebooks():
+        if folder != last: rows.append(f'| **{FOLDERS[folder]}** | | |')
+        last = folder
+        about = subtitle.rstrip('.').replace('|', r'\|')
+        rows.append(f'| [{title}]({link.format(path.as_posix())}) | {about} | {f"`{module}`" if module else ""} |')
+    return '\n'.join(rows)
+
+def records(name:str='*') -> list[dict]:
+    "Recorded figures, by name and machine."
+    return [json.loads(p.read_text()) for p in sorted((ROOT/'benchmarks'/'results').glob(f'{name}/*.json'))]
+
+def about(name:str) -> str:
+    "First sentence of the docstring of a bench."
+    text = ast.get_docstring(ast.parse((ROOT/'benchmarks'/f'{name}.py').read_text())) or name
+    return ' '.join(text.split('\n\n')[0].split())
+
+def number(x) -> str:
+    "A figure as a reader wants it: four digits that count."
+    if isinstance(x, bool) or x is None: return {True: 'yes', False: 'no', None: '-'}[x]
+    if isinstance(x, int) or (isinstance(x, float) and x.is_integer() and abs(x) < 1e6): return f'{int(x):,}'
+    return f'{x:.4g}' if isinstance(x, float) else str(x)
+
+# What README.md shows of each bench, in words. A line whose figure is not recorded is left out.
+HEADLINES = [
+    ('main_job', 'reward_before', 'held-out words spelled backward exactly, after the warm start'),
+    ('main_job', 'reward_after', 'the same after asynchronous RL'),
+    ('main_job', 'control_after', 'the same with a learning rate of 0'),
+    ('main_job', 'minutes', 'minutes of the whole command'),
+    ('main_job', 'stale_share', 'share of trained tokens sampled by older weights'),
+    ('async_ratio', 'ratio', 'time to 0.9 exact, synchronous over asynchronous'),
+    ('engine', 'ratio_vllm', 'tokens/s of the embedded engine over vLLM on the same CPU'),
+    ('parity', 'hf_max_diff', "largest difference of a logit to transformers' AFMoE"),
+    ('replay', 'kl_off', 'mismatch KL of a bf16 engine and an fp32 trainer'),
+    ('replay', 'kl_on', "the same with the engine's routes replayed"),
+    ('packing', 'bound_share', 'share of draws packed into the fewest bins possible'),
+    ('packing', 'ms_512', 'ms to pack 512 lengths'),
+    ('determinism', 'equal', 'two deterministic runs agree bit for bit'),
+    ('chaos', 'lost', 'rollouts without a counted fate, after 30 kills'),
+    ('placement', 'balance_weighted_64', 'mean over max load of 64 GPUs, 320 replicas of 256 experts'),
+    ('placement', 'nodes_weighted_64', 'nodes that a token visits there'),
+    ('cast', 'share_of_copy', 'slowest FP8 cast kernel, share of copy bandwidth'),
+    ('moe_layer', 'ratio_titan', "bf16 MoE layer, speed over torchtitan's"),
+    ('moe_layer', 'ratio_fp8', 'FP8 over our bf16'),
+    ('ep_gpu', 'ep2_share', 'throughput per GPU of two, over one alone'),
+    ('fp8_training', 'rel_loss_diff', 'relative difference of the loss, FP8 to bf16'),
+    ('traffic', 'worst_published', "largest error of predicted times, DeepEP's table"),
+]
+
+def headline_table() -> str: # Markdown
+    "The recorded figures that README.md shows."
+    have = {}
+    for r in records(): have.setdefault(r['name'], []).append(r)
+    rows = [f'| {text} | {number(r["figures"][key])} | {r["machine"]} | `{r["command"]}` |'
+            for name, key, text in HEADLINES for r in have.get(name, []) if key in r['figures']]
+    return '\n'.join(['| figure | value | machine | command |', '|---|---|---|---|', *rows])
+
+def results_page() -> str: # Markdown
+    "Every recorded figure, with machine, versions, date, commit and command."
+    out = []
+    for r in records():
+        versions = ', '.join(f'{k} {v}' for k, v in r['versions'].items())
+        out += [f'## {r["name"]} on {r["machine"]}', '', about(r['name']), '', '| figure | value |', '|---|---|',
+                *(f'| `{k}` | {number(v)} |' for k, v in r['figures'].items()), '',
+                f'`{r["command"]}`, {r["date"]}, commit {r["commit"] or "unknown"}, {r["cpu"]}; {versions}.', '']
+    return '\n'.join(out)
