@@ -286,7 +286,7 @@ def replicate(
     np.put_along_axis(copies, top[:,:,None], n.astype(int), 1)
     return copies
 
-# %% ../../nbs/03_ep/03_placement.ipynb #64679f29
+# %% ../../nbs/03_ep/03_placement.ipynb #8912107c
 def exchange_slots(
     loads:np.ndarray, # [L,E], rows sum to 1
     copies:np.ndarray, # [L,E,nodes]
@@ -302,13 +302,16 @@ def exchange_slots(
     for _ in range(rounds):
         full, empty = node.argmax(1), node.argmin(1)
         gap = (node[l,full] - node[l,empty])/2
-        nearest = lambda n, to: np.argsort(np.where(n > 0, abs(part - to), np.inf), 1)[:,:near]
-        give, take = nearest(copies[l,:,full], 1.5*gap[:,None]), nearest(copies[l,:,empty], 0.)
-        pg, pt = np.take_along_axis(part, give, 1), np.take_along_axis(part, take, 1)
+        def nearest(v, to):
+            "[L,near] experts with a slot on v, [L,near] load of that slot, NaN where there are not so many."
+            e = np.argsort(np.where(copies[l,:,v] > 0, abs(part - to), np.inf), 1)[:,:near]
+            return e, np.where(np.take_along_axis(copies[l,:,v], e, 1) > 0, np.take_along_axis(part, e, 1), np.nan)
+        (give, pg), (take, pt) = nearest(full, 1.5*gap[:,None]), nearest(empty, 0.)
         further = price[l,:,empty] - price[l,:,full]                       # [L,E] price of going from full to empty
         visits = k*(np.take_along_axis(further, give, 1)*pg)[:,:,None] - k*(np.take_along_axis(further, take, 1)*pt)[:,None]
         shift = pg[:,:,None] - pt[:,None]
-        i, j = np.divmod((abs(shift - gap[:,None,None]) + per_visit*visits).reshape(L, -1).argmin(1), take.shape[1])
+        cost = abs(shift - gap[:,None,None]) + per_visit*visits
+        i, j = np.divmod(np.where(np.isnan(cost), np.inf, cost).reshape(L, -1).argmin(1), take.shape[1])
         e, f, s = give[l,i], take[l,j], shift[l,i,j]
         go = np.flatnonzero((s > 0) & (node[l,empty] + s < node[l,full]) & (node[l,full]*N > 1 + tolerance))
         if len(go) == 0: break
