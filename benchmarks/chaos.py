@@ -53,7 +53,9 @@ def measure(args):
     hangs = kills = 0
     while kills < a.kills:
         victim = rng.choice(('orchestrator', 'trainer', 'engine'))
-        time.sleep(rng.uniform(1, 8))
+        start, limit = latest(folder), time.monotonic() + 40
+        while rng.random() < 0.9 and latest(folder) == start and time.monotonic() < limit and run.process.poll() is None: time.sleep(0.5) # mostly after a new commit, sometimes before
+        time.sleep(rng.uniform(0, 3))
         if run.process.poll() is not None: raise RuntimeError(f'run ended by itself with code {run.process.poll()}: ' + folder.with_suffix('.log').read_text()[-600:])
         targets = [psutil.Process(run.process.pid)] if victim == 'orchestrator' else workers(run, victim)
         if not targets: continue
