@@ -250,19 +250,19 @@ def check_layer(w):
 
 def sizes_of(w, name):
     if w.dry: return dict(T=16, D=256, I=32, E=4, k=2, depth=2)
-    return dict(mini=dict(T=16384, D=2048, I=1024, E=128, k=8, depth=4), wide=dict(T=16384, D=3072, I=3072, E=32, k=4, depth=4))[name]
+    return dict(mini=dict(T=16384, D=2048, I=1024, E=128, k=8, depth=4), wide=dict(T=16384, D=3072, I=3072, E=32, k=4, depth=8))[name]
 
 
 def layer(w):
     """Stacks of residual MoE layers, forward and backward, milliseconds per layer. Variants take turns, so that clocks and heat treat them alike.
 
     ep1: all experts here. whole/halves: EP=2, communication in line. wgrad<sms>: whole batch, communication of backward beneath the weight gradients. overlap<sms>: halves, each
-    beneath the other, weight gradients on their own stream. compute_*: the same without communication. A trailing letter says which products leave the exchange's multiprocessors free:
-    n none, w weight gradients, f the first of a segment and weight gradients, a all."""
+    beneath the other. compute_*: the same without communication. <sms>: multiprocessors of the exchange. The letter says which products leave those free: n none; w weight gradients; f the
+    first of a segment and weight gradients, which have their own stream; i and b the first, or the first two, of a segment, with weight gradients in line."""
     from moe_rl.ep.dispatch import Dispatcher, Local
-    from moe_rl.ep.overlap import DeferredExperts, Replayed, hidden_share, make_streams, overlapped, spans
+    from moe_rl.ep.overlap import DeferredExperts, Replayed, hidden_share, make_streams, overlapped
     worst = check_layer(w)
-    beside = dict(n=(), w=("d_weights",), f=("up", "d_hidden", "d_weights"), a=DeferredExperts.PRODUCTS)
+    beside = dict(n=(), w=("d_weights",), f=("up", "d_hidden", "d_weights"), i=("up", "d_hidden"), b=("up", "d_hidden", "d_rows"))
     fixed = worst.get("overlap_max_rows", 9.) < .02 and worst.get("deferred", 9.) < .02   # fixed receive buffers: the host never waits
     for name in ("mini", "wide"):
         s = sizes_of(w, name)
@@ -282,14 +282,17 @@ def layer(w):
             step(lambda x: overlapped(x, mine, Dispatcher(rec), plain, choose, None, parts), x, dy, mine)
             add(key, mine, Dispatcher(Replayed([t._replace(plan=None) for t in rec.sent], rec)), experts, None, parts)
         if name == "mini": add("ep1", layers_of(w, depth, D, I, E, slice(0, E), torch.bfloat16), Dispatcher(Local(E)))
-        later = lambda sms, which: plain if w.dry else DeferredExperts(streams, sms, beside[which])   # without a GPU its kernels are interpreted: too slow here
-        for sms in (20,) if w.dry else (20, 32, 48, 64):
+        def filler(sms, which, streams=streams):
+            "Experts that leave the exchange's multiprocessors free where `which` says; without streams, weight gradients in line."
+            return plain if w.dry else DeferredExperts(streams, sms, beside[which])   # without a GPU its kernels are interpreted: too slow here
+        for sms in (20,) if w.dry else (32, 48, 64) if name == "mini" else (48,):
             add(f"whole{sms}", mine, dispatcher(1, sms))
-            for which in "nw": add(f"wgrad{sms}{which}", mine, dispatcher(1, sms), later(sms, which), streams)
-        for sms in (20,) if w.dry else (12, 20, 32, 48, 64):
+            for which in "nw": add(f"wgrad{sms}{which}", mine, dispatcher(1, sms), filler(sms, which), streams)
+        for sms in (20,) if w.dry else (20, 64) if name == "mini" else (8, 12, 16, 20):
             add(f"halves{sms}", mine, dispatcher(2, sms), parts=2)
-            if sms == 20: add(f"plain_overlap{sms}", mine, dispatcher(2, sms), plain, streams, 2)
-            for which in "nwfa" if sms == 20 else "nwf": add(f"overlap{sms}{which}", mine, dispatcher(2, sms), later(sms, which), streams, 2)
+            for which in "nf" if name == "mini" else "f": add(f"overlap{sms}{which}", mine, dispatcher(2, sms), filler(sms, which), streams, 2)
+            if name == "wide":
+                for which in "ib": add(f"overlap{sms}{which}", mine, dispatcher(2, sms), filler(sms, which, None), streams, 2)
         replay("compute_whole", 1); replay("compute_halves", 2)
         rounds = {n: [] for n in run}
         for r in range(4):
@@ -303,7 +306,9 @@ def layer(w):
         number = lambda key: "".join(c for c in key if c.isdigit())
         shares = {n: hidden_share(v, ms["halves"+number(n)], ms["compute_halves"]) for n, v in ms.items() if "overlap" in n}
         shares.update({n: hidden_share(v, ms["whole"+number(n)], ms["compute_whole"]) for n, v in ms.items() if "wgrad" in n})
-        best = min((n for n in ms if "overlap" in n), key=ms.get)
+        halves = [n for n in ms if "overlap" in n]
+        quick = [n for n in halves if ms[n] <= 1.01*min(ms[m] for m in halves)]
+        best = min(quick, key=lambda n: (int(number(n)), ms[n]))   # of equally fast ones the one that takes fewest multiprocessors
         fastest = min(shares, key=ms.get)
         w.say(f"{name}: hidden shares " + " ".join(f"{n} {v:.3f}" for n, v in shares.items())); w.say(f"{name}: fastest of halves {best}, of all {fastest}")
         w.keep(**{name: dict(size=s, ms=ms, shares=shares, best_halves=best, fastest=fastest, host_waits=not fixed)})
@@ -311,7 +316,7 @@ def layer(w):
         else:
             w.keep(figures=dict(hidden_share=shares[best])); w.say("hidden_share", shares[best])
             if not w.dry: timeline(w, run[best])
-        del run, mine, x, dy
+        run.clear(); mine.clear()
         if not w.dry: torch.cuda.empty_cache()
 
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from moe_rl.ep.deepep import BufferOnGloo, DeepEP
 from moe_rl.ep.dispatch import AllToAll, Hierarchical, Local, fp8_payload, parity, plain
 from moe_rl.ep.ranks import ep_group, run_ranks
-from moe_rl.fp8.quant import dequantise, quantise, relative_error
+from moe_rl.fp8.quant import quantise, relative_error
 
 E, WIDTH = 16, 256
 

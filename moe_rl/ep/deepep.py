@@ -6,7 +6,8 @@
 __all__ = ['SUPPORTED_RANKS', 'BufferOnGloo', 'deepep_problem', 'deepep_configs', 'make_buffer', 'DeepEP', 'Masked',
            'DeepEPDecode', 'DecodeBufferOnGloo', 'DeepEPElastic', 'capabilities', 'choose_exchange']
 
-# %% ../../nbs/03_ep/02_deepep.ipynb #ca02909c
+# %% ../../nbs/03_ep/02_deepep.ipynb #6438e29c
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ def deepep_problem(
     if x.shape[-1] % 256: return f"DeepEP needs a width that 256 divides, not {x.shape[-1]}; pad the width or use AllToAll"
     return ""
 
-# %% ../../nbs/03_ep/02_deepep.ipynb #a7a59147
+# %% ../../nbs/03_ep/02_deepep.ipynb #d8973784
 def deepep_configs(
     ranks:int, # R
     sms:int, # multiprocessors that communication may use, even
@@ -76,7 +77,7 @@ def make_buffer(
     group:dist.ProcessGroup, # NCCL, at least two ranks
     width:int, # D, the widest rows it will move
     sms:int=20, # the most multiprocessors that any exchange on it will use
-)->"deep_ep.Buffer":
+)->Any: # a `deep_ep.Buffer`
     "A `deep_ep.Buffer` for the normal kernels, with the memory that DeepEP recommends."
     R = dist.get_world_size(group)
     configs = deepep_configs(R, sms)
@@ -241,14 +242,14 @@ class DeepEPElastic:
     def scatter(self, rows, plan): return self.buffer.dispatch(rows, handle=plan)[0]
     def gather(self, rows, plan, weights=None): return self.buffer.combine(rows, plan, topk_weights=weights)[:2]
 
-# %% ../../nbs/03_ep/02_deepep.ipynb #b8ba276d
+# %% ../../nbs/03_ep/02_deepep.ipynb #fca42373
 def capabilities()->dict[str,str]: # backend -> "" if this rank can run it, else why not
     "What this rank's machine can do, found without starting anything."
     out = dict.fromkeys(("elastic", "deepep"), "")
     if not torch.cuda.is_available(): reason = "no CUDA device"
     elif torch.cuda.get_device_capability()[0] < 9: reason = f"{torch.cuda.get_device_name()} is older than Hopper"
     else:
-        try: import deep_ep; reason = ""
+        try: import_module("deep_ep"); reason = ""
         except ImportError as e: reason = f"deep_ep does not import ({str(e).splitlines()[0][:80]})"
     if reason: return dict.fromkeys(out, reason)
     if not any(Path("/sys/class/infiniband").glob("*")): out["elastic"] = "no RDMA device, which NCCL's device-initiated network (GIN) needs"

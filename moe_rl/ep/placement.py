@@ -286,7 +286,7 @@ def replicate(
     np.put_along_axis(copies, top[:,:,None], n.astype(int), 1)
     return copies
 
-# %% ../../nbs/03_ep/03_placement.ipynb #8912107c
+# %% ../../nbs/03_ep/03_placement.ipynb #d4361f0f
 def exchange_slots(
     loads:np.ndarray, # [L,E], rows sum to 1
     copies:np.ndarray, # [L,E,nodes]
@@ -296,7 +296,7 @@ def exchange_slots(
     per_visit:float=.1, rounds:int=16, near:int=24, # cost of a visit; at most so many exchanges; slots looked at on either side
 )->np.ndarray: # [L,E,nodes]
     "Exchange single slots between the fullest and the emptiest node until they are even."
-    (L, E), N = loads.shape, copies.shape[2]
+    L, N = len(loads), copies.shape[2]
     l, copies, part = np.arange(L), copies.copy(), loads/copies.sum(2)
     node = (copies*part[:,:,None]).sum(1)
     for _ in range(rounds):
@@ -402,14 +402,14 @@ def rebalance(
         n[yes,f[yes],v[yes]] -= 1; n[yes,e[yes],v[yes]] += 1
     return relieve(weigh(evenly(slots, E, N, old.gpus), loads), loads, budget - touched.sum(1))
 
-# %% ../../nbs/03_ep/03_placement.ipynb #8d27c68d
+# %% ../../nbs/03_ep/03_placement.ipynb #a5a775b9
 def relieve(
     place:Placement,
     loads:np.ndarray, # [L,E]
     budget:np.ndarray, # [L] slots that may still change
 )->Placement: # weighed
     "Exchange slots of the fullest GPU with other GPUs of its node while that helps and the budget lasts."
-    (L, P), m, per = place.slots.shape, place.gpus//place.nodes, place.slots.shape[1]//place.gpus
+    L, m, per = len(place.slots), place.gpus//place.nodes, place.slots.shape[1]//place.gpus
     l, left, load = np.arange(L), budget.copy(), loads/loads.sum(1, keepdims=True)
     while True:
         x = (np.take_along_axis(load, place.slots, 1)*place.share).reshape(L, place.nodes, m, per)

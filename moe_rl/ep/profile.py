@@ -84,7 +84,7 @@ class Topology:
     nodes_per_token:float # with a random replica
     limit:str    # what speaks against it; "" for nothing
 
-# %% ../../nbs/03_ep/05_profile.ipynb #ed48e560
+# %% ../../nbs/03_ep/05_profile.ipynb #c5f098aa
 def topologies(
     freq:np.ndarray, # [L,E] shares
     routes:np.ndarray, # [T,L,k] recorded routes
@@ -94,7 +94,7 @@ def topologies(
     spare:float=.25, # slots beyond E, as part of E; rounded up to fill the GPUs
 )->list[Topology]:
     "Place the experts on each number of nodes and say what comes of it."
-    (L, E), k, out = freq.shape, routes.shape[2], []
+    E, k, out = freq.shape[1], routes.shape[2], []
     known = company(routes, E, groups)
     for n in nodes:
         gpus = n*gpus_per_node
