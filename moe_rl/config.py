@@ -62,12 +62,12 @@ class EnvSection(Section):
     weight: float = Field(1.0, gt=0)
     params: dict[str, Any] = {}
 
-# %% ../nbs/00_start/01_config.ipynb #8a466d91
+# %% ../nbs/00_start/01_config.ipynb #0b5cf93c
 class WarmStartSection(Section):
     "Supervised warm start on solved examples of the environment."
     seconds: float = Field(85.0, ge=0, description='time limit; 0: no warm start')
     steps: int = Field(0, ge=0, description='when > 0: exactly so many steps, no clock and no probe (deterministic)')
-    stop_at: float = Field(0.2, ge=0, le=1, description='stop when a probe of fresh problems is solved to this share')
+    stop_at: float = Field(0.03, ge=0, le=1, description='stop when this share of sampled answers to fresh problems is exact')
     probe_every: int = Field(25, gt=0, description='steps between probes')
     tokens_per_step: int = Field(4096, gt=0)
     threads: int = Field(0, ge=0, description='CPU threads of the warm start, when the engines have nothing to do; 0: all cores')
@@ -92,7 +92,7 @@ class BalanceSection(Section):
     z_coef: float = Field(0.0, ge=0, description='router z-loss')
     head_z_coef: float = Field(1e-6, ge=0, description='LM-head z-loss')
 
-# %% ../nbs/00_start/01_config.ipynb #85268c01
+# %% ../nbs/00_start/01_config.ipynb #bc7391b7
 class EngineSection(Section):
     "The rollout engines and how they sample."
     replicas: int = Field(1, gt=0)
@@ -119,7 +119,7 @@ class RLSection(Section):
     advantage: str = Field('grpo', description='grpo, grpo_std, rloo, maxrl, or "module:attribute"')
     loss: str = Field('dppo', description='dppo, ipo, icepop, tis, cispo, gspo, grpo, or "module:attribute"')
     loss_params: dict[str, float] = {}
-    reward: Literal['score', 'exact'] = Field('score', description="the environment's own score, or 1 for an exact answer and 0 otherwise")
+    reward: str = Field('score', description="score: the environment's own; exact: 1 for an exact answer, else 0; or \"module:attribute\"")
     kl_coef: float = Field(0.0, ge=0, description='KL to the warm-started model')
     replay: bool = Field(True, description='R3: train on the routes that the engine took')
     zero_variance: Literal['filter', 'keep'] = 'keep'
@@ -134,7 +134,7 @@ class EvalSection(Section):
     temperature: float = Field(0.0, ge=0, description='0: greedy')
     share: float = Field(0.25, gt=0, lt=1, description="part of an engine's seats that evaluation may hold, and is sure of")
 
-# %% ../nbs/00_start/01_config.ipynb #4f8670be
+# %% ../nbs/00_start/01_config.ipynb #b5618bac
 class ScheduleSection(Section):
     "Who waits for whom."
     deterministic: bool = Field(False, description='a logical clock fixes the interleaving: runs agree bit for bit')
@@ -143,6 +143,7 @@ class ScheduleSection(Section):
     env_timeout: float = Field(10.0, gt=0, description='seconds an environment may take for one call')
     engine_restarts: int = Field(5, ge=0, description='dead engines started again in one run')
     device: Literal['auto', 'cpu', 'cuda'] = 'auto'
+    port: int = Field(0, ge=0, lt=65536, description='where the orchestrator listens on 127.0.0.1; 0: any free port')
 
 class CheckpointSection(Section):
     "Committed states from which `--resume` goes on."

@@ -47,12 +47,12 @@ def answers(model:Afmoe, tokenizer:Tokenizer, prompts:list[str], max_tokens:int,
         for f in engine.step(): out[int(f.id)] = tokenizer.decode([t for t in f.token_ids if t != tokenizer.eos_id])
     return [out[n] for n in range(len(prompts))]
 
-# %% ../../nbs/07_rl/07_workers.ipynb #bbe6c17b
+# %% ../../nbs/07_rl/07_workers.ipynb #be55896f
 def warm_start(model:Afmoe, tokenizer:Tokenizer, env:Environment, s:Settings, alive=lambda doing: None) -> dict[str, float]:
     "Supervised steps on `env.train_examples` until the clock, the step count or the probe says enough."
     if not (s.warm_start.seconds or s.warm_start.steps): return dict(sft_steps=0, sft_seconds=0.0)
     started = time.monotonic()
-    w, probes = s.warm_start, env.train_examples(128, start=10**6)
+    w, probes = s.warm_start, 2 * env.train_examples(256, start=10**6)
     first = env.train_examples(64)
     make = lambda pairs: [example(tokenizer.render_prompt(p), [*tokenizer.encode(a), tokenizer.eos_id], i) for i, (p, a) in enumerate(pairs)]
     length = sum(len(r) - 1 for r in make(first)) / len(first)
@@ -63,7 +63,7 @@ def warm_start(model:Afmoe, tokenizer:Tokenizer, env:Environment, s:Settings, al
     def solved(model, n):
         nonlocal best
         alive(f'probing the warm start after {n} steps')
-        got = answers(model, tokenizer, [p for p, _ in probes], s.engine.max_tokens)
+        got = answers(model, tokenizer, [p for p, _ in probes], s.engine.max_tokens, s.engine.temperature, seed=n)
         best = sum(g.strip() == a.strip() for g, (_, a) in zip(got, probes)) / len(probes)
         return best >= w.stop_at
     threads = torch.get_num_threads()
@@ -75,7 +75,7 @@ def warm_start(model:Afmoe, tokenizer:Tokenizer, env:Environment, s:Settings, al
     finally: torch.set_num_threads(threads)
     return dict(sft_steps=len(report.steps), sft_seconds=time.monotonic() - started, sft_loss=report.loss, sft_probe=best)
 
-# %% ../../nbs/07_rl/07_workers.ipynb #6a5d3717
+# %% ../../nbs/07_rl/07_workers.ipynb #d9c02a0d
 def train_worker(folder:Path, checkpoint:str, client:Client):
     "Loop of the trainer: from the warm start, or from a committed `checkpoint`, one step per `Train` message; the warm start is saved as step 0."
     s = load_settings(folder/'config.toml')
@@ -101,7 +101,7 @@ def train_worker(folder:Path, checkpoint:str, client:Client):
                 if target: trainer.save(Path(target))
                 client.send(Trained(step, metrics | dict(publish_seconds=time.perf_counter() - started)))
             case Stop(export=target):
-                if target: save_pretrained(model, target); tokenizer.save(target)
+                if target: save_pretrained(model, target, extra_files=tokenizer.save, overwrite=True)
                 return
 
 def reference_model(model:Afmoe, folder:Path, checkpoint:str) -> Afmoe:
