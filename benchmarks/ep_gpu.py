@@ -167,6 +167,8 @@ def kernels(w):
                           combine_us=round(w.us(lambda: e.gather(s.parts[0], s.plan), 20), 1)))
     w.say("tokens width dispatch combine (us)"); [w.say(f"{r['tokens']:6d} {r['width']:5d} {r['dispatch_us']:8.1f} {r['combine_us']:8.1f}") for r in times]
     w.keep(sizes=times)
+    from moe_rl.ep.deepep import choose_exchange
+    attempt("chosen", lambda: choose_exchange(E, D, k, T, 2, dist.group.WORLD)[1])   # says which backend runs here, and why not a better one
 
 
 def layers_of(w, depth, D, I, E, held, dtype):

@@ -206,19 +206,22 @@ def spans(
         else: out.append([stream, kind, ts-zero, dur])
     return [[s, k, round(a, 1), round(d, 1)] for s, k, a, d in out]
 
-# %% ../../nbs/03_ep/06_overlap.ipynb #07e7661b
+# %% ../../nbs/03_ep/06_overlap.ipynb #d6de2e08
 def plot_spans(
     rows:list[list], # of `spans`
+    start:float=0., stop:float=float("inf"), # milliseconds to show
     ax=None, # matplotlib axes; None makes some
 ):
-    "One line per stream, time in milliseconds."
+    "One line per busy stream, time in milliseconds."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(6, 1.6))[1]
+    ax = ax or plt.subplots(figsize=(6.5, 1.5))[1]
+    rows = [r for r in rows if r[2]/1e3 < stop and (r[2] + r[3])/1e3 > start]
+    rows = [r for r in rows if sum(q[3] for q in rows if q[0] == r[0]) > 1e3]
     colour = dict(dispatch="tab:orange", combine="tab:red", experts="tab:blue", other="lightgray")
     streams = sorted({r[0] for r in rows})
     for kind, c in colour.items():
         for y, s in enumerate(streams):
             ax.broken_barh([(r[2]/1e3, r[3]/1e3) for r in rows if r[0] == s and r[1] == kind], (y-.4, .8), color=c, label=kind if y == 0 else None)
-    ax.set(yticks=range(len(streams)), yticklabels=[f"stream {s}" for s in streams], xlabel="ms")
+    ax.set(yticks=range(len(streams)), yticklabels=[f"stream {s}" for s in streams], xlabel="ms", xlim=(start, min(stop, max((r[2] + r[3] for r in rows), default=1e3)/1e3)))
     ax.legend(ncol=4, fontsize=7, loc="lower center", bbox_to_anchor=(.5, 1.), frameon=False)
     return ax
