@@ -26,8 +26,8 @@ install() {  # install EXTRAS: the package with these extras ("" for the base), 
     fi
     want="$extras $(cat "$root/pyproject.toml" "$root/constraints.txt" | sha256sum)"
     if ! grep -qxF "$want" "$stamp" 2>/dev/null; then
-        echo "installing moe_rl${extras:+[$extras]} into $venv" >&2
-        "$venv/bin/python" -m pip install -q --disable-pip-version-check -c "$root/constraints.txt" -e "$root${extras:+[$extras]}" >&2 ||
+        echo "installing moe_rl${extras:+[$extras]} into $venv: minutes, the first time" >&2
+        "$venv/bin/python" -m pip install -qq --disable-pip-version-check -c "$root/constraints.txt" -e "$root${extras:+[$extras]}" >&2 ||
             stop "pip install failed (see above); nothing was run"
         echo "$want" >> "$stamp"
     fi

@@ -1,0 +1,12 @@
+project = 'moe_rl'
+extensions = ['myst_nb']
+html_theme = 'furo'
+html_title = 'moe_rl'
+html_static_path = ['_static']
+nb_execution_mode = 'off'                 # outputs are the stored ones: nbdev-test keeps them true
+myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence']
+myst_heading_anchors = 3
+mathjax_path = 'mathjax.js'               # from html_static_path: pages work without a network
+mathjax3_config = {'svg': {'fontCache': 'local'}}
+suppress_warnings = ['mystnb.unknown_mime_type', 'myst.header']
+exclude_patterns = ['_build']
