@@ -23,25 +23,27 @@ def claim(folder:Path, settings:Settings|None, resume:bool):
     if settings and not resume: (folder/'config.toml').write_text(to_toml(settings))
     return lock
 
-# %% ../../nbs/07_rl/06_log.ipynb #fbe80f4a
+# %% ../../nbs/07_rl/06_log.ipynb #c1db2433
 class RunLog:
     "Appends to the files of a run folder. `sizes` goes into a checkpoint, `cut` goes back to it."
     CUT = ('metrics.jsonl', 'ledger.jsonl', 'evals.jsonl')
     def __init__(self, folder:Path, tensorboard:bool=True):
         self.folder, self.started = Path(folder), time.time()
-        self.files = {n: (self.folder/n).open('ab') for n in (*self.CUT, 'samples.jsonl', 'events.log')}
+        self.files = {n: (self.folder/n).open('ab', buffering=0) for n in (*self.CUT, 'samples.jsonl', 'events.log')}
         self.board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(self.folder/'tensorboard'))
 
-    def _line(self, name, data:dict):
-        self.files[name].write(json.dumps(data).encode() + b'\n')
-        self.files[name].flush()
+    def _append(self, name, data:bytes):
+        try:
+            while data: data = data[self.files[name].write(data):]
+        except OSError as e: raise UserError(f'cannot write {self.folder/name}: {e.strerror}: free space, then go on with --resume') from None
+    def _line(self, name, data:dict): self._append(name, json.dumps(data).encode() + b'\n')
 
     def metrics(self, step:int, values:dict):
-        "One line of metrics; TensorBoard gets the numbers too."
-        self._line('metrics.jsonl', dict(step=step, **values))
+        "One line of metrics, null where a number is not finite; TensorBoard gets the numbers too."
+        self._line('metrics.jsonl', dict(step=step) | {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()})
         if self.board:
             for k, v in values.items():
                 if isinstance(v, (int, float)) and math.isfinite(v): self.board.add_scalar(k, v, step)
@@ -53,8 +55,7 @@ class RunLog:
     def sample(self, values:dict): self._line('samples.jsonl', values)
     def event(self, text:str):
         "A dated line for people."
-        self.files['events.log'].write(f'{time.strftime("%H:%M:%S")} {text}\n'.encode())
-        self.files['events.log'].flush()
+        self._append('events.log', f'{time.strftime("%H:%M:%S")} {text}\n'.encode())
 
     def sizes(self) -> dict[str, int]: # bytes
         "How long the files are now."

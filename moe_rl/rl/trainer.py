@@ -24,11 +24,12 @@ from ..train.objective import head_z_loss, token_logprobs
 from ..train.optim import build_optimizer, grad_norm
 from ..train.weights import apply_weights, load_version, publish
 
-# %% ../../nbs/07_rl/05_trainer.ipynb #2cacd433
+# %% ../../nbs/07_rl/05_trainer.ipynb #74e93d77
 def model_config(settings:Settings, vocab_size:int) -> ModelConfig:
-    "The architecture that the settings ask for, with the tokenizer's vocabulary."
+    "The architecture that the settings ask for, with the tokenizer's vocabulary. Raises `UserError` for sizes that do not fit together."
     sizes = settings.model.model_dump(exclude={'checkpoint'})
-    return ModelConfig(vocab_size=vocab_size, **sizes)
+    try: return ModelConfig(vocab_size=vocab_size, **sizes)
+    except ValueError as e: raise UserError(f'model: {e}') from None
 
 def build_model(settings:Settings, vocab_size:int) -> Afmoe:
     "A new model, seeded by the run, or the checkpoint that `model.checkpoint` names. Raises `UserError` when the vocabulary does not fit."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['device_of', 'prepare', 'answers', 'warm_start', 'train_worker', 'reference_model', 'engine_worker', 'main']
 
-# %% ../../nbs/07_rl/07_workers.ipynb #0e097fc4
+# %% ../../nbs/07_rl/07_workers.ipynb #2988639f
 import copy, os, sys, time
 from pathlib import Path
 import torch
@@ -14,7 +14,7 @@ from ..data.tokens import Tokenizer, load_tokenizer
 from ..moe.checkpoint import save_pretrained
 from ..moe.model import Afmoe
 from .trainer import Trainer, build_model
-from .wire import Abort, Client, Generate, Generated, Stop, Train, Trained, Update, Updated, serve
+from .wire import Abort, Client, Generate, Generated, Save, Stop, Train, Trained, Update, Updated, serve
 from ..rollout.engine import Engine, Request
 from ..rollout.environments import Environment, load_envs
 from ..train.checkpoint import stage
@@ -75,7 +75,7 @@ def warm_start(model:Afmoe, tokenizer:Tokenizer, env:Environment, s:Settings, al
     finally: torch.set_num_threads(threads)
     return dict(sft_steps=len(report.steps), sft_seconds=time.monotonic() - started, sft_loss=report.loss, sft_probe=best)
 
-# %% ../../nbs/07_rl/07_workers.ipynb #d9c02a0d
+# %% ../../nbs/07_rl/07_workers.ipynb #fe2fb763
 def train_worker(folder:Path, checkpoint:str, client:Client):
     "Loop of the trainer: from the warm start, or from a committed `checkpoint`, one step per `Train` message; the warm start is saved as step 0."
     s = load_settings(folder/'config.toml')
@@ -100,6 +100,9 @@ def train_worker(folder:Path, checkpoint:str, client:Client):
                 prune(folder/'weights', s.rl.max_staleness + 2)
                 if target: trainer.save(Path(target))
                 client.send(Trained(step, metrics | dict(publish_seconds=time.perf_counter() - started)))
+            case Save(folder=target):
+                trainer.save(Path(target))
+                client.send(Trained(trainer.step_number, {}))
             case Stop(export=target):
                 if target: save_pretrained(model, target, extra_files=tokenizer.save, overwrite=True)
                 return
