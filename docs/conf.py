@@ -1,12 +1,29 @@
-project = 'moe_rl'
+"Sphinx settings of docs/build.py. Pages need no network: formulas become MathML when the site is built."
+from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
+
+project = html_title = 'moe_rl'
 extensions = ['myst_nb']
+root_doc = 'toc'
 html_theme = 'furo'
-html_title = 'moe_rl'
 html_static_path = ['_static']
-nb_execution_mode = 'off'                 # outputs are the stored ones: nbdev-test keeps them true
-myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence']
+html_css_files = ['moe_rl.css']
+html_show_sphinx = html_show_copyright = html_copy_source = False
+nb_execution_mode = 'off'                                    # stored outputs, which nbdev-test keeps true
+nb_merge_streams = True
+myst_enable_extensions = ['dollarmath', 'amsmath']
 myst_heading_anchors = 3
-mathjax_path = 'mathjax.js'               # from html_static_path: pages work without a network
-mathjax3_config = {'svg': {'fontCache': 'local'}}
-suppress_warnings = ['mystnb.unknown_mime_type', 'myst.header']
-exclude_patterns = ['_build']
+suppress_warnings = ['mystnb.unknown_mime_type', 'myst.header', 'misc.highlighting_failure']
+html_math_renderer = 'mathml'
+
+def inline(self, node):
+    self.body.append(convert(node.astext()))
+    raise SkipNode
+
+def display(self, node):
+    self.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
+    raise SkipNode
+
+def setup(app):
+    app.add_html_math_renderer('mathml', (inline, None), (display, None))
+    return dict(parallel_read_safe=True)
