@@ -6,8 +6,8 @@
 __all__ = ['COMMANDS', 'split_settings', 'pop_flag', 'cmd_run', 'cmd_sft', 'cmd_eval', 'cmd_doctor', 'cmd_bench', 'usage', 'main',
            'entry']
 
-# %% ../nbs/80_app/03_cli.ipynb #6e40675d
-import contextlib, json, os, sys, time
+# %% ../nbs/80_app/03_cli.ipynb #0c74f87e
+import contextlib, json, os, signal, sys
 from pathlib import Path
 from .config import Settings, UserError, help_table, load_settings, parse_overrides
 
@@ -22,7 +22,7 @@ def pop_flag(args:list[str], flag:str) -> bool:
     if flag in args: args.remove(flag); return True
     return False
 
-# %% ../nbs/80_app/03_cli.ipynb #b6723f2e
+# %% ../nbs/80_app/03_cli.ipynb #ba2f4465
 def cmd_run(args:list[str]) -> int:
     "run [--config FILE] [--KEY VALUE ...] | run --resume FOLDER"
     from moe_rl.display import Display
@@ -38,6 +38,7 @@ def cmd_run(args:list[str]) -> int:
     if settings.schedule.deterministic and os.environ.get('PYTHONHASHSEED') != '0': # some tasks draw from sets, whose order hangs on the hash seed
         os.environ['PYTHONHASHSEED'] = '0'
         os.execv(sys.executable, [sys.executable, '-m', 'moe_rl.cli', 'run', *(['--resume'] if resume else []), *args])
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)) # a job scheduler's way to say Ctrl-C
     try:
         with Display(settings.dir, settings.rl.steps) as show: last = run(settings, resume, show)
     except KeyboardInterrupt:
@@ -47,47 +48,36 @@ def cmd_run(args:list[str]) -> int:
     print(f'held-out exact {last["exact"]:.3f} after {last["total_seconds"]:.0f} s; model in {settings.dir}/model, report in {report}')
     return 0
 
-# %% ../nbs/80_app/03_cli.ipynb #fd1a72de
+# %% ../nbs/80_app/03_cli.ipynb #7d0ebda9
 def cmd_sft(args:list[str]) -> int:
     "sft [--config FILE] [--KEY VALUE ...]: the warm start alone; model in DIR/model"
     from moe_rl.moe.checkpoint import save_pretrained
     from moe_rl.rl.log import claim
-    from moe_rl.rl.run import make_tokenizer
+    from moe_rl.display import Ticker
+    from moe_rl.rl.run import check, make_tokenizer
     from moe_rl.rl.trainer import build_model
     from moe_rl.rl.workers import prepare, warm_start
     from moe_rl.rollout.environments import load_envs
     s, _ = split_settings(args)
+    if not (s.warm_start.seconds or s.warm_start.steps): raise UserError('sft: warm_start.seconds and warm_start.steps are both 0: give one of them')
     env, folder = load_envs([e.model_dump() for e in s.env], s.seed), Path(s.dir)
-    lock = claim(folder, s, resume=False)
     tokenizer = make_tokenizer(s, env)
-    model = build_model(s, tokenizer.vocab_size).to(prepare(s))
-    seen = [0.0]
-    def alive(text):
-        if time.monotonic() - seen[0] > 5: seen[0] = time.monotonic(); print(text, flush=True)
-    report = warm_start(model, tokenizer, env, s, alive)
-    save_pretrained(model, folder/'model')
-    tokenizer.save(folder/'model')
+    check(s, env, tokenizer)
+    lock = claim(folder, s, resume=False)
+    with lock, Ticker(s.dir) as alive: report = warm_start(model := build_model(s, tokenizer.vocab_size).to(prepare(s)), tokenizer, env, s, alive)
+    save_pretrained(model, folder/'model', extra_files=tokenizer.save)
     print(json.dumps(report))
     return 0
 
-# %% ../nbs/80_app/03_cli.ipynb #9888b15b
+# %% ../nbs/80_app/03_cli.ipynb #5e9707db
 def cmd_eval(args:list[str]) -> int:
     "eval MODEL_FOLDER [--config FILE] [--env NAME] [--eval.samples K] ...: held-out pass@k"
     if not args or args[0].startswith('--'): raise UserError('eval needs a model folder: moe-rl eval runs/x/model --env NAME')
-    import numpy as np
-    from moe_rl.data.tokens import load_tokenizer
-    from moe_rl.moe.checkpoint import load_pretrained
-    from moe_rl.rl.orchestrator import interval, pass_at_k
-    from moe_rl.rl.workers import answers, prepare
-    from moe_rl.rollout.environments import exact_match, load_envs
-    folder = Path(args[0])
+    from moe_rl.display import Ticker
+    from moe_rl.rl.run import evaluate
     s, _ = split_settings(args[1:])
-    device, tasks, k = prepare(s), load_envs([e.model_dump() for e in s.env], s.seed).held_out(s.eval.prompts), s.eval.samples
-    model, tokenizer = load_pretrained(folder).to(device), load_tokenizer(folder)
-    if k > 1 and s.eval.temperature == 0: raise UserError('eval.samples > 1 needs eval.temperature > 0: greedy answers are all the same')
-    texts = answers(model, tokenizer, [t.prompt for t in tasks for _ in range(k)], s.engine.max_tokens, s.eval.temperature, s.seed)
-    solved = np.array([exact_match(t, [texts[i*k + j]]) for i, t in enumerate(tasks) for j in range(k)]).reshape(-1, k)
-    print(json.dumps(dict(exact=float(solved.mean()), interval=interval(float(solved.mean()), len(tasks)), pass_at_k=pass_at_k(solved), prompts=len(tasks), samples=k)))
+    with Ticker(args[0]) as tick: result = evaluate(s, args[0], lambda done, total: tick(f'{done} of {total} answers'))
+    print(json.dumps(result))
     return 0
 
 # %% ../nbs/80_app/03_cli.ipynb #53896e06
@@ -105,7 +95,7 @@ def cmd_bench(args:list[str]) -> int:
 
 COMMANDS = dict(run=cmd_run, sft=cmd_sft, eval=cmd_eval, doctor=cmd_doctor, bench=cmd_bench)
 
-# %% ../nbs/80_app/03_cli.ipynb #5afe85b3
+# %% ../nbs/80_app/03_cli.ipynb #98892e6d
 def usage() -> str:
     "Text of `moe-rl --help`."
     return 'usage: moe-rl COMMAND ...\n\n' + '\n'.join(f'  moe-rl {f.__doc__}' for f in COMMANDS.values()) + '\n\n`moe-rl run --help` lists every setting.'
@@ -119,10 +109,13 @@ def main(argv:list[str]|None=None) -> int:
         print(f'moe-rl {COMMANDS[args[0]].__doc__}\n')
         if args[0] in ('run', 'sft', 'eval'): print(help_table())
         return 0
+    if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())     # "module:attribute" may be a file beside the user
     try: return COMMANDS[args[0]](args[1:])
     except UserError as e: print(f'moe-rl: {e}', file=sys.stderr)
+    except KeyboardInterrupt: print('moe-rl: interrupted', file=sys.stderr); return 130
     except BrokenPipeError: os._exit(0)
-    except OSError as e: print(f'moe-rl: {e.filename or "operating system"}: {e.strerror}', file=sys.stderr)
+    except ModuleNotFoundError as e: print(f'moe-rl: {e}: the installation is incomplete: pip install . in the clone', file=sys.stderr)
+    except OSError as e: print(f'moe-rl: {e.filename + ": " if e.filename else ""}{e.strerror or e}', file=sys.stderr)
     return 2
 
 def entry(): sys.exit(main())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['hf_names', 'to_hf', 'CheckpointError', 'from_hf', 'to_hf_config', 'from_hf_config', 'check_vocabulary', 'load_config',
-           'load_pretrained', 'save_pretrained']
+           'load_pretrained', 'check_pretrained', 'save_pretrained']
 
 # %% ../../nbs/01_moe/05_checkpoint.ipynb #c8b810c7
 import json, os, shutil
@@ -173,7 +173,21 @@ def load_pretrained(
     model.load_state_dict(state, assign=True)
     return model
 
-# %% ../../nbs/01_moe/05_checkpoint.ipynb #113e4c26
+# %% ../../nbs/01_moe/05_checkpoint.ipynb #c40350f3
+class _Headers(_Files):
+    "The same files, with empty tensors of the right shapes."
+    def __getitem__(self, name:str)->Tensor: return torch.empty(self.at[name].get_slice(name).get_shape(), device="meta")
+
+def check_pretrained(
+    folder:str|Path, # holds config.json and model*.safetensors
+)->ModelConfig:
+    "Whether `load_pretrained` would succeed, from config.json and the files' headers alone. Raises the same `CheckpointError`."
+    folder = Path(folder)
+    cfg = load_config(folder)
+    from_hf(_Headers(folder), cfg, str(folder))
+    return cfg
+
+# %% ../../nbs/01_moe/05_checkpoint.ipynb #2feb1b87
 def _shards(
     tensors:dict[str,Tensor],
     limit:int, # bytes of a file; a larger tensor gets a file of its own
@@ -186,7 +200,7 @@ def _shards(
         size += t.nbytes
     return out
 
-# %% ../../nbs/01_moe/05_checkpoint.ipynb #e913616e
+# %% ../../nbs/01_moe/05_checkpoint.ipynb #2d7244d3
 def _write(
     folder:Path, # exists, empty
     model:Afmoe,
@@ -202,14 +216,14 @@ def _write(
         (folder/"model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (folder/"config.json").write_text(json.dumps(to_hf_config(model.cfg, model.embed_tokens.weight.dtype), indent=1))
 
-# %% ../../nbs/01_moe/05_checkpoint.ipynb #4524c034
+# %% ../../nbs/01_moe/05_checkpoint.ipynb #672315fb
 def _sync(path:Path)->None:
     "Force a file or a directory entry to disk, so that a rename never precedes what it names."
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../../nbs/01_moe/05_checkpoint.ipynb #1a3b5c48
+# %% ../../nbs/01_moe/05_checkpoint.ipynb #082607e7
 def save_pretrained(
     model:Afmoe,
     folder:str|Path,      # made; its parent too

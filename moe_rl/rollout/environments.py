@@ -302,7 +302,7 @@ class Calls:
         self.jobs.put((make, timeout, future))
         return await asyncio.wait_for(asyncio.wrap_future(future), timeout)
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #cf7f4e2a
+# %% ../../nbs/06_rollout/03_environments.ipynb #5852d3f5
 async def _settle(value): return await value if inspect.isawaitable(value) else value
 
 def usable_reward(value)->float:
@@ -314,9 +314,11 @@ def usable_reward(value)->float:
 class Guard:
     """The calls of `env`, each in a thread and under `timeout` seconds; a failure raises `EnvError` and is counted in `failures` by reason.
 
-    `reward='exact'` scores every task by `exact_match` instead of the environment's own score."""
+    `reward='exact'` scores every task by `exact_match` instead of the environment's own score, `'module:attribute'` by a
+    function `(task, turns) -> float`, `async def` or `def`."""
     def __init__(self, env:Environment, timeout:float=10., reward:str='score', threads:int=16):
-        if reward not in ('score', 'exact'): raise UserError(f"rl.reward: {reward!r}, expected 'score' or 'exact'")
+        if reward not in ('score', 'exact') and ':' not in reward: raise UserError(f"rl.reward: {reward!r}, expected 'score', 'exact' or \"module:attribute\"")
+        self.scorer = load_attribute(reward) if ':' in reward else env.score
         self.env, self.timeout, self.reward, self.calls, self.failures = env, timeout, reward, Calls(threads), Counter()
     async def _call(self, what, name, function, *args):
         async def make(): return await _settle(function(*args))
@@ -342,8 +344,10 @@ class Guard:
         return None if self.env.single_turn(task) else await self._call('reply', task.env, self.env.reply, task, turns)
     async def score(self, task:Task, turns:list[str])->float:
         "The reward, a finite float."
-        if self.reward == 'exact': return exact_match(task, turns)      # our own and quick: no thread
-        value = await self._call('score', task.env, self.env.score, task, turns)
+        if self.reward == 'exact':
+            if task.answer is None: raise UserError(f"{task.env}: its tasks have no reference answer, so rl.reward = 'exact' is impossible: use 'score'")
+            return exact_match(task, turns)      # our own and quick: no thread
+        value = await self._call('score', task.env, self.scorer, task, turns)
         try: return usable_reward(value)
         except (TypeError, ValueError) as e: raise self._lost('env_reward', f'{task.env}: score returned {value!r}: {e}') from None
 

@@ -1,0 +1,335 @@
+"""The program as its user meets it: commands, exit codes, one line for every mistake, own code by import path, report and doctor."""
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from moe_rl import cli, doctor
+from moe_rl.config import Settings, UserError, load_settings
+from moe_rl.display import Display, Ticker
+from moe_rl.report import PICTURES, read_run, write_report
+from moe_rl.rl.log import RunLog, claim, read_lines
+from moe_rl.rl.run import run
+from rich.console import Console
+
+TINY = {'model.hidden_size': 32, 'model.intermediate_size': 32, 'model.moe_intermediate_size': 16, 'model.num_hidden_layers': 2, 'model.num_attention_heads': 2, 'model.num_key_value_heads': 1,
+        'model.head_dim': 8, 'model.num_experts': 4, 'model.max_position_embeddings': 256, 'tokenizer.kind': 'byte', 'warm_start.steps': 2, 'warm_start.tokens_per_step': 256, 'warm_start.threads': 1,
+        'rl.steps': 2, 'rl.groups_per_step': 2, 'rl.group_size': 2, 'rl.tokens_per_batch': 512, 'eval.prompts': 8, 'engine.kv_tokens': 2048, 'engine.max_seqs': 16, 'engine.max_tokens': 4}
+
+MODULE = '''
+import numpy as np, torch
+from moe_rl.rl.loss import LossOut
+from moe_rl.rollout.environments import Environment, Task
+
+class Letters(Environment):
+    "Say the first of three letters."
+    name = 'letters'
+    def __init__(self, wording='Say the first letter of ', bad='', length=3): self.wording, self.bad, self.length = wording, bad, length
+    def problem(self, key):
+        word = ''.join(chr(97 + (key >> 5*i) % 26) for i in range(self.length))
+        return Task(env=self.name, prompt=self.wording + word + ': ', answer=None if self.bad == 'no answer' else word[0])
+    async def score(self, task, turns):
+        if self.bad == 'nan': return float('nan')
+        if self.bad == 'raises': raise OSError('judge is away')
+        return float(turns[-1][:1] == task.answer)
+
+def half_length(task, turns): return len(turns[-1]) / 2
+def spread(rewards): return np.asarray(rewards) - np.min(rewards)
+def plain(logp, logp_old, adv, mask, cu_seqlens, scale=1.0):
+    return LossOut(-scale * torch.where(mask, logp * adv, 0.0), torch.zeros_like(mask), torch.zeros_like(mask))
+not_a_function = 3
+'''
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A folder with a user's own module, which is also the working directory."
+    folder = tmp_path_factory.mktemp('home')
+    (folder / 'my_task.py').write_text(MODULE)
+    old, path = os.getcwd(), list(sys.path)
+    os.chdir(folder)
+    yield folder
+    os.chdir(old)
+    sys.path[:] = path
+
+
+def flags(**more):
+    return [part for k, v in (TINY | {k.replace('__', '.'): v for k, v in more.items()}).items() for part in (f'--{k}', str(v))]
+
+
+def process(home, *args, **kw):
+    "The command in a process of its own."
+    return subprocess.run([sys.executable, '-m', 'moe_rl.cli', *map(str, args)], cwd=home, capture_output=True, text=True, timeout=120,
+                          env=os.environ | dict(OMP_NUM_THREADS='1'), **kw)
+
+
+def said(capsys, *args):
+    "Exit code and the lines on standard error of a command in this process."
+    capsys.readouterr()
+    code = cli.main(list(map(str, args)))
+    return code, capsys.readouterr().err.strip().splitlines()
+
+
+def refused(capsys, *args):
+    "The one line with which a command is refused."
+    code, lines = said(capsys, *args)
+    assert code == 2 and len(lines) == 1 and lines[0].startswith('moe-rl: '), (code, lines)
+    return lines[0]
+
+
+@pytest.fixture(scope='module')
+def finished(home):
+    "A real run from the command line: own environment, reward, loss and advantage; everything else tiny."
+    done = process(home, 'run', *flags(dir='runs/own', env='my_task:Letters', rl__reward='my_task:half_length', rl__loss='my_task:plain', rl__loss_params="{'scale': 2.0}",
+                                       rl__advantage='my_task:spread', checkpoint__every=1, eval__every=1))
+    assert done.returncode == 0, done.stderr
+    return home / 'runs' / 'own', done
+
+
+# ---- a run of one's own
+
+def test_own_code_by_import_path(finished):
+    folder, done = finished
+    assert 'report in runs/own/report/report.md' in done.stdout
+    assert not done.stderr
+    rows, samples = read_lines(folder / 'metrics.jsonl'), read_lines(folder / 'samples.jsonl')
+    assert [r['step'] for r in rows] == [1, 2]
+    for s in samples: assert s['reward'] == len(s['text'].split(': ', 1)[1].replace('�', '?')) / 2 or '�' in s['text']     # half_length, not Letters.score
+    assert all(r['rollouts'] == 4 for r in rows) and rows[0]['loss'] <= 0                                                # spread makes no advantage negative
+    settings = load_settings(folder / 'config.toml')
+    assert settings.rl.loss_params == {'scale': 2.0} and settings.rl.reward == 'my_task:half_length'
+    assert {p.name for p in (folder / 'model').iterdir()} == {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json'}
+
+
+def test_python_api(home):
+    "The same from Python, with `run`."
+    rows = []
+    settings = load_settings(overrides=TINY | {'dir': str(home / 'runs' / 'api'), 'env': 'my_task:Letters', 'rl.steps': 1, 'rl.reward': 'my_task:half_length', 'rl.advantage': 'my_task:spread', 'warm_start.steps': 1})
+    last = run(settings, show=rows.append)
+    assert last['step'] == 1 and last['prompts'] == 8 and any(r.get('step') == 1 and 'grad_norm' in r for r in rows)
+    assert (home / 'runs' / 'api' / 'model' / 'config.json').exists()
+
+
+def test_report_of_a_real_run(finished):
+    folder, _ = finished
+    text = (folder / 'report' / 'report.md').read_text()
+    assert 'finished after 2 of 2 steps' in text and '`rl.loss`' in text and 'my_task:plain' in text
+    for name in PICTURES: assert (folder / 'report' / f'{name}.png').read_bytes().startswith(b'\x89PNG') and f']({name}.png)' in text
+    data = read_run(folder)
+    assert data.trained == 8 and data.has('reward', 'entropy', 'grad_norm', 'max_vio', 'stale_0', 'tokens_per_s', 'engine_tokens_per_s', 'trainer_waits', 'engine_waits', 'utilisation')
+    assert (data['stale_0'] + data['stale_1'] + data['stale_2'] == data['loss_tokens']).all()
+
+
+def test_report_of_a_killed_or_unfinished_run(tmp_path):
+    "Cut-off lines, missing files and a single step are no reason to fail."
+    claim(tmp_path / 'run', Settings(), resume=False).close()
+    assert 'stopped before its end after 0 of 200 steps' in write_report(tmp_path / 'run').read_text()
+    log = RunLog(tmp_path / 'run', tensorboard=False)
+    log.metrics(1, dict(reward=float('nan'), exact=None, seconds=3.0))
+    log.ledger(1, ['0-0'], dict(stale=['0-1', '0-2']))
+    log.eval(dict(step=0, exact=.5, interval=[.4, .6], pass_at_k={'1': .5}, score=.5, prompts=8, samples=1, seconds=1.0, eval_seconds=.5))
+    log.sample(dict(step=1, id='0-0', reward=1.0, text='a | b\n```\n<script>'))
+    log.close()
+    with (tmp_path / 'run' / 'metrics.jsonl').open('a') as f: f.write('{"step": 2, "rew')
+    text = write_report(tmp_path / 'run').read_text()
+    assert 'after 1 of 200 steps' in text and '<script>' not in text and read_run(tmp_path / 'run').dropped == {'stale': 2}
+    with pytest.raises(UserError, match='no run there'): write_report(tmp_path)
+
+
+def test_report_leaves_the_backend_alone(finished):
+    code = f'import matplotlib; matplotlib.use("svg"); from moe_rl.report import write_report; write_report({str(finished[0])!r}); print(matplotlib.get_backend().lower(), matplotlib.rcParams["font.size"])'
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(Path(cli.__file__).parents[1])))
+    assert out.stdout.split() == ['svg', '10.0'], out.stderr
+
+
+def test_eval(finished, capsys):
+    folder, _ = finished
+    assert cli.main(['eval', str(folder / 'model'), *flags(env='my_task:Letters', eval__samples=4, eval__temperature=1.0)]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(result['pass_at_k']) == ['1', '2', '4'] and result['prompts'] == 8 and result['interval'][0] <= result['exact'] <= result['interval'][1]
+    assert result['pass_at_k']['1'] == pytest.approx(result['exact']) and result['pass_at_k']['1'] <= result['pass_at_k']['4']
+
+
+def test_sft(home, capsys):
+    assert cli.main(['sft', *flags(dir='runs/sft', env='my_task:Letters', warm_start__steps=3)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])['sft_steps'] == 3
+    assert cli.main(['eval', 'runs/sft/model', *flags(env='my_task:Letters')]) == 0
+    assert 'both 0' in refused(capsys, 'sft', *flags(dir='runs/sft2', env='my_task:Letters', warm_start__steps=0, warm_start__seconds=0))
+    assert 'not empty' in refused(capsys, 'sft', *flags(dir='runs/sft', env='my_task:Letters'))
+    assert not (home / 'runs' / 'sft2').exists()
+
+
+# ---- mistakes: one line, code 2, nothing overwritten, nothing begun
+
+@pytest.mark.parametrize('args, words', [
+    (['--rl.stepz', '3'], "unknown key 'rl.stepz'; did you mean 'rl.steps'"),
+    (['--rl.steps', 'many'], 'rl.steps'),
+    (['--rl.steps'], 'needs a value'),
+    (['--config', 'nowhere.toml'], 'nowhere.toml: no such settings file'),
+    (['--env', 'spell_backwards'], "no reasoning-gym task 'spell_backwards'; did you mean 'spell_backward'"),
+    (['--env', 'no_such_module:Env'], 'no_such_module:Env: cannot be imported'),
+    (['--env', 'my_task:Nothing'], 'my_task:Nothing: cannot be imported'),
+    (['--rl.loss', 'dpo'], "rl.loss: 'dpo', expected one of"),
+    (['--rl.loss', 'my_task:nothing'], 'my_task:nothing: cannot be imported'),
+    (['--rl.loss_params', "{'eps': 1.0}"], "has no setting 'eps'"),
+    (['--rl.advantage', 'gae'], "rl.advantage: 'gae'"),
+    (['--rl.reward', 'f1'], "rl.reward: 'f1'"),
+    (['--rl.reward', 'my_task:nothing'], 'my_task:nothing: cannot be imported'),
+    (['--model.head_dim', '7'], 'head_dim=7 must be even'),
+    (['--model.checkpoint', 'nowhere'], 'nowhere'),
+    (['--engine.kv_tokens', '32'], 'a prompt of 29 tokens and engine.max_tokens = 4 exceed engine.kv_tokens (32)'),
+    (['--rl.tokens_per_batch', '20'], 'exceed rl.tokens_per_batch (21)'),
+    (['--model.max_position_embeddings', '30'], 'exceed model.max_position_embeddings (30)'),
+    (['--eval.prompts', '100000'], 'letters: only'),
+    (['--env', '[{"name": "my_task:Letters", "params": {"bad": "no answer"}}]'], 'no reference answer, so a warm start is impossible'),
+    (['--env', '[{"name": "my_task:Letters", "params": {"size": 3}}]'], 'params refused'),
+    (['--schedule.device', 'tpu'], 'schedule.device'),
+    (['--schedule.port', '99999'], 'schedule.port'),
+    (['stray'], "expected --key value, got 'stray'"),
+])
+def test_bad_settings(home, capsys, args, words):
+    line = refused(capsys, 'run', *flags(dir='runs/bad', env='my_task:Letters'), *args)
+    assert words in line
+    assert not (home / 'runs' / 'bad').exists()                # nothing was begun
+
+
+def test_bad_command(capsys):
+    assert "no command 'rum'" in refused(capsys, 'rum')
+    assert 'eval needs a model folder' in refused(capsys, 'eval')
+    assert 'no bench' in refused(capsys, 'bench', 'no_such_bench')
+    assert 'no run' in refused(capsys, 'run', '--resume', 'nowhere')
+
+
+def damaged(folder, name, damage):
+    "A copy of a model folder with something wrong in it."
+    copy = folder.parent / name
+    shutil.copytree(folder, copy)
+    damage(copy)
+    return copy
+
+def truncate(copy): (copy / 'model.safetensors').write_bytes((copy / 'model.safetensors').read_bytes()[:-1000])
+def foreign(copy): (copy / 'config.json').write_text((copy / 'config.json').read_text().replace('AfmoeForCausalLM', 'LlamaForCausalLM'))
+def vocabulary(copy): (copy / 'config.json').write_text(re.sub(r'"vocab_size": \d+', '"vocab_size": 100', (copy / 'config.json').read_text()))
+def no_tokenizer(copy): (copy / 'tokenizer.json').unlink()
+def lost_tensor(copy):
+    tensors = load_file(copy / 'model.safetensors')
+    del tensors['lm_head.weight']
+    save_file(tensors, copy / 'model.safetensors')
+
+@pytest.mark.parametrize('damage, words', [(truncate, 'model.safetensors is truncated'), (foreign, 'architecture LlamaForCausalLM is foreign'), (vocabulary, 'vocab_size=100'),
+                                           (no_tokenizer, 'tokenizer.json: no such file'), (lost_tensor, 'has no tensor lm_head.weight')], ids=lambda x: getattr(x, '__name__', ''))
+def test_bad_checkpoint(finished, capsys, damage, words):
+    folder = damaged(finished[0] / 'model', f'bad-{damage.__name__}', damage)
+    for command in (['run', *flags(dir='runs/from-bad', env='my_task:Letters', model__checkpoint=folder)], ['eval', folder, *flags(env='my_task:Letters')]):
+        line = refused(capsys, *command)
+        assert words in line and str(folder) in line
+    assert not (folder.parents[1] / 'from-bad').exists()
+
+
+def test_known_failure_nothing_is_overwritten(finished, capsys):
+    "A second run in the folder of the first is refused, and so is a resume with settings or beside a live owner."
+    folder, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
+    assert 'exists and is not empty' in refused(capsys, 'run', *flags(dir=folder, env='my_task:Letters'))
+    assert 'takes one run folder and no settings' in refused(capsys, 'run', '--resume', folder, '--rl.steps', '9')
+    lock = claim(folder, None, resume=True)
+    before[folder / 'lock'] = (folder / 'lock').stat().st_mtime_ns
+    assert 'in use by another run' in refused(capsys, 'run', '--resume', folder)
+    lock.close()
+    after = {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
+    before.pop(folder / 'lock'), after.pop(folder / 'lock')
+    assert before == after
+
+
+def test_damaged_run_is_not_resumed(finished, capsys):
+    folder = damaged(finished[0], 'damaged', lambda c: truncate(c / 'checkpoints' / 'step_2'))
+    assert 'step_2/model.safetensors has' in refused(capsys, 'run', '--resume', folder)
+    (folder / 'config.toml').write_text('rl = [')
+    assert 'not valid TOML' in refused(capsys, 'run', '--resume', folder)
+
+
+def test_port_in_use(home, capsys):
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f'port {port} on 127.0.0.1 is in use' in refused(capsys, 'run', *flags(dir='runs/port', env='my_task:Letters', schedule__port=port))
+    assert not (home / 'runs' / 'port').exists()
+
+
+@pytest.mark.parametrize('bad, words', [('nan', 'letters: score returned nan'), ('raises', '16 rollouts in a row were lost, the last: letters: score failed: OSError: judge is away')])
+def test_bad_reward(home, capsys, bad, words):
+    "A reward that is no number ends the run by name; an environment that never works does not go on for ever."
+    line = refused(capsys, 'run', *flags(dir=f'runs/{bad}', env=json.dumps([dict(name='my_task:Letters', params=dict(bad=bad))]), eval__prompts=16, warm_start__steps=1))
+    assert words in line and '--resume' in line
+
+
+def test_full_disk(home):
+    "No file may grow beyond 40 KiB: the first checkpoint does not fit, and the run says so."
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40 << 10, 40 << 10))
+    done = process(home, 'run', *flags(dir='runs/full', env='my_task:Letters'), preexec_fn=limit)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1, (done.returncode, done.stderr)
+    assert 'cannot write' in lines[0] and 'safetensors' in lines[0] and 'File too large' in lines[0] and 'free space' in lines[0]
+    assert not list((home / 'runs' / 'full' / 'checkpoints').glob('step_*')) and not list((home / 'runs' / 'full' / 'weights').glob('v*'))
+
+
+def test_full_disk_of_the_log(tmp_path):
+    "A log that can't be written names its file; /dev/full is a disk without room."
+    claim(tmp_path / 'run', Settings(), resume=False).close()
+    (tmp_path / 'run' / 'metrics.jsonl').symlink_to('/dev/full')
+    log = RunLog(tmp_path / 'run', tensorboard=False)
+    with pytest.raises(UserError, match='cannot write .*metrics.jsonl: No space left on device'): log.metrics(1, dict(reward=1.0))
+    log.close()
+
+
+# ---- doctor and display
+
+def test_doctor(tmp_path, capsys):
+    assert cli.main(['doctor', str(tmp_path)]) in (0, 2)
+    assert 'moe-rl doctor' in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_finds_what_stops_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, 'version_of', lambda name: '' if name == 'torch' else '9.9')
+    monkeypatch.setattr(doctor, 'PROBE', 'raise OSError("libtorch_cpu.so: undefined symbol")')
+    monkeypatch.setattr(doctor.socket.socket, 'bind', lambda *a: (_ for _ in ()).throw(OSError('not allowed')), raising=False)
+    def broken(): raise ZeroDivisionError('odd machine')
+    monkeypatch.setattr(doctor, 'compiler_check', broken)
+    checks = doctor.examine(tmp_path, seconds=20)
+    by = {c.what: c for c in checks if c.verdict == 'stop'}
+    assert 'pip install' in [c for c in checks if c.what == 'torch'][0].remedy and 'loopback port' in by
+    assert any(c.what == 'torch' and 'undefined symbol' in c.found for c in checks)
+    assert [c.verdict for c in checks if c.what == 'C compiler'] == ['warn']
+    assert doctor.show(checks, Console(file=open(os.devnull, 'w'))) == 2
+
+
+def test_commands_without_torch(tmp_path):
+    "help, doctor and a misspelled key must work where torch is broken."
+    (tmp_path / 'torch').mkdir()
+    (tmp_path / 'torch' / '__init__.py').write_text('raise ImportError("broken torch")')
+    env = os.environ | dict(PYTHONPATH=f'{tmp_path}:{Path(cli.__file__).parents[1]}')
+    for args, words in ((['--help'], 'usage: moe-rl'), (['run', '--help'], 'rl.max_staleness'), (['doctor'], 'broken torch')):
+        out = subprocess.run([sys.executable, '-m', 'moe_rl.cli', *args], capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert words in out.stdout and not out.stderr, (args, out.stdout, out.stderr)
+        assert out.returncode == (2 if args == ['doctor'] else 0)
+
+
+def test_display_of_every_row():
+    "Rows of a run, with numbers that are missing or not finite, on a terminal and off."
+    for terminal in (True, False):
+        with open(os.devnull, 'w') as null, Display('run', 3, Console(file=null, force_terminal=terminal), every=1) as show:
+            show(dict(phase='warm start'))
+            show(dict(step=0, exact=.1, interval=(0, .2), prompts=8))
+            for step in (1, 2, 3): show(dict(step=step, reward=.5, exact=float('nan'), grad_norm=float('inf'), trainer_waits=.5))
+        with open(os.devnull, 'w') as null, Ticker('work', Console(file=null, force_terminal=terminal)) as tick: tick('[half] done')
