@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from moe_rl.ep.placement import (balance, company, draw_routes, eplb, evenly, gpu_loads, gumbel, moved, nodes_per_token, place, rebalance, strengths, weigh, zipf)
+from moe_rl.ep.eplb import balance, draw_routes, eplb, evenly, gpu_loads, gumbel, nodes_per_token, strengths, zipf
+from moe_rl.ep.placement import company, moved, place, rebalance, weigh
 from moe_rl.ep.replicas import realised
 
 E, GROUPS, K = 256, 8, 8

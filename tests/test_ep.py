@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 from moe_rl.ep.deepep import BufferOnGloo, DeepEP
 from moe_rl.ep.dispatch import AllToAll, Dispatcher, Hierarchical, Local, expected_places, fp8_payload, parity, plan_rows, sum_rows
 from moe_rl.ep.overlap import interleave
-from moe_rl.ep.placement import balance, company, eplb, evenly, gpu_loads, moved, place, rebalance, weigh
+from moe_rl.ep.eplb import balance, eplb, evenly, gpu_loads
+from moe_rl.ep.placement import company, moved, place, rebalance, weigh
 from moe_rl.ep.profile import ExpertProfile, count_routes
 from moe_rl.ep.ranks import ExchangeError, ep_group, run_ranks
 from moe_rl.ep.replicas import SlotChoice, collect_experts, load_experts, sources

@@ -339,6 +339,6 @@ def parity(
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return dict(zip(("output", "d_x", "d_router", "d_gate_up", "d_down"), worst.tolist()))
 
-# %% ../../nbs/03_ep/01_dispatch.ipynb #6f460c6d
-fp8_payload = Payload("fp8", lambda x: quantise(x)[:2], lambda parts, dtype: dequantise(Quantised(*parts), dtype))
-"Tokens travel as E4M3 with a float32 scale per 128 columns; the gradient passes straight through."
+# %% ../../nbs/03_ep/01_dispatch.ipynb #9b85f3c9
+fp8_payload = Payload("fp8",  # E4M3 with a float32 scale per 128 columns; the gradient passes straight through
+                      lambda x: quantise(x)[:2], lambda parts, dtype: dequantise(Quantised(*parts), dtype))
