@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fp8_experts_plain', 'groups_of_rows', 'ExpertWeights', 'Fp8Experts']
 
-# %% ../../nbs/02_fp8/04_experts.ipynb #9a2cf294
+# %% ../../nbs/02_fp8/04_experts.ipynb #30106e2c
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from .gemm import gemm
 from .kernels import cast_blocks, cast_rows, permute_quantised, swiglu_backward_cast, swiglu_cast
 from .linear import KeptCasts
 from .quant import TILE, Quantised, dequantise, quantise
-from ..moe.experts_gpu import Layout, combine, layout, layouts, permute
+from ..moe.experts_gpu import Layout, combine, free, layout, layouts, permute, spend
 from ..moe.kernels import on_device, tl, triton
 
 # %% ../../nbs/02_fp8/04_experts.ipynb #51710439
@@ -65,7 +65,7 @@ class ExpertWeights(NamedTuple):
     down: Quantised      # [E,D,I]
     down_t: Quantised    # [E,I,D]
 
-# %% ../../nbs/02_fp8/04_experts.ipynb #a562aa68
+# %% ../../nbs/02_fp8/04_experts.ipynb #c989d141
 class _Fp8Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, idx, weights, gate_up, down, cast, backend):
@@ -82,16 +82,19 @@ class _Fp8Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
+        spend(ctx)
         x, gu, weights, groups, *lays = ctx.saved_tensors
         lay, compact, product = Layout(*lays[:4]), Layout(*lays[4:]), lambda a, b: gemm(a, b, "contiguous", groups, ctx.backend).to(x.dtype)
         dout = dout.contiguous()
         dh = product(permute_quantised(cast_rows(dout, by_row=True), lay), ctx.cast.down_t)
         h, dgu, dgu_q, dw = swiglu_backward_cast(gu, dh, weights, lay, compact)
-        del dh, gu
-        dx = combine(product(dgu_q, ctx.cast.gate_up_t), lay)
-        del dgu_q
-        d_down = torch._grouped_mm(permute(dout, compact).T, h, offs=compact.ends)
-        del h
+        free(gu, dh)
+        dy = permute(dout, compact)
+        d_down = torch._grouped_mm(dy.T, h, offs=compact.ends)
+        free(dy, h)
+        drows = product(dgu_q, ctx.cast.gate_up_t)
+        dx = combine(drows, lay)
+        free(drows, dgu_q.q)
         d_gate_up = torch._grouped_mm(dgu.T, permute(x, compact), offs=compact.ends)
         return dx, None, dw, d_gate_up, d_down, None, None
 

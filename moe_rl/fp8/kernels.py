@@ -77,14 +77,15 @@ def cast_rows(
     _cast_rows[(tiles, triton.cdiv(M, BM))](x, q, s, M, K, *s.stride(), BM=BM, TILE=TILE, UE8M0=ue8m0, num_warps=4)
     return Quantised(q, s, (1, TILE))
 
-# %% ../../nbs/02_fp8/01_kernels.ipynb #4aea97e5
+# %% ../../nbs/02_fp8/01_kernels.ipynb #37feecc8
 @triton.jit
 def _quarter(x_ptr, m, k, M, K):
-    return tl.load(x_ptr + m[:,None]*K + k[None,:], mask=(m < M)[:,None] & (k < K)[None,:], other=0.).to(tl.float32)
+    return tl.load(x_ptr + m[:,None]*K + k[None,:], mask=(m < M)[:,None] & (k < K)[None,:], other=0.)
 
 @triton.jit
 def _row_cast(x, q_ptr, s_ptr, m, k, M, K, UE8M0:tl.constexpr):
     "Write the rows of a quarter, 1x128; returns the bits of its magnitudes."
+    x = x.to(tl.float32)
     bits = _bits(x)
     sf = _scale(tl.max(bits, 1), UE8M0)
     tl.store(q_ptr + m[:,None]*K + k[None,:], (x*_inverse(sf)[:,None]).to(tl.float8e4nv), mask=(m < M)[:,None] & (k < K)[None,:])
@@ -92,31 +93,36 @@ def _row_cast(x, q_ptr, s_ptr, m, k, M, K, UE8M0:tl.constexpr):
     return bits
 
 @triton.jit
-def _byte(x, inverse, place:tl.constexpr):
-    return (x*inverse[None,:]).to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint32) << (8*place)
+def _byte(y, place:tl.constexpr): return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint32) << (8*place)
 
-@tuned(dict(RELOAD=False, num_warps=8), dict(RELOAD=True, num_warps=8), dict(RELOAD=False, num_warps=4), dict(RELOAD=True, num_warps=4), dict(RELOAD=False, num_warps=16), dict(RELOAD=True, num_warps=16), key=("K",))
 @triton.jit
-def _cast_both(x_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, K, words, stride, stride_t, TILE:tl.constexpr, UE8M0:tl.constexpr, RELOAD:tl.constexpr):
-    m = tl.program_id(1).to(tl.int64)*TILE + 4*tl.arange(0, TILE//4)
-    k = tl.program_id(0).to(tl.int64)*TILE + tl.arange(0, TILE)
-    s_ptr += tl.program_id(0).to(tl.int64)*stride
-    x0 = _quarter(x_ptr, m, k, M, K)
-    top = _row_cast(x0, q_ptr, s_ptr, m, k, M, K, UE8M0)
-    x1 = _quarter(x_ptr, m+1, k, M, K)
-    top = tl.maximum(top, _row_cast(x1, q_ptr, s_ptr, m+1, k, M, K, UE8M0))
-    x2 = _quarter(x_ptr, m+2, k, M, K)
-    top = tl.maximum(top, _row_cast(x2, q_ptr, s_ptr, m+2, k, M, K, UE8M0))
-    x3 = _quarter(x_ptr, m+3, k, M, K)
-    top = tl.maximum(top, _row_cast(x3, q_ptr, s_ptr, m+3, k, M, K, UE8M0))
+def _word(x0, x1, x2, x3, inverse):
+    "Four bf16 numbers, scaled, as the four E4M3 bytes of a word; on a GPU in two conversions of pairs."
+    y0, y1, y2, y3 = x0.to(tl.float32)*inverse, x1.to(tl.float32)*inverse, x2.to(tl.float32)*inverse, x3.to(tl.float32)*inverse
+    if EXACT: return _byte(y0, 0) | _byte(y1, 1) | _byte(y2, 2) | _byte(y3, 3)
+    return tl.inline_asm_elementwise("{.reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3; mov.b32 $0, {lo, hi};}",
+                                     "=r,f,f,f,f", [y0, y1, y2, y3], dtype=tl.uint32, is_pure=True, pack=1)
+
+@tuned(*(dict(RELOAD=r, GROUP=g, **c) for g in (8, 32, 1) for r, c in ((False, dict(num_warps=8)), (True, dict(num_warps=8)), (False, dict(num_warps=8, maxnreg=96)),
+    (False, dict(num_warps=16)), (False, dict(num_warps=16, maxnreg=64)), (False, dict(num_warps=4)))), key=("K",))
+@triton.jit
+def _cast_both(x_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, K, words, stride, stride_t, tiles_m, tiles_k, TILE:tl.constexpr, UE8M0:tl.constexpr, RELOAD:tl.constexpr, GROUP:tl.constexpr):
+    p = tl.program_id(0) # GROUP squares down, then one to the right: neighbours in time are neighbours in both results
+    first = p//(GROUP*tiles_k)*GROUP
+    high = tl.minimum(tiles_m-first, GROUP)
+    pm, pk = (first + p%(GROUP*tiles_k)%high).to(tl.int64), (p%(GROUP*tiles_k)//high).to(tl.int64)
+    m, k = pm*TILE + 4*tl.arange(0, TILE//4), pk*TILE + tl.arange(0, TILE)
+    x0, x1, x2, x3 = _quarter(x_ptr, m, k, M, K), _quarter(x_ptr, m+1, k, M, K), _quarter(x_ptr, m+2, k, M, K), _quarter(x_ptr, m+3, k, M, K)
+    s_ptr += pk*stride
+    top = tl.maximum(tl.maximum(_row_cast(x0, q_ptr, s_ptr, m, k, M, K, UE8M0), _row_cast(x1, q_ptr, s_ptr, m+1, k, M, K, UE8M0)),
+                     tl.maximum(_row_cast(x2, q_ptr, s_ptr, m+2, k, M, K, UE8M0), _row_cast(x3, q_ptr, s_ptr, m+3, k, M, K, UE8M0)))
     st = _scale(tl.max(top, 0), UE8M0)
     inverse = _inverse(st)
     if RELOAD: # from the cache, instead of keeping all four in registers
         x0, x1, x2, x3 = _quarter(x_ptr, m, k, M, K), _quarter(x_ptr, m+1, k, M, K), _quarter(x_ptr, m+2, k, M, K), _quarter(x_ptr, m+3, k, M, K)
-    word = _byte(x0, inverse, 0) | _byte(x1, inverse, 1) | _byte(x2, inverse, 2) | _byte(x3, inverse, 3)
-    i = tl.program_id(1).to(tl.int64)*(TILE//4) + tl.arange(0, TILE//4)
-    tl.store(qt_ptr + k[:,None]*words + i[None,:], tl.trans(word), mask=(k < K)[:,None])
-    tl.store(st_ptr + tl.program_id(1).to(tl.int64)*stride_t + k, st, mask=k < K)
+    word = _word(x0, x1, x2, x3, inverse[None,:])
+    tl.store(qt_ptr + k[:,None]*words + (pm*(TILE//4) + tl.arange(0, TILE//4))[None,:], tl.trans(word), mask=(k < K)[:,None])
+    tl.store(st_ptr + pm*stride_t + k, st, mask=k < K)
 
 def cast_both(
     x:Tensor, # [M,K] bf16 or float32
@@ -128,7 +134,7 @@ def cast_both(
     tiles, tiles_m = triton.cdiv(K, TILE), triton.cdiv(M, TILE)
     q, s = torch.empty(M, K, dtype=E4M3, device=x.device), _scales(tiles, M, x.device)
     qt, st = torch.empty(K, tiles_m*TILE, dtype=E4M3, device=x.device), _scales(tiles_m, K, x.device)
-    _cast_both[(tiles, tiles_m)](x, q, s, qt.view(torch.int32), st, M, K, tiles_m*TILE//4, s.stride(1), st.stride(1), TILE=TILE, UE8M0=ue8m0)
+    _cast_both[(tiles*tiles_m,)](x, q, s, qt.view(torch.int32), st, M, K, tiles_m*TILE//4, s.stride(1), st.stride(1), tiles_m, tiles, TILE=TILE, UE8M0=ue8m0)
     return Quantised(q, s), Quantised(qt, st)
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #eef40fca
@@ -168,8 +174,8 @@ def cast_blocks(
     out = Quantised(q, s, (TILE, TILE))
     return (out, Quantised(qt, s.mT.contiguous(), (TILE, TILE))) if transpose else out
 
-# %% ../../nbs/02_fp8/01_kernels.ipynb #4b229357
-@tuned(dict(BM=32, num_warps=4), dict(BM=64, num_warps=8), dict(BM=16, num_warps=4), key=("I",))
+# %% ../../nbs/02_fp8/01_kernels.ipynb #c3d8b73e
+@tuned(dict(BM=32, num_warps=4), dict(BM=64, num_warps=8), dict(BM=16, num_warps=4), dict(BM=32, num_warps=8), dict(BM=16, num_warps=2), key=("I",))
 @triton.jit
 def _swiglu_cast(gu_ptr, w_ptr, pairs_ptr, ends_ptr, q_ptr, s_ptr, M, I, E, stride, BM:tl.constexpr, TILE:tl.constexpr):
     if tl.program_id(1)*BM < tl.load(ends_ptr+E-1):
@@ -199,8 +205,15 @@ def swiglu_cast(
     _swiglu_cast[lambda c: (I//TILE, triton.cdiv(M, c["BM"]))](gu, weights, lay.pairs, lay.ends, q, s, M, I, len(lay.ends), s.stride(1), TILE=TILE)
     return Quantised(q, s)
 
-# %% ../../nbs/02_fp8/01_kernels.ipynb #c618cd38
-@tuned(dict(BM=8, num_warps=4), dict(BM=16, num_warps=4), dict(BM=16, num_warps=8), key=("I",))
+# %% ../../nbs/02_fp8/01_kernels.ipynb #254bc808
+@triton.jit
+def _operands(gu_ptr, dh_ptr, m, pair, tile, I, TILE:tl.constexpr):
+    i = (tile*TILE + tl.arange(0, TILE))[None,:]
+    inside, at = (pair >= 0)[:,None] & (i < I), m[:,None]*2*I + i
+    g, u = tl.load(gu_ptr+at, mask=inside, other=0.), tl.load(gu_ptr+I+at, mask=inside, other=0.)
+    return g.to(tl.float32), u.to(tl.float32), tl.load(dh_ptr + m[:,None]*I + i, mask=inside, other=0.).to(tl.float32)
+
+@tuned(dict(BM=8, num_warps=4), dict(BM=16, num_warps=8), dict(BM=16, num_warps=4), dict(BM=4, num_warps=2), key=("I",))
 @triton.jit
 def _swiglu_backward_cast(gu_ptr, dh_ptr, w_ptr, pairs_ptr, ends_ptr, compact_ptr, h_ptr, dgu_ptr, q_ptr, s_ptr, dw_ptr, M, I, E, stride, BM:tl.constexpr, TILE:tl.constexpr):
     if tl.program_id(0)*BM < tl.load(ends_ptr+E-1):
@@ -209,13 +222,12 @@ def _swiglu_backward_cast(gu_ptr, dh_ptr, w_ptr, pairs_ptr, ends_ptr, compact_pt
         w = tl.load(w_ptr+pair, mask=pair >= 0, other=0.)[:,None]
         to = tl.load(compact_ptr+pair, mask=pair >= 0, other=0).to(tl.int64)[:,None]
         dw = tl.zeros([BM], tl.float32)
+        g, u, dh = _operands(gu_ptr, dh_ptr, m, pair, 0, I, TILE)
         for tile in range(0, I//TILE):
             i = (tile*TILE + tl.arange(0, TILE))[None,:]
             inside, rows = (pair >= 0)[:,None] & (i < I), (m < M)[:,None] & (i < I)
             at = m[:,None]*2*I + i
-            g = tl.load(gu_ptr+at, mask=inside, other=0.).to(tl.float32)
-            u = tl.load(gu_ptr+I+at, mask=inside, other=0.).to(tl.float32)
-            dh = tl.load(dh_ptr + m[:,None]*I + i, mask=inside, other=0.).to(tl.float32)
+            g_next, u_next, dh_next = _operands(gu_ptr, dh_ptr, m, pair, tile+1, I, TILE) # before the stores, which a load cannot pass
             s = sigmoid(g)
             dw += tl.sum(dh*g*s*u, 1)
             tl.store(h_ptr + to*I + i, g*s*u*w, mask=inside)
@@ -229,6 +241,7 @@ def _swiglu_backward_cast(gu_ptr, dh_ptr, w_ptr, pairs_ptr, ends_ptr, compact_pt
             tl.store(q_ptr+I+at, (du*_inverse(su)[:,None]).to(tl.float8e4nv), mask=rows)
             tl.store(s_ptr + tile*stride.to(tl.int64) + m, sg, mask=m < M)
             tl.store(s_ptr + (tile + I//TILE)*stride.to(tl.int64) + m, su, mask=m < M)
+            g, u, dh = g_next, u_next, dh_next
         tl.store(dw_ptr+pair, dw, mask=pair >= 0)
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #1001b5d6
@@ -247,7 +260,7 @@ def swiglu_backward_cast(
     _swiglu_backward_cast[lambda c: (triton.cdiv(M, c["BM"]),)](gu, dh, weights, lay.pairs, lay.ends, compact.rows, h, dgu, q, s, dw, M, I, len(lay.ends), s.stride(1), TILE=TILE)
     return h, dgu, Quantised(q, s), dw
 
-# %% ../../nbs/02_fp8/01_kernels.ipynb #afbeaedb
+# %% ../../nbs/02_fp8/01_kernels.ipynb #e7c011a4
 @tuned(dict(BM=8, num_warps=8), dict(BM=4, num_warps=4), dict(BM=16, num_warps=8), dict(BM=8, num_warps=4), key=("D",))
 @triton.jit
 def _permute_quantised(q_ptr, s_ptr, out_ptr, so_ptr, pairs_ptr, ends_ptr, M, D, E, stride_t, stride_j, stride_out, K:tl.constexpr, BM:tl.constexpr, BLOCK:tl.constexpr, TILES:tl.constexpr, TILE:tl.constexpr):
@@ -257,8 +270,8 @@ def _permute_quantised(q_ptr, s_ptr, out_ptr, so_ptr, pairs_ptr, ends_ptr, M, D,
         t = (pair//K).to(tl.int64)
         d, j = tl.arange(0, BLOCK), tl.arange(0, TILES)
         q = tl.load(q_ptr + t[:,None]*D + d[None,:], mask=(pair >= 0)[:,None] & (d < D)[None,:], other=0.)
-        tl.store(out_ptr + m[:,None]*D + d[None,:], q, mask=(m < M)[:,None] & (d < D)[None,:])
         s = tl.load(s_ptr + j[:,None]*stride_j + t[None,:]*stride_t, mask=(j < D//TILE)[:,None] & (pair >= 0)[None,:], other=0.)
+        tl.store(out_ptr + m[:,None]*D + d[None,:], q, mask=(m < M)[:,None] & (d < D)[None,:])
         tl.store(so_ptr + j[:,None].to(tl.int64)*stride_out + m[None,:], s, mask=(j < D//TILE)[:,None] & (m < M)[None,:])
 
 def permute_quantised(

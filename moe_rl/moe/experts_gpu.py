@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Layout', 'max_rows', 'layout_plain', 'layouts', 'layout', 'permute', 'combine', 'weighted_swiglu',
-           'weighted_swiglu_backward', 'gpu_experts']
+           'weighted_swiglu_backward', 'free', 'spend', 'gpu_experts']
 
 # %% ../../nbs/01_moe/08_experts_gpu.ipynb #f58ebe5d
 from typing import NamedTuple
@@ -115,17 +115,18 @@ def layout(
     "`layout_plain` by counting, in three launches."
     return layouts(idx, num_experts, align)[0]
 
-# %% ../../nbs/01_moe/08_experts_gpu.ipynb #7a441ced
+# %% ../../nbs/01_moe/08_experts_gpu.ipynb #3f4c336b
 @triton.jit
-def _permute(x_ptr, out_ptr, rows_ptr, D, K:tl.constexpr, BLOCK:tl.constexpr):
+def _permute(x_ptr, out_ptr, rows_ptr, D, K:tl.constexpr, KP:tl.constexpr, BLOCK:tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK)
+    d, j = tl.arange(0, BLOCK), tl.arange(0, KP)
+    rows = tl.load(rows_ptr + t*K + j, mask=j < K, other=-1).to(tl.int64) # all at once: a load cannot pass a store before it
     x = tl.load(x_ptr + t*D + d, mask=d < D)
-    for j in tl.static_range(K):
-        row = tl.load(rows_ptr + t*K + j).to(tl.int64)
+    for i in tl.static_range(K):
+        row = tl.sum(tl.where(j == i, rows, 0), 0)
         tl.store(out_ptr + row*D + d, x, mask=d < tl.where(row >= 0, D, 0))
 
-# %% ../../nbs/01_moe/08_experts_gpu.ipynb #be930dba
+# %% ../../nbs/01_moe/08_experts_gpu.ipynb #2d2e782f
 def permute(
     x:Tensor, # [T,D] tokens, contiguous
     lay:Layout, # rows of each token
@@ -133,7 +134,7 @@ def permute(
     "Copy every token to the rows of its experts."
     on_device("permute", x, lay.rows)
     out, (T, D), k = x.new_empty(len(lay.pairs), x.shape[1]), x.shape, lay.rows.shape[1]
-    _permute[(T,)](x, out, lay.rows, D, K=k, BLOCK=triton.next_power_of_2(D), num_warps=4)
+    _permute[(T,)](x, out, lay.rows, D, K=k, KP=triton.next_power_of_2(k), BLOCK=triton.next_power_of_2(D), num_warps=4)
     return out
 
 # %% ../../nbs/01_moe/08_experts_gpu.ipynb #c920fb22
@@ -181,7 +182,7 @@ def weighted_swiglu(
     _swiglu[(M,)](gu, weights, lay.pairs, h, I, BLOCK=triton.next_power_of_2(I), num_warps=4)
     return h
 
-# %% ../../nbs/01_moe/08_experts_gpu.ipynb #5ad3de15
+# %% ../../nbs/01_moe/08_experts_gpu.ipynb #8c772e44
 @triton.jit
 def _swiglu_backward(gu_ptr, dh_ptr, w_ptr, pairs_ptr, dgu_ptr, dw_ptr, I, BLOCK:tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -191,9 +192,10 @@ def _swiglu_backward(gu_ptr, dh_ptr, w_ptr, pairs_ptr, dgu_ptr, dw_ptr, I, BLOCK
         g = tl.load(gu_ptr + row*2*I + i, mask=i < I, other=0.).to(tl.float32)
         u = tl.load(gu_ptr + row*2*I + I + i, mask=i < I, other=0.).to(tl.float32)
         dh = tl.load(dh_ptr + row*I + i, mask=i < I, other=0.).to(tl.float32)
+        w = tl.load(w_ptr+pair)
         s = sigmoid(g)
         tl.store(dw_ptr+pair, tl.sum(dh*g*s*u, 0))
-        dh = dh*tl.load(w_ptr+pair)
+        dh = dh*w
         tl.store(dgu_ptr + row*2*I + i, dh*u*s*(1+g*(1-s)), mask=i < I)
         tl.store(dgu_ptr + row*2*I + I + i, dh*g*s, mask=i < I)
 
@@ -202,14 +204,24 @@ def weighted_swiglu_backward(
     dh:Tensor, # [M,I] gradient of its result
     weights:Tensor, # [T,k] float32
     lay:Layout,
+    in_place:bool=False, # overwrite gu with its gradient
 )->tuple[Tensor,Tensor]: # [M,2I] gradient of gu in its dtype, undefined in rows without a pair; [T,k] float32 gradient of weights
     "Gradients of `weighted_swiglu`, in one pass."
     on_device("weighted_swiglu_backward", gu, dh, weights)
-    dgu, dw = torch.empty_like(gu), torch.zeros_like(weights)
+    dgu, dw = gu if in_place else torch.empty_like(gu), torch.zeros_like(weights)
     _swiglu_backward[(len(gu),)](gu, dh, weights, lay.pairs, dgu, dw, dh.shape[1], BLOCK=triton.next_power_of_2(dh.shape[1]), num_warps=4)
     return dgu, dw
 
-# %% ../../nbs/01_moe/08_experts_gpu.ipynb #02d59ad4
+# %% ../../nbs/01_moe/08_experts_gpu.ipynb #915d9d4e
+def free(*xs:Tensor):
+    "Give back the memory of tensors that autograd still holds."
+    for x in xs: x.untyped_storage().resize_(0)
+
+def spend(ctx):
+    "Raise if this node of the graph has gone backwards before."
+    if getattr(ctx, "spent", False): raise RuntimeError("experts: backward a second time, but the first one freed what was kept; run the forward pass again")
+    ctx.spent = True
+
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, idx, weights, gate_up, down):
@@ -224,17 +236,21 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
+        spend(ctx)
         rows, gu, h, weights, gate_up, down, *lay = ctx.saved_tensors
         lay = Layout(*lay)
         dy = permute(dout.contiguous(), lay)
-        d_down = torch._grouped_mm(dy.T, h, offs=lay.ends)
         dh = torch._grouped_mm(dy, down, offs=lay.ends)
-        del dy, h
-        dgu, dw = weighted_swiglu_backward(gu, dh, weights, lay)
-        del dh, gu
-        d_gate_up = torch._grouped_mm(dgu.T, rows, offs=lay.ends)
+        d_down = torch._grouped_mm(dy.T, h, offs=lay.ends)
+        free(dy, h)
+        dgu, dw = weighted_swiglu_backward(gu, dh, weights, lay, in_place=True)
+        free(dh)
         drows = torch._grouped_mm(dgu, gate_up, offs=lay.ends)
-        return combine(drows, lay), None, dw, d_gate_up, d_down
+        dx = combine(drows, lay)
+        free(drows)
+        d_gate_up = torch._grouped_mm(dgu.T, rows, offs=lay.ends)
+        free(dgu, rows)
+        return dx, None, dw, d_gate_up, d_down
 
 # %% ../../nbs/01_moe/08_experts_gpu.ipynb #1094bfba
 def gpu_experts(

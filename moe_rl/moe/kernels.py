@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INTERPRETED', 'Absent', 'on_device', 'tuned']
 
-# %% ../../nbs/01_moe/07_kernels.ipynb #3b3185bb
+# %% ../../nbs/01_moe/07_kernels.ipynb #d8b07865
 import os
 from importlib.util import find_spec
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from ..config import UserError
 
-# %% ../../nbs/01_moe/07_kernels.ipynb #absent01
+# %% ../../nbs/01_moe/07_kernels.ipynb #94034f95
 class Absent:
     "Stands in for Triton where it is not installed: modules with kernels import, and the first launch says what is missing."
     def __getattr__(self, name): return self
@@ -27,7 +27,7 @@ if find_spec("triton"):
     from triton.runtime import interpreter
 else: triton = tl = interpreter = Absent()
 
-# %% ../../nbs/01_moe/07_kernels.ipynb #c75872bc
+# %% ../../nbs/01_moe/07_kernels.ipynb #cd3d3922
 INTERPRETED = not torch.cuda.is_available()
 "True on a machine without a GPU: kernels are interpreted on CPU tensors."
 
@@ -44,7 +44,7 @@ def on_device(
     if INTERPRETED and isinstance(tl.sum, triton.JITFunction):
         raise RuntimeError(f"{name}: triton was imported before moe_rl.moe.kernels and would not interpret; set TRITON_INTERPRET=1 before Python starts")
 
-# %% ../../nbs/01_moe/07_kernels.ipynb #900e0258
+# %% ../../nbs/01_moe/07_kernels.ipynb #7e4f987e
 _convert = interpreter._convert_float
 
 def _convert_like_torch(x, input_dtype, output_dtype, rounding_mode):
@@ -58,7 +58,7 @@ def _convert_like_torch(x, input_dtype, output_dtype, rounding_mode):
 
 if INTERPRETED: interpreter._convert_float = _convert_like_torch
 
-# %% ../../nbs/01_moe/07_kernels.ipynb #0e91dad9
+# %% ../../nbs/01_moe/07_kernels.ipynb #30236e01
 if INTERPRETED:
     @triton.jit
     def reciprocal(x):
@@ -83,11 +83,12 @@ else:
         "1/(1+exp(-x)), as `torch.sigmoid` rounds it, for x above -80; below, that of -80 (2e-35)."
         return reciprocal(1+libdevice.exp(tl.minimum(-x, 80.)))
 
-# %% ../../nbs/01_moe/07_kernels.ipynb #2b8fb8df
+# %% ../../nbs/01_moe/07_kernels.ipynb #e893db40
 def tuned(
-    *configs:dict, # values of the kernel's constexpr arguments, and num_warps
+    *configs:dict, # values of the kernel's constexpr arguments, and num_warps or maxnreg for the compiler
     key:tuple=(), # names of arguments for which to tune anew
 ):
     "Decorator above `triton.jit`: choose among `configs` by measurement, once per process and key."
-    split = [({n: v for n, v in c.items() if n != "num_warps"}, c.get("num_warps", 4)) for c in configs]
-    return triton.autotune([triton.Config(kw, num_warps=w) for kw, w in split[:1 if INTERPRETED else None]], key=list(key))
+    compiler = ("num_warps", "maxnreg")
+    made = [triton.Config({n: v for n, v in c.items() if n not in compiler}, **{n: c[n] for n in compiler if n in c}) for c in configs]
+    return triton.autotune(made[:1] if INTERPRETED else made, key=list(key))

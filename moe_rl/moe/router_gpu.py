@@ -26,7 +26,7 @@ def bf16_pieces(
         rest = rest - out[-1].float()
     return out
 
-# %% ../../nbs/01_moe/09_router_gpu.ipynb #077fee9b
+# %% ../../nbs/01_moe/09_router_gpu.ipynb #bf27840d
 def mm_float32(
     a:Tensor, # [M,K] bf16
     b:Tensor, # [K,N] bf16
@@ -34,27 +34,41 @@ def mm_float32(
     "Product of bf16 matrices with float32 accumulation and a float32 result."
     return a.float()@b.float() if a.device.type == "cpu" else torch.mm(a, b, out_dtype=torch.float32)
 
+@triton.jit
+def _split(d_ptr, out_ptr, E, COPIES:tl.constexpr, EP:tl.constexpr):
+    "Rows of float32 as bf16 pieces side by side: large, small and, with 3 copies, large again."
+    t, e = tl.program_id(0).to(tl.int64), tl.arange(0, EP)
+    d = tl.load(d_ptr + t*E + e, mask=e < E)
+    big = d.to(tl.bfloat16)
+    at = out_ptr + t*COPIES*E + e
+    tl.store(at, big, mask=e < E)
+    tl.store(at+E, (d-big.to(tl.float32)).to(tl.bfloat16), mask=e < E)
+    if COPIES == 3: tl.store(at+2*E, big, mask=e < E)
+
 class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
         pieces = bf16_pieces(w)
+        if len(pieces) == 1: return mm_float32(x, w.T)
         return mm_float32(x, torch.cat(pieces).T).view(len(x), len(pieces), len(w)).sum(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
         x, w = ctx.saved_tensors
-        (hi, lo), (big, *small) = bf16_pieces(d, 2), bf16_pieces(w, 2)
-        left, right = torch.cat([hi, lo]+[hi]*len(small), 1), torch.cat([big, big]+small)
-        dw = mm_float32(torch.cat([hi, lo], 1).T, x)
-        return left@right, (dw[:len(w)]+dw[len(w):]).to(w.dtype)
+        (T, E), (big, *small) = d.shape, bf16_pieces(w, 2)
+        left, right = d.new_empty(T, (2+len(small))*E, dtype=torch.bfloat16), torch.cat([big, big]+small)
+        _split[(T,)](d.contiguous(), left, E, COPIES=2+len(small), EP=triton.next_power_of_2(E), num_warps=1)
+        dw = mm_float32(left[:,:2*E].T, x)
+        return left@right, (dw[:E]+dw[E:]).to(w.dtype)
 
 def gate_logits(
     x:Tensor, # [T,D] bf16 tokens
     w:Tensor, # [E,D] router weight, float32 or bf16
 )->Tensor: # [T,E] float32
     "`x @ w.T` to float32 accuracy at tensor-core speed, with gradients to both."
+    on_device("gate_logits", x, w)
     if x.dtype != torch.bfloat16: raise ValueError(f"gate_logits: x is {x.dtype}; it splits w for bf16 tokens, use a plain product otherwise")
     return _Logits.apply(x, w)
 
