@@ -39,7 +39,7 @@ def versions(names:tuple[str, ...]=('torch', 'transformers', 'reasoning-gym', 'v
         except metadata.PackageNotFoundError: pass
     return out
 
-# %% ../nbs/00_start/02_bench.ipynb #3d741866
+# %% ../nbs/00_start/02_bench.ipynb #13cf6526
 def repository() -> Path:
     "The clone that holds `benchmarks/`: the working directory or the folder above the package."
     for p in (Path.cwd(), *Path.cwd().parents, Path(moe_rl.__file__).resolve().parents[1]):
@@ -47,9 +47,10 @@ def repository() -> Path:
     raise UserError('bench: no benchmarks/ folder here: run it inside a clone of the repository')
 
 def commit(root:Path) -> str:
-    "Commit of the clone, with `+` when the tree has changes; empty outside git."
+    "Commit of the clone, with `+` when the tree has changes; outside git what `MOE_RL_COMMIT` says (a copy of the tree on a GPU machine)."
     git = lambda *a: subprocess.run(['git', '-C', str(root), *a], capture_output=True, text=True).stdout.strip()
     rev = git('rev-parse', '--short', 'HEAD')
+    if not rev: return os.environ.get('MOE_RL_COMMIT', '')
     return rev + ('+' if rev and git('status', '--porcelain', '--untracked-files=no', '--', 'moe_rl', 'benchmarks') else '')
 
 # %% ../nbs/00_start/02_bench.ipynb #98a3b3b2
