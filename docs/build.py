@@ -17,8 +17,10 @@ def notebook(path:Path) -> str: # JSON
         if said & {'hide', 'default_exp'}: continue
         if cell['cell_type'] == 'code':
             cell['source'] = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip('\n')
-            if 'echo' in said: cell['metadata'] = cell['metadata'] | dict(tags=['remove-input'])
-        else: cell['source'] = re.sub(r'\]\(\.\./(docs/(\w+)\.md|configs/\S+?|LICENSE)\)', lambda m: f']({m[2]}.md)' if m[2] else ']', source)
+            cell['metadata'] = dict(tags=['remove-input']) if 'echo' in said else {}
+        else:   # pages of docs/ lie beside the notebooks; what is no page is named without a link
+            text = re.sub(r'\]\(\.\./docs/(\w+\.md)\)', r'](\1)', source)
+            cell['source'] = re.sub(r'\[([^\]]+)\]\(\.\./(?:configs/\S+?|LICENSE)\)', r'\1', text)
         kept.append(cell)
     return json.dumps(nb | dict(cells=kept))
 

@@ -11,6 +11,7 @@ html_css_files = ['moe_rl.css']
 html_show_sphinx = html_show_copyright = html_copy_source = False
 nb_execution_mode = 'off'                                    # stored outputs, which nbdev-test keeps true
 nb_merge_streams = True
+nb_render_markdown_format = 'gfm'                           # tables in outputs
 myst_enable_extensions = ['dollarmath', 'amsmath']
 myst_heading_anchors = 3
 suppress_warnings = ['mystnb.unknown_mime_type', 'myst.header', 'misc.highlighting_failure']
