@@ -65,7 +65,7 @@ class ExpertWeights(NamedTuple):
     down: Quantised      # [E,D,I]
     down_t: Quantised    # [E,I,D]
 
-# %% ../../nbs/02_fp8/04_experts.ipynb #c989d141
+# %% ../../nbs/02_fp8/04_experts.ipynb #eb75d8f5
 class _Fp8Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, idx, weights, gate_up, down, cast, backend):
@@ -98,7 +98,7 @@ class _Fp8Experts(torch.autograd.Function):
         d_gate_up = torch._grouped_mm(dgu.T, permute(x, compact), offs=compact.ends)
         return dx, None, dw, d_gate_up, d_down, None, None
 
-# %% ../../nbs/02_fp8/04_experts.ipynb #29e81e0f
+# %% ../../nbs/02_fp8/04_experts.ipynb #d483784e
 class Fp8Experts:
     """An `ExpertsFn` in FP8 by the DeepSeek-V3 recipe (arXiv 2412.19437, 3.3): forward and token gradients in FP8, weight gradients in bf16.
 
