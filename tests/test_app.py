@@ -57,6 +57,7 @@ def home(tmp_path_factory):
     (folder / 'my_task.py').write_text(MODULE)
     old, path = os.getcwd(), list(sys.path)
     os.chdir(folder)
+    sys.path.insert(0, str(folder))
     yield folder
     os.chdir(old)
     sys.path[:] = path
@@ -122,7 +123,7 @@ def test_python_api(home):
 def test_report_of_a_real_run(finished):
     folder, _ = finished
     text = (folder / 'report' / 'report.md').read_text()
-    assert 'finished after 2 of 2 steps' in text and '`rl.loss`' in text and 'my_task:plain' in text
+    assert 'finished after 2 of 2 steps' in text and '`rl.loss`' in text and 'my&#95;task:plain' in text
     for name in PICTURES: assert (folder / 'report' / f'{name}.png').read_bytes().startswith(b'\x89PNG') and f']({name}.png)' in text
     data = read_run(folder)
     assert data.trained == 8 and data.has('reward', 'entropy', 'grad_norm', 'max_vio', 'stale_0', 'tokens_per_s', 'engine_tokens_per_s', 'trainer_waits', 'engine_waits', 'utilisation')
@@ -186,7 +187,7 @@ def test_sft(home, capsys):
     (['--rl.reward', 'my_task:nothing'], 'my_task:nothing: cannot be imported'),
     (['--model.head_dim', '7'], 'head_dim=7 must be even'),
     (['--model.checkpoint', 'nowhere'], 'nowhere'),
-    (['--engine.kv_tokens', '32'], 'a prompt of 29 tokens and engine.max_tokens = 4 exceed engine.kv_tokens (32)'),
+    (['--engine.kv_tokens', '32'], 'env letters: a prompt of 31 tokens and engine.max_tokens = 4 exceed engine.kv_tokens (32)'),
     (['--rl.tokens_per_batch', '20'], 'exceed rl.tokens_per_batch (21)'),
     (['--model.max_position_embeddings', '30'], 'exceed model.max_position_embeddings (30)'),
     (['--eval.prompts', '100000'], 'letters: only'),
@@ -318,7 +319,7 @@ def test_commands_without_torch(tmp_path):
     "help, doctor and a misspelled key must work where torch is broken."
     (tmp_path / 'torch').mkdir()
     (tmp_path / 'torch' / '__init__.py').write_text('raise ImportError("broken torch")')
-    env = os.environ | dict(PYTHONPATH=f'{tmp_path}:{Path(cli.__file__).parents[1]}')
+    env = os.environ | dict(PYTHONPATH=f'{tmp_path}:{Path(cli.__file__).parents[1]}', COLUMNS='200')
     for args, words in ((['--help'], 'usage: moe-rl'), (['run', '--help'], 'rl.max_staleness'), (['doctor'], 'broken torch')):
         out = subprocess.run([sys.executable, '-m', 'moe_rl.cli', *args], capture_output=True, text=True, env=env, cwd=tmp_path)
         assert words in out.stdout and not out.stderr, (args, out.stdout, out.stderr)

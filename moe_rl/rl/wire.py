@@ -74,7 +74,7 @@ class Stop(msgspec.Struct, tag=True):
 
 Message = Hello | Beat | Failure | Generate | Abort | Generated | Update | Updated | Train | Save | Trained | Stop
 
-# %% ../../nbs/07_rl/04_wire.ipynb #8360656a
+# %% ../../nbs/07_rl/04_wire.ipynb #d6af650e
 class Server:
     "The orchestrator's end: one ROUTER socket on loopback. Raises `UserError` when the port is taken."
     def __init__(self, token:str, # shared secret of the run
@@ -84,7 +84,9 @@ class Server:
         self.socket = self.context.socket(zmq.ROUTER)
         for option, value in ((zmq.ROUTER_MANDATORY, 1), (zmq.SNDHWM, 0), (zmq.RCVHWM, 0), (zmq.LINGER, 500)): self.socket.setsockopt(option, value)
         try: self.socket.bind(f'tcp://{host}:{port or "*"}')
-        except zmq.ZMQError as e: raise UserError(f'port {port} on {host} is in use or not allowed ({e}): choose another or 0') from None
+        except zmq.ZMQError as e:
+            self.context.destroy(linger=0)  # one that is left to the garbage collector may block for ever
+            raise UserError(f'port {port} on {host} is in use or not allowed ({e}): choose another or 0') from None
         self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     async def receive(self) -> tuple[str, Message]: # worker's name, message

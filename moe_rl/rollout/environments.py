@@ -87,20 +87,22 @@ class Environment:
             if not is_held_out(task.prompt, self.held_out_share): return task
         raise UserError(f'{self.name}: {self.draws} draws gave only held-out prompts; the task has too few problems to train on')
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #42ec13af
+# %% ../../nbs/06_rollout/03_environments.ipynb #7b33dde4
 def held_out_tasks(
     env:Environment,
     n:int        # distinct problems wanted
 )->list[Task]:   # the same for every seed; a longer list starts with the shorter one
     "The first `n` distinct held-out problems of `env`. `UserError` if its supply of texts ends before."
-    seen, out, limit = set(), [], max(200, int(16*n/env.held_out_share))
-    for i in range(limit):
-        if len(out) == n: break
-        task = env.problem(mix('held out', env.name, i))
+    seen, out, draws, idle = set(), [], 0, 0
+    while len(out) < n:
+        if idle > max(1000, 8*(len(out)+1)/env.held_out_share): # with one text left to find, the chance of this is below 1 in 1000
+            raise UserError(f'{env.name}: only {len(out)} distinct held-out prompts in {draws} draws; ask for at most {len(out)} (eval.prompts)')
+        task = env.problem(mix('held out', env.name, draws))
+        draws, idle = draws+1, idle+1
         if task.prompt in seen or not is_held_out(task.prompt, env.held_out_share): continue
         seen.add(task.prompt)
         out.append(task)
-    if len(out) < n: raise UserError(f'{env.name}: only {len(out)} distinct held-out prompts in {limit} draws; ask for at most {len(out)} (eval.prompts)')
+        idle = 0
     return out
 
 # %% ../../nbs/06_rollout/03_environments.ipynb #dee3a9d1
