@@ -45,7 +45,7 @@ def measure(args):
         end = int(compact.ends[0])
         want = a[:end].double().T@b[:end].double()
         figures["diff_bf16"] = max(figures["diff_bf16"], calc_diff(dw[0], want))
-        del a, b, dw
+        a = b = dw = None
         flat = []
         for x in (left, right):
             q = cast_rows(torch.where((lay.pairs >= 0)[:,None], permute(x, lay), 0.).T.contiguous()) # padding has to be zero
@@ -56,6 +56,6 @@ def measure(args):
         figures["diff_fp8"] = max(figures["diff_fp8"], calc_diff(out[0], want))
         figures["ms_fp8"] += ms(product)
         figures["ms_fp8_zeroing"] += ms(lambda: out.zero_())
-        del flat, out
+        flat = out = None
     for k, v in figures.items(): print(f"{k:16s} {v:.4g}")
     return dict(figures=figures)

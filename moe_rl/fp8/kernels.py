@@ -260,7 +260,7 @@ def swiglu_backward_cast(
     _swiglu_backward_cast[lambda c: (triton.cdiv(M, c["BM"]),)](gu, dh, weights, lay.pairs, lay.ends, compact.rows, h, dgu, q, s, dw, M, I, len(lay.ends), s.stride(1), TILE=TILE)
     return h, dgu, Quantised(q, s), dw
 
-# %% ../../nbs/02_fp8/01_kernels.ipynb #e7c011a4
+# %% ../../nbs/02_fp8/01_kernels.ipynb #17cdb74c
 @tuned(dict(BM=8, num_warps=8), dict(BM=4, num_warps=4), dict(BM=16, num_warps=8), dict(BM=8, num_warps=4), key=("D",))
 @triton.jit
 def _permute_quantised(q_ptr, s_ptr, out_ptr, so_ptr, pairs_ptr, ends_ptr, M, D, E, stride_t, stride_j, stride_out, K:tl.constexpr, BM:tl.constexpr, BLOCK:tl.constexpr, TILES:tl.constexpr, TILE:tl.constexpr):
@@ -280,7 +280,7 @@ def permute_quantised(
 )->Quantised: # [M,D]; rows between an expert's count and its end are zero, rows after the last end undefined
     "`permute` for quantised tokens."
     on_device("permute_quantised", x.q, lay.pairs)
-    (T, D), M = x.shape, len(lay.pairs)
+    D, M = x.shape[1], len(lay.pairs)
     if D % TILE: raise ValueError(f"permute_quantised: width {D} is not a multiple of {TILE}")
     q, s = torch.empty(M, D, dtype=E4M3, device=x.q.device), _scales(D//TILE, M, x.q.device)
     _permute_quantised[lambda c: (triton.cdiv(M, c["BM"]),)](x.q.view(torch.uint8), x.scale, q.view(torch.uint8), s, lay.pairs, lay.ends, M, D, len(lay.ends), *x.scale.stride(), s.stride(1),
