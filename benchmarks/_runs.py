@@ -1,5 +1,5 @@
 """Runs of the program as a user starts them, watched from outside: time, memory, figures of their files."""
-import json, os, signal, subprocess, sys, threading, time
+import signal, subprocess, sys, threading, time
 from pathlib import Path
 import psutil
 from moe_rl.rl.log import read_lines

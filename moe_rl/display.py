@@ -6,7 +6,7 @@
 __all__ = ['ROWS', 'spark', 'who', 'Display', 'Ticker']
 
 # %% ../nbs/80_app/00_display.ipynb #c87af869
-import math, sys, time
+import math, time
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar

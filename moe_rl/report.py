@@ -84,12 +84,13 @@ def smooth(y:np.ndarray, # [n]
     total, count = (np.convolve(a, np.ones(window), 'same') for a in (np.where(ok, y, 0), ok.astype(float)))
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
-# %% ../nbs/80_app/02_report.ipynb #ddb38bdd
-def trace(ax:Axes, x:np.ndarray, y:np.ndarray, color:str=BLUE, label:str=''):
-    "A noisy series: pale as it is, strong as its running mean. A short one is drawn with points."
+# %% ../nbs/80_app/02_report.ipynb #559fea29
+def trace(ax:Axes, x:np.ndarray, y:np.ndarray, color:str=BLUE, label:str='', log:bool=False):
+    "A noisy series: pale as it is, strong as its running mean, geometric on a `log` axis. A short one is drawn with points."
     if len(x) < 12: ax.plot(x, y, color=color, marker='o', markersize=3, label=label); return
-    ax.plot(x, y, color=color, alpha=.25, linewidth=.8)
-    ax.plot(x, smooth(y, 2*(len(x)//50) + 3), color=color, label=label)
+    ax.plot(x, y, color=color, alpha=.22, linewidth=.7)
+    window = 2*(len(x)//50) + 3
+    ax.plot(x, np.exp(smooth(np.log(y), window)) if log else smooth(y, window), color=color, label=label)
 
 def rule(ax:Axes, y:float, word:str=''):
     "A thin line across a panel that has numbers, with a word at its right end."
@@ -122,16 +123,16 @@ def dress(ax:Axes, title:str, y:str='', x:str='step', share:bool=False, log:bool
     if x == 'step': ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if log: ax.set_yscale('log')
     elif share: ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if ax.get_ylim()[1] > .05 else 1 if ax.get_ylim()[1] > .005 else 2))
-    if not log and ax.get_ylim()[0] > 0: ax.set_ylim(bottom=0)
+    if not log and ax.dataLim.y0 >= 0: ax.set_ylim(bottom=0)
     if not log and not share and ax.get_ylim()[1] >= 1000: ax.yaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
 
-# %% ../nbs/80_app/02_report.ipynb #2e2c7a19
+# %% ../nbs/80_app/02_report.ipynb #cc2b717c
 def draw_learning(run:RunData) -> Figure:
     "Reward and exact answers of training batches, and held-out evaluations, over minutes and over steps."
     figure, panels = sheet(1, 2, 2.6)
     for ax, name, x, at in ((panels[0], 'minutes', run['seconds']/60, [e['seconds']/60 for e in run.evals]), (panels[1], 'step', run.steps, [e['step'] for e in run.evals])):
         if run.has('reward'): trace(ax, x, run['reward'], BLUE, 'reward of the batch')
-        if run.has('exact') and not np.array_equal(run['exact'], run['reward'], equal_nan=True): trace(ax, x, run['exact'], GREEN, 'exact answers of the batch')
+        if run.has('solved'): trace(ax, x, np.where(run['played'] > 0, run['solved'], np.nan), GREEN, 'exact, of all that was played')
         if run.evals:
             y = np.array([e['exact'] for e in run.evals])
             low, high = np.array([e['interval'] for e in run.evals]).T
@@ -145,8 +146,8 @@ def draw_learning(run:RunData) -> Figure:
     figure.legend(handles, labels, loc='outside upper left', ncols=3)
     return figure
 
-# %% ../nbs/80_app/02_report.ipynb #c14f1a4d
-HEALTH = (('loss', 'loss', '', False), ('entropy', 'entropy', 'nats per token', False), ('grad_norm', 'gradient norm', 'before clipping', False),
+# %% ../nbs/80_app/02_report.ipynb #fc7ca35f
+HEALTH = (('loss', 'loss', '', False), ('entropy', 'entropy', 'nats per token', False), ('grad_norm', 'gradient norm', 'before clipping', True),
           ('masked', 'masked share', 'of trained tokens', False), ('mismatch_kl', 'mismatch KL', 'nats per token', True), ('max_vio', 'MaxVio', 'load above the mean', False))
 
 def draw_health(run:RunData) -> Figure:
@@ -155,15 +156,14 @@ def draw_health(run:RunData) -> Figure:
     for ax, (name, title, unit, log) in zip(panels, HEALTH):
         y = run[name]
         if log: y = np.where(y > 0, y, np.nan)
-        trace(ax, run.steps, y)
+        trace(ax, run.steps, y, log=log)
         dress(ax, title, unit, share=name == 'masked', log=log and np.isfinite(y).any())
-        if name == 'masked': ax.set_ylim(bottom=0)
         if name == 'loss': rule(ax, 0)
         if name == 'grad_norm' and (clip := run.settings.get('optim', {}).get('clip')) and clip < ax.get_ylim()[1]: rule(ax, clip, 'clip')
         if log and np.isfinite(y).any(): ax.set_ylim(bottom=max(ax.get_ylim()[0], np.nanmedian(y)/1000))
     return figure
 
-# %% ../nbs/80_app/02_report.ipynb #d0ee4708
+# %% ../nbs/80_app/02_report.ipynb #d5e3db12
 def staleness_bands(run:RunData) -> np.ndarray: # [ages,n], columns sum to 1; no rows when nothing was logged
     "Share of the trained tokens of each step by their age in versions."
     ages = sorted(int(k[6:]) for k in run.columns if k.startswith('stale_') and k[6:].isdigit())
@@ -186,7 +186,7 @@ def draw_flow(run:RunData) -> Figure:
     fates.bar_label(shown, [f'{n:,}' for _, n in bars], padding=3, fontsize=7, color='#4a545e')
     fates.invert_yaxis()
     fates.grid(False)
-    fates.set(title='rollouts by fate', xlabel='rollouts', xlim=(0, 1.25*max(1, *(n for _, n in bars))), ylim=(max(2.5, len(bars) - .5), -.5))
+    fates.set(title='rollouts by fate', xlabel='rollouts (orange: dropped, by reason)', xlim=(0, 1.25*max(1, *(n for _, n in bars))), ylim=(max(2.5, len(bars) - .5), -.5))
     fates.xaxis.set_major_locator(MaxNLocator(3))
     fates.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
     trace(lengths, run.steps, run['answer_tokens'])
@@ -231,8 +231,8 @@ def table(rows:list[tuple], # cells, first row is the head
     line = lambda cells: '| ' + ' | '.join(cells) + ' |'
     return '\n'.join([line(head), line(['---'] + ['---:' if right else '---']*(len(head) - 1)), *map(line, body)])
 
-# %% ../nbs/80_app/02_report.ipynb #bdff6447
-NUMBERS = (('reward', '.3f'), ('exact', '.3f'), ('loss', '.4f'), ('entropy', '.3f'), ('grad_norm', '.3f'), ('masked', '.2%'), ('mismatch_kl', '.2e'), ('staleness', '.2f'), ('max_vio', '.2f'),
+# %% ../nbs/80_app/02_report.ipynb #badc49cc
+NUMBERS = (('reward', '.3f'), ('solved', '.3f'), ('exact', '.3f'), ('loss', '.4f'), ('entropy', '.3f'), ('grad_norm', '.3f'), ('masked', '.2%'), ('mismatch_kl', '.2e'), ('staleness', '.2f'), ('max_vio', '.2f'),
            ('utilisation', '.0%'), ('tokens_per_s', ',.0f'), ('engine_tokens_per_s', ',.0f'), ('trainer_waits', '.0%'), ('engine_waits', '.0%'), ('step_seconds', '.2f'))
 
 def numbers(run:RunData) -> str:
@@ -275,7 +275,7 @@ def page(run:RunData) -> str:
         '## Settings', table([('key', 'value', 'default'), *((f'`{k}`', inline(v), inline(d)) for k, v, d in changed(run.settings))], right=False) + '\n\nEverything else has its default; all of them are in `config.toml`.']
     return '\n\n'.join(parts) + '\n'
 
-# %% ../nbs/80_app/02_report.ipynb #94310f21
+# %% ../nbs/80_app/02_report.ipynb #7427acb1
 PICTURES: dict[str, Callable[[RunData], Figure]] = dict(learning=draw_learning, health=draw_health, flow=draw_flow, speed=draw_speed)
 
 def write_report(folder:str|Path, # of a run: finished, running or killed
@@ -283,8 +283,10 @@ def write_report(folder:str|Path, # of a run: finished, running or killed
     "Write `FOLDER/report/report.md` and its PNG pictures; an earlier report is replaced. Raises `UserError` when `folder` holds no run."
     run = read_run(folder)
     target = run.folder/'report'
-    target.mkdir(exist_ok=True)
-    with rc_context(STYLE):
-        for name, draw in PICTURES.items(): draw(run).savefig(target/f'{name}.png')
-    (target/'report.md').write_text(page(run))
+    try:
+        target.mkdir(exist_ok=True)
+        with rc_context(STYLE):
+            for name, draw in PICTURES.items(): draw(run).savefig(target/f'{name}.png')
+        (target/'report.md').write_text(page(run))
+    except OSError as e: raise UserError(f'cannot write {target}: {e.strerror}: free space; the run itself is complete') from None
     return target/'report.md'

@@ -4,7 +4,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -143,7 +142,8 @@ def test_report_of_a_killed_or_unfinished_run(tmp_path):
     with (tmp_path / 'run' / 'metrics.jsonl').open('a') as f: f.write('{"step": 2, "rew')
     text = write_report(tmp_path / 'run').read_text()
     assert 'after 1 of 200 steps' in text and '<script>' not in text and read_run(tmp_path / 'run').dropped == {'stale': 2}
-    with pytest.raises(UserError, match='no run there'): write_report(tmp_path)
+    assert cli.main(['report', str(tmp_path / 'run')]) == 0
+    assert cli.main(['report', str(tmp_path)]) == 2 == cli.main(['report'])
 
 
 def test_report_leaves_the_backend_alone(finished):

@@ -17,12 +17,11 @@ import torch
 import zmq
 from safetensors.torch import load_file
 
-from moe_rl.config import Settings, UserError, load_settings, to_toml
+from moe_rl.config import UserError, load_settings
 from moe_rl.data.tokens import byte_tokenizer
 from moe_rl.moe.model import Afmoe, init_weights
 from moe_rl.records import decode
-from moe_rl.rl import orchestrator, wire
-from moe_rl.rl import run as running
+from moe_rl.rl import wire
 from moe_rl.rl.buffer import BufferState
 from moe_rl.rl.log import RunLog, audit, read_lines
 from moe_rl.rl.orchestrator import EnginePool, Orchestrator, State, Worker, receive, watch
@@ -70,7 +69,7 @@ class Command:
         self.folder = home / (settings['dir'] if settings else args[-1])
         self.out = home / f'{self.folder.name}-{time.monotonic_ns()}.txt'
         with self.out.open('wb') as out:
-            self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.cli', 'run', *map(str, args)], cwd=home, stdout=out, stderr=out, env=os.environ | dict(OMP_NUM_THREADS='1'))
+            self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.cli', 'run', *map(str, args)], cwd=home, stdout=out, stderr=out, env=os.environ | dict(OMP_NUM_THREADS='1'), start_new_session=True)
 
     def workers(self, role=''):
         "Live worker processes, of one role or of all."
@@ -175,7 +174,7 @@ def test_known_failure_27_last_words_of_an_engine(tmp_path, monkeypatch, bug):
     async def go():
         loop = make_loop(tmp_path)
         loop.pool.engines['engine-0.0'].ready.set()
-        services = loop.spawn(receive(loop)), loop.spawn(watch(loop, start_engine))
+        _ = loop.spawn(receive(loop)), loop.spawn(watch(loop, start_engine))
         loop.server.inbox.put_nowait(('engine-0.0', Failure('engine-0.0: request too long', 'Traceback', final=not bug)))
         await asyncio.wait_for(loop.until(asyncio.get_running_loop().create_future()), 1.5)
     with pytest.raises(TimeoutError if bug else UserError, match=None if bug else 'engine-0.0: request too long; the trainer waits for a batch'): asyncio.run(go())
@@ -241,7 +240,8 @@ def test_known_failure_29_signals_leave_nothing_behind(home):
         run.until(lambda: run.steps() >= before + 2 and (latest(run.folder) or Path('step_0')).name != 'step_0')
         workers = run.workers()
         assert len(workers) == 2
-        run.process.send_signal(how)
+        if how == signal.SIGINT: os.killpg(run.process.pid, how)       # a terminal's Ctrl-C reaches every process
+        else: run.process.send_signal(how)
         assert run.wait(20) == code and gone(workers)
         if code > 0: assert 'goes on from the last checkpoint' in run.said() and 'Traceback' not in run.said(), run.said()
         args = '--resume', run.folder
@@ -456,7 +456,7 @@ def test_silence_is_noticed_without_a_process_that_died(tmp_path, monkeypatch, b
     async def go():
         loop = make_loop(tmp_path, schedule__silence_seconds=.4)
         for w in (loop.trainer, *loop.pool.engines.values()): w.ready.set()
-        services = loop.spawn(receive(loop)), loop.spawn(watch(loop, None))
+        _ = loop.spawn(receive(loop)), loop.spawn(watch(loop, None))
         loop.server.inbox.put_nowait(('trainer', Beat('step 3, micro-batch 1 of 2')))
         for _ in range(20):
             loop.server.inbox.put_nowait(('engine-0.0', Beat('sampling')))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import UserError
 from .experts import fp8_experts_plain
 from .linear import to_fp8
-from .quant import E4M3_MAX, MIN_AMAX, Quantised, dequantise, quantise
+from .quant import E4M3_MAX, MIN_AMAX, dequantise, quantise
 from ..moe.attention import packed_attend, packed_positions
 from ..moe.experts import ExpertsFn, swiglu
 from ..moe.model import Afmoe, ModelOutput, moe_modules

@@ -17,7 +17,7 @@ from .gemm import gemm
 from .kernels import cast_blocks, cast_rows, permute_quantised, swiglu_backward_cast, swiglu_cast
 from .linear import KeptCasts
 from .quant import TILE, Quantised, dequantise, quantise
-from ..moe.experts_gpu import Layout, combine, free, layout, layouts, permute, spend
+from ..moe.experts_gpu import Layout, combine, free, layouts, permute, spend
 from ..moe.kernels import on_device, tl, triton
 
 # %% ../../nbs/02_fp8/04_experts.ipynb #51710439

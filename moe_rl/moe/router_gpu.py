@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import INTERPRETED, on_device, tl, triton
+from .kernels import on_device, tl, triton
 from .routing import Routing
 
 # %% ../../nbs/01_moe/09_router_gpu.ipynb #1f277a0d

@@ -7,7 +7,7 @@ __all__ = ['STARTING', 'Worker', 'EnginePool', 'natural', 'State', 'seed_of', 'i
            'longest', 'check_prompt', 'Orchestrator', 'receive', 'who_waits', 'watch']
 
 # %% ../../nbs/07_rl/08_orchestrator.ipynb #535ac37c
-import asyncio, collections, itertools, math, random, time
+import asyncio, collections, math, time
 from pathlib import Path
 import msgspec, numpy as np
 from ..config import Settings, UserError
@@ -15,7 +15,7 @@ from ..data.batch import micro_batches
 from ..records import Rollout
 from .advantage import resolve
 from .buffer import Buffer, Group
-from .wire import Abort, Beat, Failure, Generate, Generated, Hello, Save, Server, Train, Trained, Update, Updated
+from .wire import Beat, Failure, Generate, Generated, Hello, Save, Server, Train, Trained, Update, Updated
 from ..rollout.engine import Finished, Request
 from ..rollout.environments import Guard, RolloutLost, play
 from ..train.checkpoint import commit, keep_last, latest, save_state, stage, step_path
@@ -417,7 +417,7 @@ async def receive(loop:Orchestrator):
                 async with pool.updated: pool.updated.notify_all()
                 await pool.flush()
                 loop.changed.set()
-            case Trained(step=step, metrics=metrics):
+            case Trained(metrics=metrics):
                 worker.doing = 'waiting for a batch'
                 if loop.trained and not loop.trained.done(): loop.trained.set_result(metrics)
 

@@ -6,13 +6,12 @@
 __all__ = ['model_config', 'build_model', 'balance_step', 'BatchLoss', 'batch_loss', 'Trainer']
 
 # %% ../../nbs/07_rl/05_trainer.ipynb #32cf2998
-import math, sys, time
+import math, time
 from pathlib import Path
 import msgspec, numpy as np, torch
-from torch import Tensor, nn
-from ..config import Settings, UserError, load_settings
+from torch import Tensor
+from ..config import Settings, UserError
 from ..data.batch import TensorBatch, to_torch
-from ..data.tokens import Tokenizer, load_tokenizer
 from ..moe.attention import packed_attend
 from ..moe.balance import max_vio, router_z_loss, sequence_aux_loss, sign_update, smebu_update
 from ..moe.checkpoint import load_pretrained
@@ -22,7 +21,6 @@ from .loss import loss_sums, policy_loss, resolve
 from ..train.checkpoint import load_tensors, save_tensors
 from ..train.objective import head_z_loss, token_logprobs
 from ..train.optim import build_optimizer, grad_norm
-from ..train.weights import apply_weights, load_version, publish
 
 # %% ../../nbs/07_rl/05_trainer.ipynb #74e93d77
 def model_config(settings:Settings, vocab_size:int) -> ModelConfig:

@@ -134,10 +134,11 @@ class Client:
 
     def close(self): self.context.destroy(linger=2000)
 
-# %% ../../nbs/07_rl/04_wire.ipynb #29cb551a
+# %% ../../nbs/07_rl/04_wire.ipynb #2c657e9b
 def serve(name:str, work:Callable[[Client], None]):
     "Run `work(client)` as the worker `name`; address, token and parent come from the environment (`MOE_RL_*`)."
     die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C reaches every process of a terminal; the orchestrator decides what follows
     client = Client(os.environ['MOE_RL_ENDPOINT'], name, os.environ['MOE_RL_TOKEN'], int(os.environ['MOE_RL_PARENT']))
     code = 0
     try: work(client)

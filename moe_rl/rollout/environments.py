@@ -87,7 +87,7 @@ class Environment:
             if not is_held_out(task.prompt, self.held_out_share): return task
         raise UserError(f'{self.name}: {self.draws} draws gave only held-out prompts; the task has too few problems to train on')
 
-# %% ../../nbs/06_rollout/03_environments.ipynb #7b33dde4
+# %% ../../nbs/06_rollout/03_environments.ipynb #9da267ec
 def held_out_tasks(
     env:Environment,
     n:int        # distinct problems wanted
@@ -95,7 +95,7 @@ def held_out_tasks(
     "The first `n` distinct held-out problems of `env`. `UserError` if its supply of texts ends before."
     seen, out, draws, idle = set(), [], 0, 0
     while len(out) < n:
-        if idle > max(1000, 8*(len(out)+1)/env.held_out_share): # with one text left to find, the chance of this is below 1 in 1000
+        if idle > max(1000, 4*(len(out)+1)/env.held_out_share): # were only one text left to find, 98 % would have found it by now
             raise UserError(f'{env.name}: only {len(out)} distinct held-out prompts in {draws} draws; ask for at most {len(out)} (eval.prompts)')
         task = env.problem(mix('held out', env.name, draws))
         draws, idle = draws+1, idle+1
