@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'split_settings', 'pop_flag', 'cmd_run', 'cmd_sft', 'cmd_
            'usage', 'main', 'entry']
 
 # %% ../nbs/80_app/03_cli.ipynb #0c74f87e
-import contextlib, json, os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 from .config import Settings, UserError, help_table, load_settings, parse_overrides
 

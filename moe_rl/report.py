@@ -9,7 +9,7 @@ __all__ = ['STYLE', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'HEALTH', 'NUMBERS', 'PIC
            'page', 'write_report']
 
 # %% ../nbs/80_app/02_report.ipynb #51f39409
-import fcntl, html, json, math, textwrap, tomllib
+import fcntl, html, json, math, tomllib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -62,14 +62,25 @@ def home(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_leftovers():
+    "Whatever a failing test leaves running is ended with it."
+    yield
+    for process in Command.started:
+        if process.poll() is None: process.kill(); process.wait()
+    Command.started.clear()
+
+
 class Command:
     "`moe-rl run` in processes of its own, watched from outside."
+    started = []
     def __init__(self, home, *args, **settings):
         if settings: args = (*args, *(part for k, v in (TINY | {k.replace('__', '.'): v for k, v in settings.items()}).items() for part in (f'--{k}', str(v))))
         self.folder = home / (settings['dir'] if settings else args[-1])
         self.out = home / f'{self.folder.name}-{time.monotonic_ns()}.txt'
         with self.out.open('wb') as out:
             self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.cli', 'run', *map(str, args)], cwd=home, stdout=out, stderr=out, env=os.environ | dict(OMP_NUM_THREADS='1'), start_new_session=True)
+        self.started.append(self.process)
 
     def workers(self, role=''):
         "Live worker processes, of one role or of all."
@@ -80,7 +91,7 @@ class Command:
             except psutil.NoSuchProcess: pass
         return out
 
-    def until(self, condition, seconds=60):
+    def until(self, condition, seconds=120):
         "Wait for a condition; the command must stay alive meanwhile."
         limit = time.monotonic() + seconds
         while not condition():
@@ -88,7 +99,7 @@ class Command:
             assert time.monotonic() < limit, f'nothing happened in {seconds} s: {self.events()[-600:]}'
             time.sleep(.05)
 
-    def wait(self, seconds=60):
+    def wait(self, seconds=120):
         try: return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
@@ -242,7 +253,7 @@ def test_known_failure_29_signals_leave_nothing_behind(home):
         assert len(workers) == 2
         if how == signal.SIGINT: os.killpg(run.process.pid, how)       # a terminal's Ctrl-C reaches every process
         else: run.process.send_signal(how)
-        assert run.wait(20) == code and gone(workers)
+        assert run.wait(30) == code and gone(workers)
         if code > 0: assert 'goes on from the last checkpoint' in run.said() and 'Traceback' not in run.said(), run.said()
         args = '--resume', run.folder
     assert books(run.folder) == SOUND
@@ -435,7 +446,7 @@ def test_dead_and_silent_components_are_named_and_engines_replaced(home):
     engine.send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
     run.until(lambda: 'engine-0.2 started in place of engine-0.1' in run.events())
-    assert time.monotonic() - stopped < 8 + 6
+    assert time.monotonic() - stopped < 8 + 22                         # named within 60 s at the default of 45
     assert re.search(r'engine-0\.1 has been silent for \d+ s while .*; the trainer waits for a batch', run.events())
     now = run.steps()
     run.until(lambda: run.steps() >= now + 3)
@@ -444,7 +455,7 @@ def test_dead_and_silent_components_are_named_and_engines_replaced(home):
     [trainer] = run.workers('trainer')
     trainer.send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
-    assert run.wait(30) == 2 and time.monotonic() - stopped < 8 + 10
+    assert run.wait(60) == 2 and time.monotonic() - stopped < 8 + 22
     assert re.search(r'^moe-rl: trainer has been silent for \d+ s while .*; the engines wait for version \d+$', run.said().strip().splitlines()[-1])
     assert gone(workers) and books(run.folder) == SOUND
 
