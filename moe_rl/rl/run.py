@@ -136,6 +136,7 @@ async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder wi
     s = s.model_copy(deep=True)
     s.model.checkpoint, s.warm_start.seconds, s.warm_start.steps, k = str(folder), 0, 0, s.eval.samples
     if k > 1 and not s.eval.temperature: raise UserError('eval.samples > 1 needs eval.temperature > 0: greedy answers are all the same')
+    check_pretrained(folder)
     env, tokenizer = load_envs([e.model_dump() for e in s.env], s.seed), tokenizer_at(folder)
     limit = longest(s, check(s, env, tokenizer).max_position_embeddings)[0]
     engine = Engine(load_pretrained(folder).to(prepare(s)), kv_tokens=s.engine.kv_tokens, block_size=s.engine.block_size, max_seqs=s.engine.max_seqs, record_routes=False)
