@@ -1002,6 +1002,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'moe_rl.rl.run': { 'moe_rl.rl.run.check': ('07_rl/run.html#check', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.evaluate': ('07_rl/run.html#evaluate', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.evaluate_async': ('07_rl/run.html#evaluate_async', 'moe_rl/rl/run.py'),
+                               'moe_rl.rl.run.first_version': ('07_rl/run.html#first_version', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.keep_tokenizer': ('07_rl/run.html#keep_tokenizer', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.make_tokenizer': ('07_rl/run.html#make_tokenizer', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.run': ('07_rl/run.html#run', 'moe_rl/rl/run.py'),

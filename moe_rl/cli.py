@@ -37,6 +37,7 @@ def cmd_run(args:list[str]) -> int:
     else: settings, _ = split_settings(args)
     if settings.schedule.deterministic and os.environ.get('PYTHONHASHSEED') != '0': # some tasks draw from sets, whose order hangs on the hash seed
         os.environ['PYTHONHASHSEED'] = '0'
+        os.environ['MKL_CBWR'] = 'COMPATIBLE'   # products that don't hang on where their operands lie in memory
         os.execv(sys.executable, [sys.executable, '-m', 'moe_rl.cli', 'run', *(['--resume'] if resume else []), *args])
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)) # a job scheduler's way to say Ctrl-C
     try:

@@ -27,7 +27,7 @@ def top_k_support(
 )->Tensor: # [N,V] bool; min(top_k, V) True in each row with top_k > 0
     "The `top_k` highest scores of each row; of equal scores the lower token ids."
     k = top_k.clamp(1, z.shape[-1])[:,None]
-    kth = z.topk(int(k.max()), dim=-1).values.gather(-1, k-1)
+    kth = z.topk(int(k.max()) if len(k) else 1, dim=-1).values.gather(-1, k-1)
     above,tied = z > kth, z == kth
     first_ties = tied & (tied.cumsum(-1) <= k - above.sum(-1, keepdim=True))
     return above | first_ties | (top_k == 0)[:,None]
