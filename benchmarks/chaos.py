@@ -48,14 +48,14 @@ def measure(args):
     a = p.parse_args(args)
     root, rng = repository(), random.Random(a.seed)
     folder = folders(root, 'chaos') / 'run'
-    run = Run(folder, '--config', str(root / 'configs' / 'main_job.toml'), '--dir', str(folder), '--warm_start.steps', '20', '--rl.seconds', '0', '--rl.stop_at', '0', '--rl.steps', '100000',
+    run = Run(folder, '--config', str(root / 'configs' / 'main_job.toml'), '--dir', str(folder), '--warm_start.steps', '20', '--rl.reward', 'score', '--rl.zero_variance', 'keep', '--rl.seconds', '0', '--rl.stop_at', '0', '--rl.steps', '100000',
               '--checkpoint.every', '3', '--eval.every', '20', '--eval.prompts', '64', '--schedule.engine_restarts', '1000').start()
     hangs = kills = 0
     while kills < a.kills:
         victim = rng.choice(('orchestrator', 'trainer', 'engine'))
         start, limit = latest(folder), time.monotonic() + 40
         while rng.random() < 0.9 and latest(folder) == start and time.monotonic() < limit and run.process.poll() is None: time.sleep(0.5) # mostly after a new commit, sometimes before
-        time.sleep(rng.uniform(0, 3))
+        time.sleep(rng.uniform(0, 2))
         if run.process.poll() is not None: raise RuntimeError(f'run ended by itself with code {run.process.poll()}: ' + folder.with_suffix('.log').read_text()[-600:])
         targets = [psutil.Process(run.process.pid)] if victim == 'orchestrator' else workers(run, victim)
         if not targets: continue
