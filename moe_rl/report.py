@@ -8,7 +8,7 @@ __all__ = ['STYLE', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'HEALTH', 'NUMBERS', 'PIC
            'staleness_bands', 'draw_flow', 'draw_speed', 'outcome', 'table', 'numbers', 'inline', 'spread', 'changed',
            'page', 'write_report']
 
-# %% ../nbs/80_app/02_report.ipynb #51f39409
+# %% ../nbs/80_app/02_report.ipynb #07fd2043
 import fcntl, html, json, math, tomllib
 from collections import Counter
 from collections.abc import Callable
