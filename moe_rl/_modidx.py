@@ -1000,6 +1000,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'moe_rl.rl.replay.route_bytes': ('07_rl/replay.html#route_bytes', 'moe_rl/rl/replay.py'),
                                   'moe_rl.rl.replay.verify_replay': ('07_rl/replay.html#verify_replay', 'moe_rl/rl/replay.py')},
             'moe_rl.rl.run': { 'moe_rl.rl.run.check': ('07_rl/run.html#check', 'moe_rl/rl/run.py'),
+                               'moe_rl.rl.run.end': ('07_rl/run.html#end', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.evaluate': ('07_rl/run.html#evaluate', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.evaluate_async': ('07_rl/run.html#evaluate_async', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.first_version': ('07_rl/run.html#first_version', 'moe_rl/rl/run.py'),
