@@ -9,6 +9,7 @@ __all__ = ['Sequence', 'Plan', 'Lane', 'Seats', 'widen', 'name_blocks', 'evict',
 # %% ../../nbs/06_rollout/01_scheduler.ipynb #5e1d8901
 from bisect import insort
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class Seats:
         self.pool, self.block_size, self.max_seqs = BlockPool(num_blocks), block_size, max_seqs
         self.lanes = {name: Lane(share) for name,share in lanes.items()}
         self.at:list[Sequence|None] = [None]*max_seqs   # who sits where
-        self.vacant = list(range(max_seqs))[::-1]       # free seats, lowest number last
+        self.vacant = list(range(max_seqs))             # free seats, a heap: whatever happened before, an empty engine fills up in the same order
         self.active = np.zeros(max_seqs, bool)
         # known tokens, tokens whose KV is made, blocks held, blocks that have names, arrival
         self.length, self.computed, self.blocks, self.named, self.age = np.zeros((5, max_seqs), np.int64)
@@ -74,7 +75,7 @@ class Seats:
 
     def seat(self, seq:Sequence, held:list[int], shared:int, computed:int):
         "Let `seq` run with the blocks it `held`; the first `shared` have names, the first `computed` tokens are made."
-        seq.row = row = self.vacant.pop()
+        seq.row = row = heappop(self.vacant)
         n, bs = len(seq.tokens), self.block_size
         self.tokens, self.tables = widen(self.tokens, seq.max_length), widen(self.tables, -(-seq.max_length//bs))
         self.at[row], self.active[row] = seq, True
@@ -89,7 +90,7 @@ class Seats:
         seq.tokens, seq.row, seq.keys = self.tokens[row,:self.length[row]].copy(), -1, None
         for block in table[::-1].tolist(): self.pool.release(block) # the end of a text is reused before its beginning
         self.at[row], self.active[row] = None, False
-        self.vacant.append(row)
+        heappush(self.vacant, row)
         self.lanes[seq.lane].running -= 1
         return table
 
