@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .routing import count_tokens
+
 # %% ../../nbs/01_moe/02_experts.ipynb #55690361
 def swiglu(
     h:Tensor, # [...,2I] gate half, then up half
@@ -62,8 +64,7 @@ def sort_by_expert(
     "Order the T*k slots by expert, so that expert e's are `order[offsets[e-1]:offsets[e]]`; slots of -1 come last."
     flat = idx.reshape(-1)
     order = flat.remainder(num_experts+1).argsort(stable=True) # -1 becomes E
-    offsets = torch.bincount(flat+1, minlength=num_experts+1)[1:].cumsum(0, dtype=torch.int32)
-    return order, offsets
+    return order, count_tokens(idx, num_experts).cumsum(0, dtype=torch.int32)
 
 # %% ../../nbs/01_moe/02_experts.ipynb #7e146501
 # (x [M,K] rows sorted by expert, w [E,N,K], offsets [E] int32 block ends) -> y [M,N]; rows of y after offsets[-1] are undefined

@@ -110,7 +110,8 @@ def count_tokens(
 )->Tensor: # [E] int64
     "How many tokens chose each expert."
     if token_mask is not None: idx = idx.masked_fill(~token_mask[:,None], -1)
-    return torch.bincount(idx.reshape(-1)+1, minlength=num_experts+1)[1:]
+    at = idx.reshape(-1)+1 # `bincount` would make the host wait for a GPU
+    return torch.zeros(num_experts+1, dtype=torch.int64, device=idx.device).scatter_add_(0, at, torch.ones_like(at))[1:]
 
 # %% ../../nbs/01_moe/00_routing.ipynb #7efa50e5
 def route_dtype(
