@@ -18,8 +18,8 @@ def fingerprint(run) -> dict:
 
 def measure(args):
     p = argparse.ArgumentParser(prog='moe-rl bench determinism')
-    p.add_argument('--steps', type=int, default=40)
-    p.add_argument('--kills', type=int, default=3)
+    p.add_argument('--steps', type=int, default=120)
+    p.add_argument('--kills', type=int, default=4)
     p.add_argument('--seed', type=int, default=0)
     a = p.parse_args(args)
     root, rng = repository(), random.Random(a.seed)
@@ -32,7 +32,7 @@ def measure(args):
     killed = job('killed').start()
     moments = []
     for _ in range(a.kills):
-        moment = rng.uniform(0.35, 0.8) * first.seconds if not moments else rng.uniform(0.25, 0.5) * first.seconds
+        moment = rng.uniform(*((0.12, 0.3) if moments else (0.35, 0.6))) * first.seconds
         time.sleep(moment)
         if killed.process.poll() is not None: break
         killed.kill()

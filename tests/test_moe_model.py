@@ -266,7 +266,7 @@ def test_gpu_attention_is_the_masked_one(heads, kv, hd, window, dtype):
     exact = [x.detach().double().requires_grad_() for x in qkv]
     got, want = packed_attend(cu)(0, *qkv, window), masked_attend(*exact, document_mask(cu, window))
     g, tol = torch.randn(got.shape, generator=gen).cuda(), 2e-2 if dtype == torch.bfloat16 else 1e-3 # float32 products may use TF32
-    close = lambda a, b: (a.double()-b).abs().max() <= tol*b.abs().max().clamp(min=1e-3) # with one visible key the gradient is exactly 0
+    close = lambda a, b: (a.double()-b).abs().max() <= tol*b.abs().max().clamp(min=.1) # with one visible key the gradient is exactly 0
     assert close(got, want)
     for a, b in zip(torch.autograd.grad(got, qkv, g.to(dtype)), torch.autograd.grad(want, exact, g.double())): assert close(a, b)
 

@@ -120,6 +120,7 @@ class State(msgspec.Struct):
     seconds: float = 0.0                # time spent so far
     counts: dict[str, float] = {}
     rounds: int = 0                     # evaluations so far
+    recent: list[float] = []            # share of exact answers in the last five steps that played anything
 
 # %% ../../nbs/07_rl/08_orchestrator.ipynb #7b3f8c0a
 def seed_of(*parts:int) -> int: # 63 bits
@@ -171,7 +172,7 @@ class Orchestrator:
         self.judge = guard.beside('score')  # evaluation has threads of its own: neither starves the other
         self.buffer = Buffer(max_staleness=s.rl.max_staleness, group_size=s.rl.group_size, zero_variance=s.rl.zero_variance, overlong=s.rl.overlong)
         self.changed, self.trained, self.began = asyncio.Event(), None, time.monotonic()
-        self.solved, self.recent, self.tasks, self.error, self.last, self.looking, self.past, self.missed = [], [], set(), None, {}, None, None, 0
+        self.solved, self.tasks, self.error, self.last, self.looking, self.past, self.missed = [], set(), None, {}, None, None, 0
 
     # ---- rollouts
     def room(self) -> int: # groups that may be issued now
@@ -287,8 +288,9 @@ class Orchestrator:
         self.log.ledger(step, [r.id for r in rollouts], dropped)
         for reason, ids in dropped.items(): self.state.counts['dropped_' + reason] = self.state.counts.get('dropped_' + reason, 0) + len(ids)
         solved, self.solved = self.solved, []   # of everything that was played, filtered groups too
-        self.recent = [*self.recent[-4:], float(np.mean(solved)) if solved else 0.0]
-        row = metrics | dict(solved=self.recent[-1], played=len(solved)) | self.state.counts | self.pace(metrics) | dict(requeued=self.pool.requeued, buffered=len(self.buffer.complete), running=len(self.state.live), seconds=self.seconds())
+        share = float(np.mean(solved)) if solved else float('nan')
+        if solved: self.state.recent = [*self.state.recent[-4:], share]
+        row = metrics | dict(solved=share, played=len(solved)) | self.state.counts | self.pace(metrics) | dict(requeued=self.pool.requeued, buffered=len(self.buffer.complete), running=len(self.state.live), seconds=self.seconds())
         self.log.metrics(step, row)
         self.log.sample(dict(step=step, id=rollouts[0].id, reward=rollouts[0].reward, text=self.tokenizer.decode([int(t) for t in rollouts[0].token_ids])))
         self.show(dict(step=step) | row)
@@ -336,8 +338,8 @@ class Orchestrator:
         "All steps, with an evaluation before and after; returns the last evaluation."
         while not self.over():
             if self.state.step == 0: await self.evaluate()
-            elif self.s.eval.every and self.state.step % self.s.eval.every == 0: await self.look()
             self.past = self.past or self.clocks()
+            if self.state.step and self.s.eval.every and self.state.step % self.s.eval.every == 0: await self.look()
             self.feed()
             groups = await self.batch()
             self.started += 1
@@ -362,7 +364,7 @@ class Orchestrator:
     def over(self) -> bool:
         "Whether the steps, the clock or the goal say enough."
         goal = self.s.rl.stop_at and self.last.get('exact', 0) >= self.s.rl.stop_at
-        goal = goal or self.s.rl.stop_solved and len(self.recent) == 5 and np.mean(self.recent) >= self.s.rl.stop_solved
+        goal = goal or self.s.rl.stop_solved and len(self.state.recent) == 5 and np.mean(self.state.recent) >= self.s.rl.stop_solved
         return bool(self.state.step >= self.s.rl.steps or (self.s.rl.seconds and self.seconds() >= self.s.rl.seconds) or goal)
 
     # ---- evaluation
