@@ -112,11 +112,19 @@ def test_ue8m0_is_the_next_power_of_two(v):
 def test_cast_kernels(M, N, ue8m0, seed):
     x = wild(M, N, seed)
     for by_row in (False, True): same_cast(K.cast_rows(x, ue8m0, by_row), quantise(x, ue8m0=ue8m0))
-    a, at = K.cast_both(x, ue8m0)
-    same_cast(a, quantise(x, ue8m0=ue8m0)); same_cast(at, quantise(F.pad(x, (0, 0, 0, -M % 128)).T.contiguous(), ue8m0=ue8m0))
     w = torch.stack([x, wild(M, N, seed+1)])
     a, at = K.cast_blocks(w, ue8m0, transpose=True)
     same_cast(a, quantise(w, (128, 128), ue8m0)); same_cast(at, quantise(w.mT.contiguous(), (128, 128), ue8m0)); same_cast(K.cast_blocks(w, ue8m0), a)
+
+
+@few
+@given(M=st.integers(1, 300), eighths=st.integers(1, 33), ue8m0=st.booleans(), seed=st.integers(0, 99))
+def test_cast_both_ways(M, eighths, ue8m0, seed):
+    x = wild(M, 8*eighths, seed)
+    a, at = K.cast_both(x, ue8m0)
+    same_cast(a, quantise(x, ue8m0=ue8m0)); same_cast(at, quantise(F.pad(x, (0, 0, 0, -M % 128)).T.contiguous(), ue8m0=ue8m0))
+    for wrong in (x.float(), x[:,1:]):
+        with pytest.raises(ValueError, match="bf16 and a multiple of 8"): K.cast_both(wrong)
 
 
 def routing(T=50, E=4, k=2, seed=0):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .quant import E4M3, TILE, Quantised
 from ..moe.experts_gpu import Layout
-from ..moe.kernels import INTERPRETED, on_device, reciprocal, sigmoid, tl, triton, tuned
+from ..moe.kernels import INTERPRETED, on_device, reciprocal, sigmoid, TensorDescriptor, tl, triton, tuned
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #3e4ea0cd
 MIN_AMAX_BITS = tl.constexpr(0x38d1b717) # of 1e-4
@@ -79,62 +79,85 @@ def cast_rows(
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #37feecc8
 @triton.jit
-def _quarter(x_ptr, m, k, M, K):
-    return tl.load(x_ptr + m[:,None]*K + k[None,:], mask=(m < M)[:,None] & (k < K)[None,:], other=0.)
+def _low(w): return (w << 16).to(tl.float32, bitcast=True) # bf16 is the upper half of a float32
 
 @triton.jit
-def _row_cast(x, q_ptr, s_ptr, m, k, M, K, UE8M0:tl.constexpr):
-    "Write the rows of a quarter, 1x128; returns the bits of its magnitudes."
-    x = x.to(tl.float32)
-    bits = _bits(x)
-    sf = _scale(tl.max(bits, 1), UE8M0)
-    tl.store(q_ptr + m[:,None]*K + k[None,:], (x*_inverse(sf)[:,None]).to(tl.float8e4nv), mask=(m < M)[:,None] & (k < K)[None,:])
-    tl.store(s_ptr+m, sf, mask=m < M)
-    return bits
+def _high(w): return (w & -65536).to(tl.float32, bitcast=True)
 
 @triton.jit
-def _byte(y, place:tl.constexpr): return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint32) << (8*place)
+def _max_halves(a, b):
+    "Larger magnitude of each half of two words."
+    if EXACT: return (tl.maximum(a >> 16, b >> 16) << 16) | tl.maximum(a & 0xffff, b & 0xffff)
+    return tl.inline_asm_elementwise("max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
 
 @triton.jit
-def _word(x0, x1, x2, x3, inverse):
-    "Four bf16 numbers, scaled, as the four E4M3 bytes of a word; on a GPU in two conversions of pairs."
-    y0, y1, y2, y3 = x0.to(tl.float32)*inverse, x1.to(tl.float32)*inverse, x2.to(tl.float32)*inverse, x3.to(tl.float32)*inverse
+def _byte(y, place:tl.constexpr): return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32) << (8*place)
+
+@triton.jit
+def _two_bytes(y0, y1):
+    "float32 numbers as the two E4M3 bytes of an int16; on a GPU in one conversion."
+    if EXACT: return (_byte(y0, 0) | _byte(y1, 1)).to(tl.int16)
+    return tl.inline_asm_elementwise("{.reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $3, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $2; mov.b32 $0, {a, b};}",
+                                     "=r,f,f,f,f", [y0, y1], dtype=tl.int16, is_pure=True, pack=2)
+
+@triton.jit
+def _four_bytes(y0, y1, y2, y3):
+    "float32 numbers as the four E4M3 bytes of an int32; on a GPU in two conversions."
     if EXACT: return _byte(y0, 0) | _byte(y1, 1) | _byte(y2, 2) | _byte(y3, 3)
     return tl.inline_asm_elementwise("{.reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3; mov.b32 $0, {lo, hi};}",
-                                     "=r,f,f,f,f", [y0, y1, y2, y3], dtype=tl.uint32, is_pure=True, pack=1)
+                                     "=r,f,f,f,f", [y0, y1, y2, y3], dtype=tl.int32, is_pure=True, pack=1)
 
-@tuned(*(dict(RELOAD=r, GROUP=g, **c) for g in (8, 32, 1) for r, c in ((False, dict(num_warps=8)), (True, dict(num_warps=8)), (False, dict(num_warps=8, maxnreg=96)),
-    (False, dict(num_warps=16)), (False, dict(num_warps=16, maxnreg=64)), (False, dict(num_warps=4)))), key=("K",))
 @triton.jit
-def _cast_both(x_ptr, q_ptr, s_ptr, qt_ptr, st_ptr, M, K, words, stride, stride_t, tiles_m, tiles_k, TILE:tl.constexpr, UE8M0:tl.constexpr, RELOAD:tl.constexpr, GROUP:tl.constexpr):
+def _by_fours(x, M:tl.constexpr, N:tl.constexpr):
+    "[4M,N] as four [M,N]: rows 0, 4, 8, ..., rows 1, 5, 9, ..., and so on."
+    even, odd = tl.split(x.reshape(M, 4, N).permute(0, 2, 1).reshape(M, N, 2, 2))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+# %% ../../nbs/02_fp8/01_kernels.ipynb #38d50655
+@tuned(dict(num_warps=8), dict(num_warps=4, maxnreg=128), key=("pairs",))
+@triton.jit
+def _cast_both(x_desc, q_ptr, s_ptr, qt_ptr, st_ptr, M, pairs, words, stride, stride_t, tiles_m, tiles_k, TILE:tl.constexpr, UE8M0:tl.constexpr, GROUP:tl.constexpr):
     p = tl.program_id(0) # GROUP squares down, then one to the right: neighbours in time are neighbours in both results
     first = p//(GROUP*tiles_k)*GROUP
     high = tl.minimum(tiles_m-first, GROUP)
-    pm, pk = (first + p%(GROUP*tiles_k)%high).to(tl.int64), (p%(GROUP*tiles_k)//high).to(tl.int64)
-    m, k = pm*TILE + 4*tl.arange(0, TILE//4), pk*TILE + tl.arange(0, TILE)
-    x0, x1, x2, x3 = _quarter(x_ptr, m, k, M, K), _quarter(x_ptr, m+1, k, M, K), _quarter(x_ptr, m+2, k, M, K), _quarter(x_ptr, m+3, k, M, K)
-    s_ptr += pk*stride
-    top = tl.maximum(tl.maximum(_row_cast(x0, q_ptr, s_ptr, m, k, M, K, UE8M0), _row_cast(x1, q_ptr, s_ptr, m+1, k, M, K, UE8M0)),
-                     tl.maximum(_row_cast(x2, q_ptr, s_ptr, m+2, k, M, K, UE8M0), _row_cast(x3, q_ptr, s_ptr, m+3, k, M, K, UE8M0)))
-    st = _scale(tl.max(top, 0), UE8M0)
-    inverse = _inverse(st)
-    if RELOAD: # from the cache, instead of keeping all four in registers
-        x0, x1, x2, x3 = _quarter(x_ptr, m, k, M, K), _quarter(x_ptr, m+1, k, M, K), _quarter(x_ptr, m+2, k, M, K), _quarter(x_ptr, m+3, k, M, K)
-    word = _word(x0, x1, x2, x3, inverse[None,:])
-    tl.store(qt_ptr + k[:,None]*words + (pm*(TILE//4) + tl.arange(0, TILE//4))[None,:], tl.trans(word), mask=(k < K)[:,None])
-    tl.store(st_ptr + pm*stride_t + k, st, mask=k < K)
+    pm, pk = first + p%(GROUP*tiles_k)%high, p%(GROUP*tiles_k)//high
+    n, pair, four = tl.arange(0, TILE), tl.arange(0, TILE//2), tl.arange(0, TILE//4)
+    rows_left, pairs_left = M - pm*TILE, pairs - pk*(TILE//2)
+    x = x_desc.load([pm*TILE, pk*(TILE//2)])
+    magnitudes = x & 0x7fff7fff
 
+    top = tl.reduce(magnitudes, 1, _max_halves)
+    sf = _scale(tl.maximum(top << 16, top & -65536), UE8M0)
+    inverse = _inverse(sf)[:,None]
+    tl.store(q_ptr + pm.to(tl.int64)*TILE*pairs + pk*(TILE//2) + n[:,None]*pairs + pair[None,:], _two_bytes(_low(x)*inverse, _high(x)*inverse),
+             mask=(n < rows_left)[:,None] & (pair < pairs_left)[None,:])
+    tl.store(s_ptr + pk.to(tl.int64)*stride + pm*TILE + n, sf, mask=n < rows_left)
+
+    top = tl.reduce(magnitudes, 0, _max_halves)
+    s0, s1 = _scale(top << 16, UE8M0), _scale(top & -65536, UE8M0)
+    i0, i1 = _inverse(s0)[None,:], _inverse(s1)[None,:]
+    a, b, c, d = _by_fours(x, TILE//4, TILE//2)
+    word = tl.join(_four_bytes(_low(a)*i0, _low(b)*i0, _low(c)*i0, _low(d)*i0), _four_bytes(_high(a)*i1, _high(b)*i1, _high(c)*i1, _high(d)*i1)).reshape(TILE//4, TILE)
+    tl.store(qt_ptr + pk.to(tl.int64)*TILE*words + pm*(TILE//4) + n[:,None]*words + four[None,:], tl.trans(word), mask=(n < 2*pairs_left)[:,None])
+    tl.store(st_ptr + pm.to(tl.int64)*stride_t + pk*TILE + n, tl.join(s0, s1).reshape(TILE), mask=n < 2*pairs_left)
+
+# %% ../../nbs/02_fp8/01_kernels.ipynb #a555e3eb
 def cast_both(
-    x:Tensor, # [M,K] bf16 or float32
-    ue8m0:bool=False,
+    x:Tensor, # [M,K] bf16; K a multiple of 8
+    ue8m0:bool=False, # scales are powers of two
 )->tuple[Quantised,Quantised]: # of x, and of x.T [K,M'] with M' = M rounded up to 128; both block (1,128)
-    "`quantise(x)` and `quantise(x.T)`, reading x once."
+    "`quantise(x)` and `quantise(x.T)`, reading x once. Raises `ValueError` for another dtype or width."
     on_device("cast_both", x)
+    if x.dtype != torch.bfloat16 or x.shape[1] % 8:
+        raise ValueError(f"cast_both: x is {x.dtype} of width {x.shape[1]}; it takes bf16 and a multiple of 8, use cast_rows on x and on x.T otherwise")
     (M, K), x = x.shape, x.contiguous()
     tiles, tiles_m = triton.cdiv(K, TILE), triton.cdiv(M, TILE)
     q, s = torch.empty(M, K, dtype=E4M3, device=x.device), _scales(tiles, M, x.device)
     qt, st = torch.empty(K, tiles_m*TILE, dtype=E4M3, device=x.device), _scales(tiles_m, K, x.device)
-    _cast_both[(tiles*tiles_m,)](x, q, s, qt.view(torch.int32), st, M, K, tiles_m*TILE//4, s.stride(1), st.stride(1), tiles_m, tiles, TILE=TILE, UE8M0=ue8m0)
+    squares = TensorDescriptor.from_tensor(x.view(torch.int32), [TILE, TILE//2])
+    _cast_both[(tiles*tiles_m,)](squares, q.view(torch.int16), s, qt.view(torch.int32), st, M, K//2, tiles_m*TILE//4, s.stride(1), st.stride(1), tiles_m, tiles, TILE=TILE, UE8M0=ue8m0, GROUP=8)
     return Quantised(q, s), Quantised(qt, st)
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #eef40fca

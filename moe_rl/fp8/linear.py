@@ -71,7 +71,7 @@ class _Fp8Linear(torch.autograd.Function):
         return dx, dw, None, None
 
 def fp8_linear(
-    x:Tensor, # [...,K] bf16 or float32
+    x:Tensor, # [...,K] bf16; float32 too with the reference
     w:Tensor, # [N,K]
     keep:KeptCasts|None=None, # share casts of w between calls
     backend:str="deep_gemm", # "reference" or "deep_gemm"

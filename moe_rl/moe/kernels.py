@@ -25,7 +25,8 @@ if find_spec("triton"):
     import triton
     import triton.language as tl
     from triton.runtime import interpreter
-else: triton = tl = interpreter = Absent()
+    from triton.tools.tensor_descriptor import TensorDescriptor
+else: triton = tl = interpreter = TensorDescriptor = Absent()
 
 # %% ../../nbs/01_moe/07_kernels.ipynb #cd3d3922
 INTERPRETED = not torch.cuda.is_available()
