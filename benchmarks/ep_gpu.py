@@ -193,7 +193,7 @@ def tools(w, k):
     from moe_rl.moe.experts_gpu import gpu_experts
     from moe_rl.moe.router_gpu import gate_logits, gpu_route
     def choose(x, router):
-        r = gpu_route(gate_logits(x, router), k)
+        r = gpu_route(gate_logits(x, router)[0], k)
         return r.idx, r.weights
     return gpu_experts, choose
 

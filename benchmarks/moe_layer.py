@@ -28,7 +28,8 @@ class Layer:
     def parameters(self): return [self.router, self.gate_up, self.down]
 
     def __call__(self, x):
-        r = self.route(self.logits(x, self.router), K, self.bias, route_scale=SCALE)
+        logits, x = self.logits(x, self.router)
+        r = self.route(logits, K, self.bias, route_scale=SCALE)
         return self.experts(x, r.idx, r.weights, self.gate_up, self.down)
 
 

@@ -139,6 +139,37 @@ def test_route_stays_in_range(value):
     assert idx.min() >= 0 and idx.max() < 6 and all(len(set(r)) == 3 for r in idx.tolist())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T, E", [(1, 3), (37, 128), (70, 20)])
+def test_gradients_of_logits_and_of_x_handed_on(T, E, dtype):
+    "Whatever is used of the two results, x gets the sum of the gradients that came back, to the accuracy of bf16."
+    g = torch.Generator().manual_seed(T)
+    x, w = torch.randn(T, 64, generator=g).bfloat16().to(DEVICE), torch.randn(E, 64, generator=g).to(dtype).to(DEVICE)
+    dz, dx = torch.randn(T, E, generator=g).to(DEVICE), torch.randn(T, 64, generator=g).bfloat16().to(DEVICE)
+    for used in ((True, True), (True, False), (False, True)):
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        outs, ups = zip(*[(o, u) for o, u, on in zip(gate_logits(a, b), (dz, dx), used) if on])
+        ga, gb = torch.autograd.grad(outs, (a, b), ups, allow_unused=True)
+        want = used[0]*(dz.double()@w.double()) + used[1]*dx.double()
+        assert (ga.double()-want).norm() <= 4e-3*want.norm() and (ga.double()-want).abs().max() <= 1e-2*want.abs().max()
+        if used[0]: assert (gb.double()-dz.double().T@x.double()).norm() <= (2e-5 if dtype == torch.float32 else 4e-3)*gb.double().norm()
+        else: assert gb is None
+
+
+def test_layer_through_the_x_handed_on():
+    "Experts that take the x of `gate_logits`: the gradients of a layer in which x goes both ways by itself."
+    g = torch.Generator().manual_seed(0)
+    r = lambda *s: (torch.randn(*s, generator=g)*.3).bfloat16().to(DEVICE)
+    x, up, params = r(30, 32), r(30, 32), (r(6, 32), r(6, 32, 32), r(6, 32, 16))
+    def run(handed_on):
+        a, router, gate_up, down = [t.clone().requires_grad_() for t in (x, *params)]
+        logits, b = gate_logits(a, router)
+        q = gpu_route(logits, 2, route_scale=2.)
+        y = G.gpu_experts(b if handed_on else a, q.idx, q.weights, gate_up, down)
+        return y, *torch.autograd.grad(y, (a, router, gate_up, down), up)
+    for a, b in zip(run(True), run(False)): close(a.float(), b.float(), 1e-2)
+
+
 def test_pieces_are_exact():
     w = torch.randn(4096, generator=torch.Generator().manual_seed(0))*torch.randn(4096, generator=torch.Generator().manual_seed(1)).exp()**3
     assert torch.equal(sum(p.double() for p in bf16_pieces(w)), w.double())

@@ -124,7 +124,7 @@ def _permute(x_ptr, out_ptr, rows_ptr, D, K:tl.constexpr, KP:tl.constexpr, BLOCK
     x = tl.load(x_ptr + t*D + d, mask=d < D)
     for i in tl.static_range(K):
         row = tl.sum(tl.where(j == i, rows, 0), 0)
-        tl.store(out_ptr + row*D + d, x, mask=d < tl.where(row >= 0, D, 0))
+        tl.store(out_ptr + row*D + d, x, mask=d < tl.where(row >= 0, D, 0), cache_modifier=".cs") # read much later: leave the cache to x
 
 # %% ../../nbs/01_moe/08_experts_gpu.ipynb #2d2e782f
 def permute(
@@ -209,7 +209,7 @@ def weighted_swiglu_backward(
     "Gradients of `weighted_swiglu`, in one pass."
     on_device("weighted_swiglu_backward", gu, dh, weights)
     dgu, dw = gu if in_place else torch.empty_like(gu), torch.zeros_like(weights)
-    _swiglu_backward[(len(gu),)](gu, dh, weights, lay.pairs, dgu, dw, dh.shape[1], BLOCK=triton.next_power_of_2(dh.shape[1]), num_warps=4)
+    _swiglu_backward[(len(gu),)](gu, dh, weights, lay.pairs, dgu, dw, dh.shape[1], BLOCK=triton.next_power_of_2(dh.shape[1]), num_warps=2)
     return dgu, dw
 
 # %% ../../nbs/01_moe/08_experts_gpu.ipynb #915d9d4e

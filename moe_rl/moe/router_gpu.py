@@ -16,12 +16,11 @@ from .routing import Routing
 # %% ../../nbs/01_moe/09_router_gpu.ipynb #1f277a0d
 def bf16_pieces(
     w:Tensor, # [...] float32 or bf16
-    n:int=3, # number of pieces; 3 are exact, 2 keep 16 bits
-)->list[Tensor]: # bf16 tensors whose sum is w
+)->list[Tensor]: # bf16 tensors, three or one, whose sum is w
     "Split a float32 tensor into bf16 pieces of falling size; a bf16 tensor is its own only piece."
     if w.dtype == torch.bfloat16: return [w]
     out, rest = [], w.float()
-    for _ in range(n):
+    for _ in range(3):
         out.append(rest.bfloat16())
         rest = rest - out[-1].float()
     return out
@@ -35,39 +34,42 @@ def mm_float32(
     return a.float()@b.float() if a.device.type == "cpu" else torch.mm(a, b, out_dtype=torch.float32)
 
 @triton.jit
-def _split(d_ptr, out_ptr, E, COPIES:tl.constexpr, EP:tl.constexpr):
-    "Rows of float32 as bf16 pieces side by side: large, small and, with 3 copies, large again."
-    t, e = tl.program_id(0).to(tl.int64), tl.arange(0, EP)
-    d = tl.load(d_ptr + t*E + e, mask=e < E)
+def _split(d_ptr, out_ptr, T, E, BT:tl.constexpr, EP:tl.constexpr):
+    "Rows of float32 as two bf16 pieces side by side: large, small."
+    t, e = (tl.program_id(0).to(tl.int64)*BT + tl.arange(0, BT))[:,None], tl.arange(0, EP)[None,:]
+    inside, at = (t < T) & (e < E), out_ptr + t*2*E + e
+    d = tl.load(d_ptr + t*E + e, mask=inside)
     big = d.to(tl.bfloat16)
-    at = out_ptr + t*COPIES*E + e
-    tl.store(at, big, mask=e < E)
-    tl.store(at+E, (d-big.to(tl.float32)).to(tl.bfloat16), mask=e < E)
-    if COPIES == 3: tl.store(at+2*E, big, mask=e < E)
+    tl.store(at, big, mask=inside)
+    tl.store(at+E, (d-big.to(tl.float32)).to(tl.bfloat16), mask=inside)
 
 class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
+        ctx.set_materialize_grads(False)
         pieces = bf16_pieces(w)
-        if len(pieces) == 1: return mm_float32(x, w.T)
-        return mm_float32(x, torch.cat(pieces).T).view(len(x), len(pieces), len(w)).sum(1)
+        if len(pieces) == 1: return mm_float32(x, w.T), x
+        return mm_float32(x, torch.cat(pieces).T).view(len(x), len(pieces), len(w)).sum(1), x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d):
-        x, w = ctx.saved_tensors
-        (T, E), (big, *small) = d.shape, bf16_pieces(w, 2)
-        left, right = d.new_empty(T, (2+len(small))*E, dtype=torch.bfloat16), torch.cat([big, big]+small)
-        _split[(T,)](d.contiguous(), left, E, COPIES=2+len(small), EP=triton.next_power_of_2(E), num_warps=1)
-        dw = mm_float32(left[:,:2*E].T, x)
-        return left@right, (dw[:E]+dw[E:]).to(w.dtype)
+    def backward(ctx, d, dx):
+        if d is None: return dx, None # nobody used the logits
+        (x, w), (T, E) = ctx.saved_tensors, d.shape
+        pieces, EP = d.new_empty(T, 2*E, dtype=torch.bfloat16), triton.next_power_of_2(E)
+        BT = max(1, 2048//EP)
+        _split[(triton.cdiv(T, BT),)](d.contiguous(), pieces, T, E, BT=BT, EP=EP)
+        dw = mm_float32(pieces.T, x)
+        dw = torch.add(dw[:E], dw[E:], out=torch.empty_like(w)) # adds and rounds in one pass
+        big, w = pieces[:,:E], w.bfloat16()
+        return big@w if dx is None else torch.addmm(dx, big, w), dw
 
 def gate_logits(
     x:Tensor, # [T,D] bf16 tokens
     w:Tensor, # [E,D] router weight, float32 or bf16
-)->Tensor: # [T,E] float32
-    "`x @ w.T` to float32 accuracy at tensor-core speed, with gradients to both."
+)->tuple[Tensor,Tensor]: # logits [T,E] float32; x [T,D] again, for the experts
+    "`x @ w.T` to float32 accuracy at tensor-core speed, with gradients to both, and x, whose gradient from elsewhere is added on the way back."
     on_device("gate_logits", x, w)
     if x.dtype != torch.bfloat16: raise ValueError(f"gate_logits: x is {x.dtype}; it splits w for bf16 tokens, use a plain product otherwise")
     return _Logits.apply(x, w)
@@ -90,19 +92,16 @@ def _route(logits_ptr, bias_ptr, replay_ptr, idx_ptr, w_ptr, s_ptr, T, E, scale,
     rank = s
     if BIAS: rank += tl.load(bias_ptr+e, mask=e < E, other=0.)[None,:]
     rank = tl.where(valid & (rank == rank), rank, tl.where(e < E, -1e30, -float("inf"))[None,:])  # NaN is chosen last and stays in range
-    idx, gate, total = tl.zeros([BT, KP], tl.int32), tl.zeros([BT, KP], tl.float32), tl.zeros([BT], tl.float32)
+    idx = tl.zeros([BT, KP], tl.int32)
     for i in tl.static_range(K):
         best = tl.argmax(rank, 1)
         if REPLAY:
             given = tl.load(replay_ptr + t*K + i, mask=t < T, other=-1).to(tl.int32)
             best = tl.where(given >= 0, given, best)
-        hit = e[None,:] == best[:,None]
-        value = tl.sum(tl.where(hit, s, 0.), 1)
-        rank = tl.where(hit, -float("inf"), rank)
-        total += value
+        rank = tl.where(e[None,:] == best[:,None], -float("inf"), rank)
         idx = tl.where(j[None,:] == i, best[:,None], idx)
-        gate = tl.where(j[None,:] == i, value[:,None], gate)
-    if NORM: gate = gate/(total+1e-20)[:,None]
+    gate = tl.gather(s, idx, 1)
+    if NORM: gate = gate/(tl.sum(tl.where(j[None,:] < K, gate, 0.), 1)+1e-20)[:,None]
     out = t[:,None]*K + j[None,:]
     keep = (t < T)[:,None] & (j < K)[None,:]
     tl.store(idx_ptr+out, idx.to(tl.int64), mask=keep)
