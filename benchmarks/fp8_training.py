@@ -7,9 +7,12 @@ three seeds, and a second bf16 run, with another kernel for the experts and so o
 
     moe-rl bench fp8_training [STEPS]         300 unless said otherwise
 """
+import json
 import lzma
 import math
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from time import perf_counter
 
@@ -84,15 +87,19 @@ def train(kind, steps, device, seed=0):
             for m, p in zip(master, params): p.copy_(m)
             for moe, counts in zip(moe_modules(model), out.counts()): sign_update(moe.expert_bias, counts, 1e-3)
         losses.append(loss.detach())
-        if step % max(1, steps//6) == 0 or step == steps-1: print(f"   step {step+1:4d} loss {loss.item():.4f}  {perf_counter()-began:5.1f} s", flush=True)
+        if step % max(1, steps//6) == 0 or step == steps-1: print(f"   {kind}, seed {seed}, step {step+1:4d} loss {loss.item():.4f}  {perf_counter()-began:5.1f} s", flush=True)
     return torch.stack(losses).cpu()
 
 
 def measure(args):
     steps = int(args[0]) if args else 300
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9: raise NeedsHardware("an H100 or H200")
-    runs = [(kind, seed) for seed in SEEDS for kind in ("bf16", "fp8") + ("bf16 again",)*(seed == SEEDS[0])]
-    losses = {r: train(r[0], steps, "cuda", r[1]) for r in runs}
+    with tempfile.TemporaryDirectory() as folder: # a process per seed, side by side: losses are no timings
+        files = {s: Path(folder)/f"{s}.json" for s in SEEDS}
+        children = [subprocess.Popen([sys.executable, __file__, "seed", str(s), str(steps), str(files[s])]) for s in SEEDS]
+        if any([c.wait() for c in children]): raise RuntimeError("fp8_training: a seed failed; its last words are above")
+        losses = {(kind, s): torch.tensor(l) for s, f in files.items() for kind, l in json.loads(f.read_text()).items()}
+    runs = list(losses)
     last = {r: l[-50:].mean().item() for r, l in losses.items()}
     difference = {r: last[r]/last["bf16", r[1]]-1 for r in runs}
     for r in runs: print(f"{r[0]:10s} seed {r[1]} mean loss of the last 50 steps {last[r]:.5f}, {100*difference[r]:+.3f} % of bf16")
@@ -103,4 +110,13 @@ def measure(args):
                 curves={k: [round(v, 4) for v in losses[k, SEEDS[0]][::10].tolist()] for k in ("bf16", "fp8", "bf16 again")})
 
 
-if __name__ == "__main__" and sys.argv[1:] == ["make-text"]: make_text()
+def train_seed(seed, steps, path):
+    "All kinds of one seed; the losses go to `path`."
+    kinds = ("bf16", "fp8") + ("bf16 again",)*(seed == SEEDS[0])
+    Path(path).write_text(json.dumps({kind: train(kind, steps, "cuda" if torch.cuda.is_available() else "cpu", seed).tolist() for kind in kinds}))
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["make-text"]: make_text()
+        case ["seed", seed, steps, path]: train_seed(int(seed), int(steps), path)

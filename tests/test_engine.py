@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from moe_rl.moe.attention import packed_attend
-from moe_rl.moe.model import Afmoe, ModelConfig, lower_precision
+from moe_rl.moe.model import Afmoe, ModelConfig, lower_precision, moe_modules
 from moe_rl.records import decode, encode
 from moe_rl.rollout import engine as engine_module, kvcache, scheduler
 from moe_rl.rollout.engine import Engine, Finished, Request, draw, uniform
@@ -132,33 +132,44 @@ def test_tokens_do_not_depend_on_the_company():
     for r in reqs: alone |= serve([r], max_seqs=1)[1]
     assert all(together[r.id].token_ids == alone[r.id].token_ids for r in reqs)
 
-def preempted_in_bfloat16():
-    "Requests with the routes that they had when they lost their seat, and what they finished with."
-    reqs, saved = requests(6, 5, group=4), {}
-    engine = Engine(fresh(), 80, block_size=4, max_seqs=24, dtype=torch.bfloat16, prefix_cache=False)
+def near_ties():
+    "A model whose experts come in pairs that differ in the last bit: rounding decides between them."
+    model, gen = fresh(), torch.Generator().manual_seed(0)
+    for m in moe_modules(model):
+        w = m.router.weight.data
+        w[1::2] = torch.nextafter(w[::2], torch.randn(w[::2].shape, generator=gen))
+        m.expert_bias[1::2] = m.expert_bias[::2]
+    return model
+
+def preempted():
+    "Routes that requests had when they lost their seat, and in the end."
+    saved, engine = {}, Engine(near_ties(), 80, block_size=4, max_seqs=24, prefix_cache=False)
     make_way = engine.make_way
     def spy(plan, version):
         make_way(plan, version)
         for seq,*_ in plan.evicted: saved[seq.id] = engine.ledger.live[seq.id].routes.copy()
     engine.make_way = spy
-    for r in reqs: engine.add(r)
+    for r in requests(6, 5, group=4): engine.add(r)
     done = drain(engine)
-    assert len(saved) > 5 and engine.cache.kv.dtype == torch.bfloat16
-    return [(saved[id], done[id].routes[:len(saved[id])]) for id in saved], [(r, done[r.id]) for r in reqs]
+    assert len(saved) > 5
+    return [(saved[id], done[id].routes[:len(saved[id])]) for id in saved]
 
 def test_a_preempted_request_keeps_the_routes_it_sampled_with(monkeypatch):
-    "In bfloat16 a prompt read at once and the same tokens written one by one differ enough to choose other experts."
-    pairs, done = preempted_in_bfloat16()
-    assert all((a == b).all() for a,b in pairs)
-    low = lower_precision(fresh(), torch.bfloat16)
-    for r,f in done:
-        lp = full_forward(low, r.prompt + f.token_ids)[0][len(r.prompt)-1:].log_softmax(-1).gather(1, torch.tensor(f.token_ids)[:,None])[:,0].numpy()
-        assert np.abs(lp-f.logprobs).mean() < .1
+    "A prompt read at once and the same tokens written one by one differ enough to choose other experts."
+    assert all((a == b).all() for a,b in preempted())
     monkeypatch.setattr(engine_module, 'replayed', lambda *a: None)
-    assert not all((a == b).all() for a,b in preempted_in_bfloat16()[0])
+    assert not all((a == b).all() for a,b in preempted())
 
-
-# ---- sampling
+def test_bfloat16_is_near_the_full_forward():
+    low, engine = lower_precision(fresh(), torch.bfloat16), Engine(fresh(), 80, block_size=4, max_seqs=24, dtype=torch.bfloat16)
+    assert engine.cache.kv.dtype == torch.bfloat16
+    reqs, off = requests(6, 5, group=4), []
+    for r in reqs: engine.add(r)
+    done = drain(engine)
+    for r in reqs:
+        f = done[r.id]
+        off += (full_forward(low, r.prompt + f.token_ids)[0][len(r.prompt)-1:].log_softmax(-1).gather(1, torch.tensor(f.token_ids)[:,None])[:,0].numpy() - f.logprobs).tolist()
+    assert np.abs(off).mean() < .02
 
 def test_noise_is_uniform_and_independent_of_neighbours():
     u = np.stack([uniform(np.full(2000, s, np.uint64), np.arange(2000)) for s in range(20)])

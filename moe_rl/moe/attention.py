@@ -143,6 +143,7 @@ class PackedAttend:
     def __call__(self, layer:int, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor: # [N,H,hd], [N,KV,hd] x 2 -> [N,H,hd]
         if len(q) != self.tokens: raise ValueError(f"{len(q)} tokens do not fit cu_seqlens, which ends at {self.tokens}")
         if window is not None and window >= self.longest: window = None
+        q, k, v = (t.to(v.dtype if v.is_cuda else q.dtype) for t in (q, k, v)) # a GPU's kernels want all three in 16 bits
         flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 # what the kernels take
         return self.varlen(q, k, v, window) if flash else self.rectangles(q, k, v, window)
 
@@ -219,8 +220,9 @@ class Attention(nn.Module):
         tables:tuple[Tensor,Tensor], # cos and sin of `rope`, made once for all layers
         attend:AttendFn,             # who sees whom
     )->Tensor: # [N,D]
+        x = x.to(self.q_proj.weight.dtype)
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q.float()), self.k_norm(k.float()) # their product becomes an exponent: rounding would show
         if self.window is not None: q, k = apply_rope(q, *tables), apply_rope(k, *tables)
         o = attend(self.layer, q, k, v, self.window).flatten(-2)
-        return self.o_proj(o*self.gate_proj(x).sigmoid())
+        return self.o_proj((o*self.gate_proj(x).sigmoid()).to(x.dtype))

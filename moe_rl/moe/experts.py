@@ -37,7 +37,8 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(dim, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x:Tensor)->Tensor: # [...,D] -> [...,D]
+    def forward(self, x:Tensor)->Tensor: # [...,D] -> [...,D] in the dtype of the weights
+        x = x.to(self.gate_proj.weight.dtype)
         return self.down_proj(F.silu(self.gate_proj(x))*self.up_proj(x))
 
 # %% ../../nbs/01_moe/02_experts.ipynb #efd27562

@@ -121,6 +121,7 @@ class MoE(nn.Module):
         c = self.cfg
         routing = route(self.router(x), c.num_experts_per_tok, self.expert_bias, c.score_func, c.n_group, c.topk_group, c.route_norm, c.route_scale, replay)
         if token_mask is not None: routing = unroute(routing, token_mask)
+        x = x.to(self.experts.down_proj.dtype)
         return self.shared_experts(x) + self.experts(x, routing.idx, routing.weights), routing
 
 # %% ../../nbs/01_moe/04_model.ipynb #ce7b6658
@@ -181,7 +182,7 @@ class Afmoe(nn.Module):
         c = self.cfg
         if replay is not None and replay.shape != (need := (len(token_ids), c.num_moe_layers, c.num_experts_per_tok)):
             raise ValueError(f"replay has shape {tuple(replay.shape)}, this model and batch need {need} (tokens, MoE layers, experts per token)")
-        x = self.embed_tokens(token_ids)
+        x = self.embed_tokens(token_ids).float() # the residual stream, a sum of many small things
         if c.mup_enabled: x = x*math.sqrt(c.hidden_size)
         given = [None]*c.num_dense_layers + (list(replay.unbind(1)) if replay is not None else [None]*c.num_moe_layers) # by absolute layer
         tables, routings = rope(positions, c.head_dim, c.rope_theta, x.dtype), []

@@ -107,6 +107,7 @@ class PagedCache:
         dtype:torch.dtype=torch.float32, device:str|torch.device='cpu',
     ):
         self.block_size, self.num_blocks, self.kv_heads, self.head_dim = block_size, num_blocks, kv_heads, head_dim
+        self.compute = dtype if torch.device(device).type == 'cuda' else torch.promote_types(dtype, torch.float32) # what queries meet the keys in
         slots = num_blocks*block_size
         self.num_experts = num_experts
         self.kv = torch.zeros(num_layers, slots, 2*kv_heads*head_dim, dtype=dtype, device=device) # keys, then values
@@ -158,7 +159,7 @@ def plain_attend(
             i, j = torch.arange(start, start+count)[:,None], torch.arange(start+count)
             mask = (j <= i) if window is None else (j <= i) & (j > i-window)
             kv = cache.kv[layer,cache.slots(table, np.arange(start+count))].unflatten(-1, (2, cache.kv_heads, cache.head_dim))
-            out.append(masked_attend(q[token:token+count], kv[:,0], kv[:,1], mask))
+            out.append(masked_attend(q[token:token+count], *kv.to(q.dtype).unbind(1), mask))
             token += count
         return torch.cat(out)
     return attend
@@ -206,7 +207,7 @@ class RowGroup:
         "Gather, then one call of scaled dot-product attention."
         blocks, mask = self.view(window)
         R, (n,H,hd) = len(self.starts), q.shape
-        kv = store.view(-1, self.block_size*store.shape[-1]).index_select(0, blocks).view(R, -1, 2, kv_heads, hd)
+        kv = store.view(-1, self.block_size*store.shape[-1]).index_select(0, blocks).view(R, -1, 2, kv_heads, hd).to(q.dtype)
         k, v = kv[:,:,0].transpose(1, 2), kv[:,:,1].transpose(1, 2)                              # [R,KV,K,hd]
         if self.Q == 1: return F.scaled_dot_product_attention(q.reshape(R, kv_heads, -1, hd), k, v, attn_mask=mask).reshape(n, H, hd)
         q = q.index_select(0, self.pad.view(-1)).view(R, self.Q, H, hd).transpose(1, 2)
@@ -260,7 +261,7 @@ class StepLayout:
         self.positions, self.slot_ids = (torch.from_numpy(x).to(device) for x in (position, self.slots))
         edges = rectangles(kinds, blocks)
         first = np.append(0, counts.cumsum())
-        self.groups = [RowGroup(int(first[a]), tables[a:b], starts[a:b], counts[a:b], cache.block_size, device, cache.kv.dtype)
+        self.groups = [RowGroup(int(first[a]), tables[a:b], starts[a:b], counts[a:b], cache.block_size, device, cache.compute)
                        for a,b in zip(edges, edges[1:])]
 
 def paged_attend(
@@ -270,7 +271,8 @@ def paged_attend(
     "Write the new keys and values, then attend group by group over the gathered blocks."
     def attend(layer:int, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor: # [N,H,hd] and [N,KV,hd] x 2 -> [N,H,hd]
         store = cache.kv[layer]
-        store.index_copy_(0, layout.slot_ids, torch.cat((k, v), 1).flatten(1))
+        store.index_copy_(0, layout.slot_ids, torch.cat((k, v), 1).flatten(1).to(store.dtype))
+        q = q.to(cache.compute)
         out = [g.attend(q[g.tokens], store, cache.kv_heads, window) for g in layout.groups]
         return out[0] if len(out) == 1 else torch.cat(out)
     return attend
