@@ -6,7 +6,7 @@ from moe_rl.bench import repository
 
 def measure(args):
     p = argparse.ArgumentParser(prog='moe-rl bench main_job')
-    p.add_argument('--second', default='letter_counting', help='a task that was not used while tuning')
+    p.add_argument('--second', default='string_insertion', help='a task that was not used while tuning')
     p.add_argument('--only', choices=['main', 'control', 'second'], default='')
     a = p.parse_args(args)
     root = repository()
