@@ -73,7 +73,7 @@ def train(kind, steps, device, seed=0):
     opt = torch.optim.AdamW([{"params": [m for m in master if m.ndim > 1], "weight_decay": .1}, {"params": [m for m in master if m.ndim == 1], "weight_decay": 0.}], lr=PEAK_LR, betas=(.9, .95))
     cu = torch.arange(0, DOCS*LENGTH+1, LENGTH, device=device)
     packed, positions, losses, began = packed_attend(cu), packed_positions(cu), [], perf_counter()
-    attend = lambda layer, q, k, v, window: packed.rectangles(q, k, v, window) # documents of one length: nothing to pad
+    attend = lambda layer, q, k, v, window: packed.rectangles(q.to(v.dtype), k.to(v.dtype), v, window) # documents of one length: nothing to pad
     print(f"{kind}, seed {seed}: {sum(p.numel() for p in params)/1e6:.0f} M parameters, {len(fp8)} linear layers in FP8", flush=True)
     for step, (x, y) in enumerate(batches(steps, device, seed)):
         out = model(x, positions, attend)
