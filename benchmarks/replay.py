@@ -1,10 +1,15 @@
 """Router replay: an engine in bfloat16 and a trainer in float32 choose different experts; replaying the engine's choice brings their probabilities together.
 
-    moe-rl bench replay --model FOLDER     FOLDER: a trained checkpoint with its tokenizer, for instance one that the bench `main_job` leaves behind
+    moe-rl bench replay --run FOLDER     FOLDER: a run of the main job, for instance one that the bench `main_job` leaves behind
+
+The policy is looked at all along its training, at every checkpoint that the run kept; the figures are means over checkpoints, each with as many prompts. The last one
+is also given alone: a policy that has finished learning is nearly deterministic, hardly any KL is left, and what is left is the rounding of bfloat16 itself.
 """
 import argparse
+import copy
 from pathlib import Path
 import torch
+from moe_rl.bench import repository
 from moe_rl.config import UserError
 from moe_rl.data.batch import micro_batches, to_torch
 from moe_rl.data.tokens import load_tokenizer
@@ -16,21 +21,29 @@ from moe_rl.rl.loss import k3
 from moe_rl.rl.replay import disagreement, require_routes, verify_replay
 from moe_rl.rollout.engine import Engine, Request
 from moe_rl.rollout.environments import load_env
+from moe_rl.train.checkpoint import committed_steps, step_path
 from moe_rl.train.objective import token_logprobs
+from moe_rl.train.weights import load_tensors
 
 
-def newest_model(root: Path) -> Path:
-    "The checkpoint written last below `root`."
-    found = sorted(root.rglob('config.json'), key=lambda p: p.stat().st_mtime) if root.is_dir() else []
-    found = [p.parent for p in found if list(p.parent.glob('*.safetensors'))]
-    if not found: raise UserError(f'replay: no trained model below {root}: run `moe-rl bench main_job` first, or give --model FOLDER')
-    return found[-1]
+def main_run() -> Path:
+    "What the bench `main_job` left behind, or `scripts/run`."
+    for run in (repository() / 'runs' / 'bench' / 'main_job' / 'main', repository() / 'runs' / 'main_job'):
+        if committed_steps(run) and (run / 'model').is_dir(): return run
+    raise UserError('replay: no finished main job below runs/: run `moe-rl bench main_job` first, or give --run FOLDER')
 
 
-def sample(folder, dtype, prompts, per_prompt, max_tokens) -> list[Rollout]:
+def policies(run: Path):
+    "(step, model) of every committed checkpoint of a finished run."
+    for step in committed_steps(run):
+        model = load_pretrained(run / 'model')
+        model.load_state_dict(load_tensors(step_path(run, step) / 'model.safetensors'))
+        yield step, model
+
+
+def sample(model, tokenizer, dtype, prompts, per_prompt, max_tokens) -> list[Rollout]:
     "Rollouts of an engine that computes in `dtype`, with logprobs and routes."
-    tokenizer, model = load_tokenizer(folder), load_pretrained(folder)
-    engine = Engine(model, kv_tokens=1 << 15, max_seqs=128, dtype=dtype)
+    engine = Engine(copy.deepcopy(model), kv_tokens=1 << 15, max_seqs=128, dtype=None if dtype == torch.float32 else dtype)
     ids = [tokenizer.render_prompt(p) for p in prompts]
     for g, prompt in enumerate(ids):
         for i in range(per_prompt): engine.add(Request(id=f'{g}-{i}', prompt=prompt, max_tokens=max_tokens, seed=g*per_prompt+i, stop_ids=(tokenizer.eos_id,)))
@@ -73,23 +86,27 @@ def compare(model, rollouts, budget=8192) -> dict:
 def measure(args: list[str]) -> dict:
     "`moe-rl bench replay`; see the module's docstring."
     p = argparse.ArgumentParser(prog='moe-rl bench replay')
-    p.add_argument('--model', help='folder of a trained checkpoint (default: the newest below runs/main_job)')
+    p.add_argument('--run', help='folder of a finished run that kept its checkpoints (default: the main job's below runs/)')
     p.add_argument('--env', default='spell_backward', help='environment whose held-out prompts are sampled')
     p.add_argument('--prompts', type=int, default=512)
     p.add_argument('--samples', type=int, default=4, help='rollouts per prompt')
     p.add_argument('--max-tokens', type=int, default=24)
     o = p.parse_args(args)
-    folder = Path(o.model) if o.model else newest_model(Path('runs/main_job'))
-    prompts = [t.prompt for t in load_env(o.env).held_out(o.prompts)]
-    trainer, rows = load_pretrained(folder), {}
-    for name, dtype in (('float32', torch.float32), ('bfloat16', torch.bfloat16)):
-        rows[name] = compare(trainer, sample(folder, dtype, prompts, o.samples, o.max_tokens))
-    print(f'{folder}: {o.prompts} prompts of {o.env}, {o.samples} samples each, {rows["bfloat16"]["loss_tokens"]} sampled tokens; trainer float32\n')
-    print(f'{"engine":10} {"tokens with another route":>26} {"replayed":>9} {"KL without R3":>14} {"KL with R3":>11} {"ratio":>6}   disagreement by MoE layer')
-    for name, r in rows.items():
-        print(f'{name:10} {r["disagree_share"]:26.2%} {r["replayed_share"]:9.2%} {r["kl_off"]:14.2e} {r["kl_on"]:11.2e} {r["kl_on"]/max(r["kl_off"], 1e-30):6.2f}   '
-              + ' '.join(f'{x:.2%}' for x in r['layers']))
-    r = rows['bfloat16']
-    print(f'\nsmallest gradient norm of a gate with R3: {r["gate_grad_min"]:.2e}')
-    if not r['gate_grad_min'] > 0: raise RuntimeError('replay: the gate lost its gradient')
-    return dict(figures={k: r[k] for k in ('disagree_share', 'replayed_share', 'kl_off', 'kl_on')} | dict(kl_ratio=r['kl_on']/r['kl_off'], prompts=o.prompts, loss_tokens=r['loss_tokens']))
+    run = Path(o.run) if o.run else main_run()
+    prompts, tokenizer, rows = [t.prompt for t in load_env(o.env).held_out(o.prompts)], load_tokenizer(run / 'model'), {}
+    print(f'{o.prompts} prompts of {o.env}, {o.samples} samples each, at every checkpoint; trainer float32\n')
+    print(f'{"":>14} {"tokens with another route":>26} {"replayed":>9} {"KL without R3":>14} {"KL with R3":>11} {"ratio":>6} {"least gate gradient":>20}   disagreement by MoE layer')
+    def show(name, r):
+        print(f'{name:>14} {r["disagree_share"]:26.2%} {r["replayed_share"]:9.2%} {r["kl_off"]:14.2e} {r["kl_on"]:11.2e} {r["kl_on"]/max(r["kl_off"], 1e-30):6.2f} {r["gate_grad_min"]:20.2e}   '
+              + ' '.join(f'{x:.2%}' for x in r.get('layers', [])), flush=True)
+    for step, model in policies(run):
+        rows[step] = compare(model, sample(model, tokenizer, torch.bfloat16, prompts, o.samples, o.max_tokens))
+        show(f'step {step}', rows[step])
+        if not rows[step]['gate_grad_min'] > 0: raise RuntimeError(f'replay: the gate lost its gradient at step {step}')
+    last = max(rows)
+    show('float32 engine', compare(model, sample(model, tokenizer, torch.float32, prompts, o.samples, o.max_tokens)))
+    mean = {k: sum(r[k] for r in rows.values())/len(rows) for k in ('disagree_share', 'replayed_share', 'kl_off', 'kl_on')}
+    show('mean', mean | dict(gate_grad_min=min(r['gate_grad_min'] for r in rows.values())))
+    return dict(figures=mean | dict(kl_ratio=mean['kl_on']/mean['kl_off'], kl_off_last=rows[last]['kl_off'], kl_on_last=rows[last]['kl_on'], disagree_share_last=rows[last]['disagree_share'],
+                                    prompts=o.prompts, samples=o.samples, checkpoints=len(rows), tokens=sum(r['loss_tokens'] for r in rows.values())),
+                steps={str(n): {k: r[k] for k in ('disagree_share', 'kl_off', 'kl_on')} for n, r in rows.items()})
