@@ -86,7 +86,7 @@ def compare(model, rollouts, budget=8192) -> dict:
 def measure(args: list[str]) -> dict:
     "`moe-rl bench replay`; see the module's docstring."
     p = argparse.ArgumentParser(prog='moe-rl bench replay')
-    p.add_argument('--run', help='folder of a finished run that kept its checkpoints (default: the main job's below runs/)')
+    p.add_argument('--run', help='folder of a finished run that kept its checkpoints (default: that of the main job, below runs/)')
     p.add_argument('--env', default='spell_backward', help='environment whose held-out prompts are sampled')
     p.add_argument('--prompts', type=int, default=512)
     p.add_argument('--samples', type=int, default=4, help='rollouts per prompt')

@@ -51,7 +51,7 @@ def commit(root:Path) -> str:
     git = lambda *a: subprocess.run(['git', '-C', str(root), *a], capture_output=True, text=True).stdout.strip()
     rev = git('rev-parse', '--short', 'HEAD')
     if not rev: return os.environ.get('MOE_RL_COMMIT', '')
-    return rev + ('+' if rev and git('status', '--porcelain', '--untracked-files=no', '--', 'moe_rl', 'benchmarks') else '')
+    return rev + ('+' if rev and git('status', '--porcelain', '--untracked-files=no', '--', 'moe_rl', 'benchmarks', ':!benchmarks/results') else '')
 
 # %% ../nbs/00_start/02_bench.ipynb #98a3b3b2
 def record(name:str, figures:dict, args:list[str], root:Path, **extra) -> dict:
