@@ -59,6 +59,7 @@ HEADLINES = [
     ('packing', 'bound_share', 'share of draws packed into the fewest bins possible'),
     ('packing', 'ms_512', 'ms to pack 512 lengths'),
     ('determinism', 'equal', 'two deterministic runs agree bit for bit'),
+    ('determinism', 'resumed_equal', 'so does a run that was killed and resumed, again and again'),
     ('chaos', 'kills', 'SIGKILLs at random moments, each run resumed'),
     ('chaos', 'lost', 'rollouts that vanished there without a counted reason'),
     ('placement', 'balance_weighted_64', 'mean over max load of 64 GPUs, 320 replicas of 256 experts'),
