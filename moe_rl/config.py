@@ -123,7 +123,8 @@ class RLSection(Section):
     kl_coef: float = Field(0.0, ge=0, description='KL to the warm-started model')
     replay: bool = Field(True, description='R3: train on the routes that the engine took')
     zero_variance: Literal['filter', 'keep'] = 'keep'
-    overlong: Literal['mask', 'penalise', 'keep'] = 'keep'
+    overlong: Literal['mask', 'penalise', 'keep'] = Field('keep', description='what becomes of a rollout that was cut off: no loss, less reward, or nothing special')
+    overlong_penalty: float = Field(0.5, ge=0, description='reward that overlong = "penalise" takes away')
     tokens_per_batch: int = Field(8192, gt=0, description='token budget of one micro-batch')
 
 class EvalSection(Section):

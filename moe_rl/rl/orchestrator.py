@@ -170,7 +170,8 @@ class Orchestrator:
         self.log, self.folder, self.show, self.longest = log, Path(folder), show, longest(s, positions)
         self.state, self.started, self.advantage = State(), 0, resolve(s.rl.advantage)
         self.judge = guard.beside('score')  # evaluation has threads of its own: neither starves the other
-        self.buffer = Buffer(max_staleness=s.rl.max_staleness, group_size=s.rl.group_size, zero_variance=s.rl.zero_variance, overlong=s.rl.overlong)
+        self.buffer = Buffer(max_staleness=s.rl.max_staleness, group_size=s.rl.group_size, zero_variance=s.rl.zero_variance, overlong=s.rl.overlong,
+                             penalty=s.rl.overlong_penalty)
         self.changed, self.trained, self.began = asyncio.Event(), None, time.monotonic()
         self.solved, self.tasks, self.error, self.last, self.looking, self.past, self.missed = [], set(), None, {}, None, None, 0
 
