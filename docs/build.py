@@ -18,6 +18,8 @@ def notebook(path:Path) -> str: # JSON
         if cell['cell_type'] == 'code':
             cell['source'] = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip('\n')
             cell['metadata'] = dict(tags=['remove-input']) if 'echo' in said else {}
+            for data in (o['data'] for o in cell['outputs'] if 'text/markdown' in o.get('data', {})):   # links of a table that was computed
+                data['text/markdown'] = re.sub(r'(\]\((?!https?:)[^)#]+)\.ipynb\b', r'\1.html', ''.join(data['text/markdown']))
         else:   # pages of docs/ lie beside the notebooks; what is no page is named without a link
             text = re.sub(r'\]\(\.\./docs/(\w+\.md)\)', r'](\1)', source)
             cell['source'] = re.sub(r'\[([^\]]+)\]\(\.\./(?:configs/\S+?|LICENSE)\)', r'\1', text)

@@ -16,6 +16,7 @@ myst_enable_extensions = ['dollarmath', 'amsmath']
 myst_heading_anchors = 3
 suppress_warnings = ['mystnb.unknown_mime_type', 'myst.header', 'misc.highlighting_failure']
 html_math_renderer = 'mathml'
+smartquotes = False                                          # messages and options are shown as they are typed
 
 def inline(self, node):
     self.body.append(convert(node.astext()))

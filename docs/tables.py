@@ -39,6 +39,7 @@ def about(name:str) -> str:
 
 def number(x) -> str:
     "A figure as a reader wants it: four digits that count."
+    if isinstance(x, list): return ', '.join(map(number, x))
     if isinstance(x, bool) or x is None: return {True: 'yes', False: 'no', None: '-'}[x]
     if isinstance(x, int) or (isinstance(x, float) and x.is_integer() and abs(x) < 1e6): return f'{int(x):,}'
     return f'{x:.4g}' if isinstance(x, float) else str(x)

@@ -76,9 +76,9 @@ class Display:
 
 # %% ../nbs/80_app/00_display.ipynb #8c80268c
 class Ticker:
-    "Callable with a text that says what is going on: a spinner on a terminal, a line every `every` seconds elsewhere. Use it as a context manager."
+    "Callable with a text that says what is going on: a spinner on a terminal, a line every `every` seconds and at the end elsewhere. Use it as a context manager."
     def __init__(self, title:str, console:Console|None=None, every:float=5.0):
-        self.title, self.console, self.every = title, console or Console(), every
+        self.title, self.console, self.every, self.unsaid = title, console or Console(), every, ''
         self.status, self.last = self.console.status(title) if self.console.is_terminal else None, -math.inf
 
     def __enter__(self):
@@ -86,9 +86,13 @@ class Ticker:
         return self
     def __exit__(self, *_):
         if self.status: self.status.stop()
+        if self.unsaid: self.say(self.unsaid)
 
     def __call__(self, text:str):
         if self.status: self.status.update(f'{self.title}: {text}')
-        elif time.monotonic() - self.last >= self.every:
-            self.last = time.monotonic()
-            self.console.print(f'{self.title}: {text}', highlight=False, soft_wrap=True, markup=False)
+        elif time.monotonic() - self.last >= self.every: self.say(text)
+        else: self.unsaid = text
+
+    def say(self, text:str):
+        self.last, self.unsaid = time.monotonic(), ''
+        self.console.print(f'{self.title}: {text}', highlight=False, soft_wrap=True, markup=False)
