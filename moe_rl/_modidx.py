@@ -145,6 +145,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'moe_rl.display.Ticker.__enter__': ('80_app/display.html#ticker.__enter__', 'moe_rl/display.py'),
                                 'moe_rl.display.Ticker.__exit__': ('80_app/display.html#ticker.__exit__', 'moe_rl/display.py'),
                                 'moe_rl.display.Ticker.__init__': ('80_app/display.html#ticker.__init__', 'moe_rl/display.py'),
+                                'moe_rl.display.Ticker.say': ('80_app/display.html#ticker.say', 'moe_rl/display.py'),
                                 'moe_rl.display.spark': ('80_app/display.html#spark', 'moe_rl/display.py'),
                                 'moe_rl.display.who': ('80_app/display.html#who', 'moe_rl/display.py')},
             'moe_rl.doctor': { 'moe_rl.doctor.Check': ('80_app/doctor.html#check', 'moe_rl/doctor.py'),
