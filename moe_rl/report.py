@@ -140,8 +140,10 @@ def draw_learning(run:RunData) -> Figure:
         ax.set_ylim(-.02, max(1.02, ax.get_ylim()[1]))
         dress(ax, f'over {"time" if name == "minutes" else "steps"}', 'share or reward', name)
     began = next((e['seconds'] - e.get('eval_seconds', 0) for e in run.evals if e['step'] == 0), 0)
-    if began > 5: panels[0].axvspan(0, began/60, color='#eef1f4', zorder=0); panels[0].text(began/120, .97, 'warm\nstart', ha='center', va='top', fontsize=7, color=GREY, transform=panels[0].get_xaxis_transform())
     panels[0].set_xlim(left=0)
+    if began > 5:
+        panels[0].axvspan(0, began/60, color='#e3e8ed', zorder=0)
+        panels[0].annotate('warm start', (0, 1), xycoords='axes fraction', xytext=(3, -3), textcoords='offset points', va='top', fontsize=7, color='#4a545e')
     handles, labels = panels[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside upper left', ncols=3)
     return figure
@@ -232,14 +234,17 @@ def table(rows:list[tuple], # cells, first row is the head
     return '\n'.join([line(head), line(['---'] + ['---:' if right else '---']*(len(head) - 1)), *map(line, body)])
 
 # %% ../nbs/80_app/02_report.ipynb #badc49cc
-NUMBERS = (('reward', '.3f'), ('solved', '.3f'), ('exact', '.3f'), ('loss', '.4f'), ('entropy', '.3f'), ('grad_norm', '.3f'), ('masked', '.2%'), ('mismatch_kl', '.2e'), ('staleness', '.2f'), ('max_vio', '.2f'),
-           ('utilisation', '.0%'), ('tokens_per_s', ',.0f'), ('engine_tokens_per_s', ',.0f'), ('trainer_waits', '.0%'), ('engine_waits', '.0%'), ('step_seconds', '.2f'))
+NUMBERS = (('reward', '.3f', 'mean reward of the trained rollouts'), ('exact', '.3f', 'share of them that is exactly right'), ('solved', '.3f', 'the same of all that was played'),
+           ('loss', '.4f', 'policy loss per token'), ('entropy', '.3f', 'nats per token'), ('grad_norm', '.3f', 'gradient norm before clipping'),
+           ('masked', '.2%', 'trained tokens left out of the loss'), ('mismatch_kl', '.2e', 'trainer to engine, nats per token'), ('staleness', '.2f', 'age of trained tokens in versions'),
+           ('max_vio', '.2f', 'busiest expert above the mean'), ('utilisation', '.0%', 'of the token budget'), ('tokens_per_s', ',.0f', 'trained tokens per second'),
+           ('engine_tokens_per_s', ',.0f', 'sampled tokens per second'), ('trainer_waits', '.0%', 'of the time'), ('engine_waits', '.0%', 'of the time'), ('step_seconds', '.2f', 'seconds of an optimizer step'))
 
 def numbers(run:RunData) -> str:
     "Means over the first tenth, the last tenth, and the whole run."
     tenth = max(1, len(run.steps)//10)
     mean = lambda y: float(np.nanmean(y)) if np.isfinite(y).any() else math.nan
-    rows = [(k, *(f'{mean(part):{fmt}}' for part in (run[k][:tenth], run[k][-tenth:], run[k]))) for k, fmt in NUMBERS if run.has(k)]
+    rows = [(f'`{k}`: {what}', *(f'{mean(part):{fmt}}' for part in (run[k][:tenth], run[k][-tenth:], run[k]))) for k, fmt, what in NUMBERS if run.has(k)]
     return table([('metric', 'first tenth', 'last tenth', 'all steps'), *rows])
 
 def inline(text:str, longest:int=300) -> str:
@@ -266,6 +271,7 @@ def page(run:RunData) -> str:
     evals = [(e['step'], f'{e["seconds"]/60:.1f}', f'{e["exact"]:.3f}', f'{e["interval"][0]:.3f} to {e["interval"][1]:.3f}', *(f'{p:.3f}' for p in e['pass_at_k'].values())) for e in run.evals]
     k = list(run.evals[0]['pass_at_k']) if run.evals else []
     parts = [f'# {run.settings.get("dir", run.folder)}', outcome(run),
+        'In the pictures a pale line is single steps, a strong one their running mean; bars at held-out points are 95 % intervals.',
         '## Learning', '![Reward and exact answers over time and steps](learning.png)', *([table([('step', 'minutes', 'exact', '95 %', *(f'pass@{i}' for i in k)), *evals])] if evals else []),
         '## Health', '![Loss, entropy, gradient norm, masked share, mismatch KL, MaxVio](health.png)',
         '## Flow', '![Staleness, fates of rollouts, length of answers](flow.png)',
