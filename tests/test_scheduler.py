@@ -182,7 +182,7 @@ BUGS = [bug_names_without_version, bug_mixtures_get_names, bug_names_without_his
 @pytest.mark.parametrize('bug', BUGS)
 def test_the_oracle_catches(bug, monkeypatch):
     bug(monkeypatch)
-    with pytest.raises((AssertionError, ValueError, KeyError, IndexError)): play(60, phases=[Phase.generate])
+    with pytest.raises((AssertionError, ValueError, KeyError, IndexError)): play(150, phases=[Phase.generate])
 
 
 def drain(s):
