@@ -1,6 +1,6 @@
 """Router replay: an engine in bfloat16 and a trainer in float32 choose different experts; replaying the engine's choice brings their probabilities together.
 
-    moe-rl bench replay --run FOLDER     FOLDER: a run of the main job, for instance one that the bench `main_job` leaves behind
+    moe-rl bench replay [--run FOLDER]     a finished run that kept its checkpoints; else the main job's, which is run if there is none
 
 The policy is looked at all along its training, at every checkpoint that the run kept; the figures are means over checkpoints, each with as many prompts. The last one
 is also given alone: a policy that has finished learning is nearly deterministic, hardly any KL is left, and what is left is the rounding of bfloat16 itself.
@@ -9,8 +9,8 @@ import argparse
 import copy
 from pathlib import Path
 import torch
+from _runs import Run, finish, folders
 from moe_rl.bench import repository
-from moe_rl.config import UserError
 from moe_rl.data.batch import micro_batches, to_torch
 from moe_rl.data.tokens import load_tokenizer
 from moe_rl.moe.attention import packed_attend
@@ -27,10 +27,13 @@ from moe_rl.train.weights import load_tensors
 
 
 def main_run() -> Path:
-    "What the bench `main_job` left behind, or `scripts/run`."
-    for run in (repository() / 'runs' / 'bench' / 'main_job' / 'main', repository() / 'runs' / 'main_job'):
+    "What the bench `main_job` left behind, or `scripts/run`; else the main job is run now, in minutes."
+    root = repository()
+    for run in (root / 'runs' / 'bench' / 'main_job' / 'main', root / 'runs' / 'main_job'):
         if committed_steps(run) and (run / 'model').is_dir(): return run
-    raise UserError('replay: no finished main job below runs/: run `moe-rl bench main_job` first, or give --run FOLDER')
+    print('no finished main job below runs/: it is run now, which takes minutes', flush=True)
+    run = folders(root, 'replay') / 'main'
+    return finish(Run(run, '--config', str(root / 'configs' / 'main_job.toml'), '--dir', str(run)), 900).folder
 
 
 def policies(run: Path):
