@@ -67,7 +67,7 @@ HEADLINES = [
     ('placement', 'nodes_weighted_64', 'nodes that a token visits there'),
     ('cast', 'share_of_copy', 'slowest FP8 cast kernel, share of copy bandwidth'),
     ('moe_layer', 'ratio_titan', "bf16 MoE layer, speed over torchtitan's"),
-    ('moe_layer', 'ratio_fp8', 'FP8 over our bf16'),
+    ('moe_layer', 'ratio_fp8', 'the same layer in FP8, speed over our bf16'),
     ('ep_gpu', 'ep2_share', 'throughput per GPU of two, over one alone'),
     ('fp8_training', 'rel_loss_diff', 'relative difference of the loss, FP8 to bf16'),
     ('traffic', 'worst_published', "largest error of predicted times, DeepEP's table"),
