@@ -113,7 +113,7 @@ def measure(args):
 def train_seed(seed, steps, path):
     "All kinds of one seed; the losses go to `path`."
     kinds = ("bf16", "fp8") + ("bf16 again",)*(seed == SEEDS[0])
-    Path(path).write_text(json.dumps({kind: train(kind, steps, "cuda" if torch.cuda.is_available() else "cpu", seed).tolist() for kind in kinds}))
+    Path(path).write_text(json.dumps({kind: train(kind, steps, "cuda", seed).tolist() for kind in kinds}))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def policies(run: Path):
 
 def sample(model, tokenizer, dtype, prompts, per_prompt, max_tokens) -> list[Rollout]:
     "Rollouts of an engine that computes in `dtype`, with logprobs and routes."
-    engine = Engine(copy.deepcopy(model), kv_tokens=1 << 15, max_seqs=128, dtype=None if dtype == torch.float32 else dtype)
+    engine = Engine(copy.deepcopy(model), kv_tokens=1 << 15, max_seqs=128, dtype=dtype)
     ids = [tokenizer.render_prompt(p) for p in prompts]
     for g, prompt in enumerate(ids):
         for i in range(per_prompt): engine.add(Request(id=f'{g}-{i}', prompt=prompt, max_tokens=max_tokens, seed=g*per_prompt+i, stop_ids=(tokenizer.eos_id,)))

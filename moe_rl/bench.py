@@ -48,10 +48,10 @@ def repository() -> Path:
 
 def commit(root:Path) -> str:
     "Commit of the clone, with `+` when the tree has changes; for a copy of the tree, on a GPU machine say, what `MOE_RL_COMMIT` says."
+    if 'MOE_RL_COMMIT' in os.environ: return os.environ['MOE_RL_COMMIT']
     git = lambda *a: subprocess.run(['git', '-C', str(root), *a], capture_output=True, text=True).stdout.strip()
     rev = git('rev-parse', '--short', 'HEAD')
-    if 'MOE_RL_COMMIT' in os.environ or not rev: return os.environ.get('MOE_RL_COMMIT', '')
-    return rev + ('+' if rev and git('status', '--porcelain', '--untracked-files=no', '--', 'moe_rl', 'benchmarks', ':!benchmarks/results') else '')
+    return rev and rev + ('+' if git('status', '--porcelain', '--untracked-files=no', '--', 'moe_rl', 'benchmarks', ':!benchmarks/results') else '')
 
 # %% ../nbs/00_start/02_bench.ipynb #98a3b3b2
 def record(name:str, figures:dict, args:list[str], root:Path, **extra) -> dict:

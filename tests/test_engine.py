@@ -171,6 +171,9 @@ def test_bfloat16_is_near_the_full_forward():
         off += (full_forward(low, r.prompt + f.token_ids)[0][len(r.prompt)-1:].log_softmax(-1).gather(1, torch.tensor(f.token_ids)[:,None])[:,0].numpy() - f.logprobs).tolist()
     assert np.abs(off).mean() < .02
 
+
+# ---- sampling
+
 def test_noise_is_uniform_and_independent_of_neighbours():
     u = np.stack([uniform(np.full(2000, s, np.uint64), np.arange(2000)) for s in range(20)])
     assert 0 <= u.min() and u.max() < 1

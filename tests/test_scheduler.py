@@ -185,16 +185,18 @@ def test_the_oracle_catches(bug, monkeypatch):
     with pytest.raises((AssertionError, ValueError, KeyError, IndexError)): play(150, phases=[Phase.generate])
 
 
-def drain(s):
-    order = []
+def steps(s):
+    "Run everything that is queued: the plan of each step, and the ids that ended with it."
     for _ in range(100_000):
-        if not s.seqs: return order
+        if not s.seqs: return
         plan = s.schedule()
         s.commit(plan)
         rows = plan.rows[plan.samples]
         s.extend(rows, np.zeros(len(rows), np.int32))
-        order += [s.remove(s.at[r].id).id for r in rows.tolist() if s.length[r] == s.at[r].max_length]
+        yield plan, [s.remove(s.at[r].id).id for r in rows.tolist() if s.length[r] == s.at[r].max_length]
     raise AssertionError('not drained')
+
+def drain(s): return [id for _, ended in steps(s) for id in ended]
 
 def test_a_large_request_is_not_overtaken_for_ever_by_small_ones():
     s = Scheduler(8, 4, 8)
@@ -231,16 +233,7 @@ def test_known_failure_32_evaluation_and_training_do_not_starve_each_other(monke
 def plans(s, requests):
     "Seats, positions and counts of every step until `requests` are through."
     for id, prompt, n, lane in requests: s.add(id, prompt, n, lane)
-    out = []
-    while s.seqs:
-        plan = s.schedule()
-        out.append([x.tolist() for x in (plan.rows, plan.starts, plan.counts)])
-        s.commit(plan)
-        rows = plan.rows[plan.samples]
-        s.extend(rows, s.length[rows] % 2)
-        for r in rows.tolist():
-            if s.length[r] == s.at[r].max_length: s.remove(s.at[r].id)
-    return out
+    return [[x.tolist() for x in (plan.rows, plan.starts, plan.counts)] for plan, _ in steps(s)]
 
 work = st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=12), st.integers(1, 9), st.sampled_from(sorted(LANES))), min_size=1, max_size=12)
 
