@@ -106,6 +106,7 @@ class EngineSection(Section):
     kv: Literal['keep', 'recompute'] = Field('keep', description='what a running request does with its KV when new weights arrive')
     dtype: Literal['float32', 'bfloat16'] = 'float32'
 
+# %% ../nbs/00_start/01_config.ipynb #3b0b5f69
 class RLSection(Section):
     "What is learned from, and how."
     steps: int = Field(200, ge=0)
@@ -127,6 +128,7 @@ class RLSection(Section):
     overlong_penalty: float = Field(0.5, ge=0, description='reward that overlong = "penalise" takes away')
     tokens_per_batch: int = Field(8192, gt=0, description='token budget of one micro-batch')
 
+# %% ../nbs/00_start/01_config.ipynb #786261ae
 class EvalSection(Section):
     "Held-out evaluation; its prompts occur in no training prompt."
     prompts: int = Field(512, gt=0)

@@ -56,6 +56,7 @@ def answer_logprobs(
             at += len(s.ids)
     return torch.cat(rows), torch.tensor(exact)
 
+# %% ../../nbs/02_fp8/05_calibrate.ipynb #3001a1e2
 class CalibrationError(UserError):
     "A model that must not be exported, or scales that must not be used. One line: what, where, remedy."
 

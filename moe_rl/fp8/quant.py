@@ -59,6 +59,7 @@ def expand_scale(
     r, c = block or shape[-2:]
     return scale.repeat_interleave(r, -2)[...,:shape[-2],:].repeat_interleave(c, -1)[...,:shape[-1]]
 
+# %% ../../nbs/02_fp8/00_quant.ipynb #4efffcf7
 def quantise(
     x:Tensor, # [...,M,K] float32, bf16 or float16
     block:tuple[int,int]|None=(1, TILE), # what shares a scale, see `Quantised`

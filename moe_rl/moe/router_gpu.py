@@ -43,6 +43,7 @@ def _split(d_ptr, out_ptr, T, E, BT:tl.constexpr, EP:tl.constexpr):
     tl.store(at, big, mask=inside)
     tl.store(at+E, (d-big.to(tl.float32)).to(tl.bfloat16), mask=inside)
 
+# %% ../../nbs/01_moe/09_router_gpu.ipynb #044db255
 class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w):
