@@ -130,7 +130,7 @@ def gpu_checks(gpus:list[tuple[str, str, float]], torch:dict) -> list[Check]:
     return out
 
 # %% ../nbs/80_app/01_doctor.ipynb #f99d79aa
-CUDA_MODULES = ('triton', 'vllm', 'deep_gemm', 'deep_ep')
+CUDA_MODULES = ('triton', 'vllm', 'quack', 'deep_gemm', 'deep_ep')
 
 def cuda_check(gpus:list) -> Check:
     "Which optional modules for GPUs are there."

@@ -4,12 +4,17 @@ import moe_rl.moe.kernels as kernels  # before anything else imports triton
 import torch
 from hypothesis import given, settings, strategies as st
 
-from moe_rl.moe import experts_gpu as G
+from functools import partial
+from importlib.util import find_spec
+
+from moe_rl.moe import experts_fused as FU, experts_gpu as G
 from moe_rl.moe.experts import experts_loop
 from moe_rl.moe.router_gpu import bf16_pieces, gate_logits, gpu_route
 from moe_rl.moe.routing import route
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9 and find_spec("quack") is not None
+plain = partial(FU.fused_experts, backend="plain")
 few = settings(max_examples=6, deadline=None, derandomize=True)
 
 
@@ -49,22 +54,61 @@ def test_layout_is_the_sort(T, E, k, align, unrouted, seed):
         assert (lay.ends % n == 0).all() and lay.ends[-1] <= len(lay.pairs)
 
 
+both = pytest.mark.parametrize("experts", [G.gpu_experts, plain], ids=["triton", "plain fused"])
+
+
+@both
 @few
 @given(T=st.integers(1, 30), E=st.integers(2, 6), D=st.sampled_from([8, 20]), seed=st.integers(0, 99))
-def test_experts_and_gradients(T, E, D, seed):
+def test_experts_and_gradients(experts, T, E, D, seed):
     c = case(T=T, E=E, D=D, seed=seed)
-    for a, b in zip(outputs(G.gpu_experts, *c), outputs(experts_loop, *c)): close(a, b)
+    for a, b in zip(outputs(experts, *c), outputs(experts_loop, *c)): close(a, b)
 
 
-def test_everything_unrouted():
+@both
+def test_everything_unrouted(experts):
     x, idx, w, gate_up, down = case()
-    for t in outputs(G.gpu_experts, x, torch.full_like(idx, -1), w, gate_up, down): assert (t == 0).all()
+    for t in outputs(experts, x, torch.full_like(idx, -1), w, gate_up, down): assert (t == 0).all()
 
 
-def test_one_expert_takes_all():
+@both
+def test_one_expert_takes_all(experts):
     x, _, w, gate_up, down = case(k=1)
     c = (x, torch.full((24, 1), 3, device=DEVICE), w[:,:1].contiguous(), gate_up, down)
-    for a, b in zip(outputs(G.gpu_experts, *c), outputs(experts_loop, *c)): close(a, b)
+    for a, b in zip(outputs(experts, *c), outputs(experts_loop, *c)): close(a, b)
+
+
+def test_gate_values_weigh_the_gradient_of_down(monkeypatch):
+    "The product that goes backwards through down hands on the weighted h. The bug: it hands on h."
+    c, plain_products = case(), FU.PRODUCTS["plain"]
+    def unweighted(dout, w, gu, rows):
+        dgu, h, dw = plain_products.down_backward(dout, w, gu, rows)
+        return dgu, h/rows.weight[:,None].clamp(min=1e-9), dw
+    monkeypatch.setitem(FU.PRODUCTS, "plain", plain_products._replace(down_backward=unweighted))
+    with pytest.raises(AssertionError): close(outputs(plain, *c)[4], outputs(experts_loop, *c)[4])
+
+
+def test_fused_experts_say_what_they_cannot_take():
+    c = case()
+    with pytest.raises(ValueError, match="use one of plain, quack"): FU.fused_experts(*c, backend="magic")
+    with pytest.raises(ValueError, match="cast them to one dtype"): FU.fused_experts(c[0].bfloat16(), *c[1:], backend="plain")
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="use backend='plain'"): FU.fused_experts(*c)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and quack-kernels")
+@pytest.mark.parametrize("T,E,k,D,I,unrouted", [(1000, 16, 4, 512, 384, .2), (300, 128, 8, 256, 128, 0.), (64, 128, 1, 128, 64, .5), (5, 4, 2, 64, 40, 0.), (700, 3, 2, 1024, 8, .9), (200, 8, 2, 256, 128, 1.)])
+def test_fused_products_are_the_plain_ones(T, E, k, D, I, unrouted):
+    "Experts without rows, tails of rows that no pair owns, widths that no tile divides; twice the same to the bit, and never waiting for the device."
+    c = [t.bfloat16() if i in (0, 3, 4) else t for i, t in enumerate(case(T=T, E=E, k=k, D=D, I=I, unrouted=unrouted))]
+    got, want = outputs(FU.fused_experts, *c), outputs(plain, *c)
+    for a, b in zip(got, want): assert a.isfinite().all() and (a.float()-b.float()).norm() <= 1e-2*b.float().norm().clamp(min=1e-6)
+    a = [t.clone().requires_grad_() if t.is_floating_point() else t for t in c]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try: y = FU.fused_experts(*a); y.backward(torch.ones_like(y))
+    finally: torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(got, outputs(FU.fused_experts, *c)): assert torch.equal(a, b)
 
 
 @pytest.fixture
@@ -91,7 +135,8 @@ def test_known_failure_23_undefined_tail_rows(poisoned, monkeypatch):
     "Rows that no pair owns hold NaN in every buffer; none may reach an output or a gradient."
     c = case(unrouted=.5)
     want = outputs(experts_loop, *c)
-    for a, b in zip(outputs(G.gpu_experts, *c), want): close(a, b)
+    for experts in (G.gpu_experts, plain):
+        for a, b in zip(outputs(experts, *c), want): close(a, b)
     # the bug: combining by adding every row to the token it says, the tail included
     def combine_all(y, lay):
         k, pairs = lay.rows.shape[1], lay.pairs.long().clamp(min=0)

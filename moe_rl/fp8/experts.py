@@ -17,7 +17,8 @@ from .gemm import gemm
 from .kernels import cast_blocks, cast_rows, permute_quantised, swiglu_backward_cast, swiglu_cast
 from .linear import KeptCasts
 from .quant import TILE, Quantised, dequantise, quantise
-from ..moe.experts_gpu import Layout, combine, free, layouts, permute, spend
+from ..moe.experts_fused import PRODUCTS, rows_of
+from ..moe.experts_gpu import Layout, combine, free, layouts, spend
 from ..moe.kernels import on_device, tl, triton
 
 # %% ../../nbs/02_fp8/04_experts.ipynb #51710439
@@ -76,7 +77,7 @@ class _Fp8Experts(torch.autograd.Function):
         h = swiglu_cast(gu, weights, lay)
         y = gemm(h, cast.down, "contiguous", groups, backend).to(x.dtype)
         ctx.save_for_backward(x, gu, weights, groups, *lay, *compact)
-        ctx.cast, ctx.backend = cast, backend
+        ctx.cast, ctx.backend, ctx.weight_gradient = cast, backend, PRODUCTS["quack" if backend == "deep_gemm" else "plain"].weight_gradient
         return combine(y, lay)
 
     @staticmethod
@@ -89,13 +90,14 @@ class _Fp8Experts(torch.autograd.Function):
         dh = product(permute_quantised(cast_rows(dout, by_row=True), lay), ctx.cast.down_t)
         h, dgu, dgu_q, dw = swiglu_backward_cast(gu, dh, weights, lay, compact)
         free(gu, dh)
-        dy = permute(dout, compact)
-        d_down = torch._grouped_mm(dy.T, h, offs=compact.ends)
-        free(dy, h)
+        E, D, two_I, sums = len(lay.ends), x.shape[1], gu.shape[1], rows_of(compact, weights)
+        d_gate_up, d_down = x.new_empty(E, two_I, D), x.new_empty(E, D, two_I//2)
+        ctx.weight_gradient(dout, h, sums, d_down)
+        free(h)
         drows = product(dgu_q, ctx.cast.gate_up_t)
         dx = combine(drows, lay)
         free(drows, dgu_q.q)
-        d_gate_up = torch._grouped_mm(dgu.T, permute(x, compact), offs=compact.ends)
+        ctx.weight_gradient(x, dgu, sums, d_gate_up.mT)
         return dx, None, dw, d_gate_up, d_down, None, None
 
 # %% ../../nbs/02_fp8/04_experts.ipynb #d483784e

@@ -139,24 +139,26 @@ def permute(
 
 # %% ../../nbs/01_moe/08_experts_gpu.ipynb #c920fb22
 @triton.jit
-def _combine(y_ptr, out_ptr, rows_ptr, D, K:tl.constexpr, BLOCK:tl.constexpr):
+def _combine(y_ptr, w_ptr, out_ptr, rows_ptr, D, K:tl.constexpr, BLOCK:tl.constexpr, WEIGHTED:tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
     for j in tl.static_range(K):
         row = tl.load(rows_ptr + t*K + j).to(tl.int64)
-        acc += tl.load(y_ptr + row*D + d, mask=d < tl.where(row >= 0, D, 0), other=0.).to(tl.float32)
+        y = tl.load(y_ptr + row*D + d, mask=d < tl.where(row >= 0, D, 0), other=0.).to(tl.float32)
+        acc += y*tl.load(w_ptr + t*K + j) if WEIGHTED else y
     tl.store(out_ptr + t*D + d, acc, mask=d < D)
 
 def combine(
     y:Tensor, # [M,D] rows in expert order
     lay:Layout, # rows of each token
+    weights:Tensor|None=None, # [T,k] float32, what each row counts; None for 1
 )->Tensor: # [T,D] in the dtype of y
-    "Sum the rows of every token; a token without rows gets zeros."
+    "Sum the rows of every token, weighted if you like; a token without rows gets zeros."
     on_device("combine", y, lay.rows)
     (T, k), D = lay.rows.shape, y.shape[1]
     out = y.new_empty(T, D)
-    _combine[(T,)](y, out, lay.rows, D, K=k, BLOCK=triton.next_power_of_2(D), num_warps=4)
+    _combine[(T,)](y, y if weights is None else weights, out, lay.rows, D, K=k, BLOCK=triton.next_power_of_2(D), WEIGHTED=weights is not None, num_warps=4)
     return out
 
 # %% ../../nbs/01_moe/08_experts_gpu.ipynb #03bb60a1
