@@ -1,11 +1,13 @@
 """Kernels of the experts and the router against their plain versions, in Triton's interpreter where there is no GPU."""
+import subprocess
+import sys
+from functools import partial
+from importlib.util import find_spec
+
 import pytest
 import moe_rl.moe.kernels as kernels  # before anything else imports triton
 import torch
 from hypothesis import given, settings, strategies as st
-
-from functools import partial
-from importlib.util import find_spec
 
 from moe_rl.moe import experts_fused as FU, experts_gpu as G
 from moe_rl.moe.experts import experts_loop
@@ -101,14 +103,33 @@ def test_fused_experts_say_what_they_cannot_take():
 def test_fused_products_are_the_plain_ones(T, E, k, D, I, unrouted):
     "Experts without rows, tails of rows that no pair owns, widths that no tile divides; twice the same to the bit, and never waiting for the device."
     c = [t.bfloat16() if i in (0, 3, 4) else t for i, t in enumerate(case(T=T, E=E, k=k, D=D, I=I, unrouted=unrouted))]
-    got, want = outputs(FU.fused_experts, *c), outputs(plain, *c)
+    up = torch.randn(T, D, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
+    def run(f):
+        a = [t.clone().requires_grad_() if t.is_floating_point() else t for t in c]
+        y = f(*a)
+        y.backward(up)
+        return y.detach(), *[t.grad for t in a if t.is_floating_point()]
+    got, want = run(FU.fused_experts), run(plain)
     for a, b in zip(got, want): assert a.isfinite().all() and (a.float()-b.float()).norm() <= 1e-2*b.float().norm().clamp(min=1e-6)
-    a = [t.clone().requires_grad_() if t.is_floating_point() else t for t in c]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    try: y = FU.fused_experts(*a); y.backward(torch.ones_like(y))
+    try: again = run(FU.fused_experts)
     finally: torch.cuda.set_sync_debug_mode("default")
-    for a, b in zip(got, outputs(FU.fused_experts, *c)): assert torch.equal(a, b)
+    for a, b in zip(got, again): assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and quack-kernels")
+def test_fused_products_start_in_any_thread():
+    "In a fresh process the thread of autograd has no CUDA context before its first call, and CuTe asks for one."
+    code = """import torch
+from moe_rl.moe.experts_fused import fused_experts
+x = torch.randn(8, 64, device="cuda").bfloat16().requires_grad_()
+w = [torch.randn(4, *s, device="cuda").bfloat16() for s in ((64, 64), (64, 32))]
+y = fused_experts(x, torch.arange(8, device="cuda")[:,None]%4, torch.ones(8, 1, device="cuda"), *w)
+y.backward(y)
+print(x.grad.isfinite().all().item())"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert out.stdout.strip() == "True", out.stderr[-800:]
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def test_no_circle_of_imports():
         for m in free: del graph[m]
 
 # ---------------------------------------------------------------- the base install is enough
-EXTRAS = 'triton vllm deep_gemm deep_ep torchtitan nixl nbdev execnb fastcore ipywidgets IPython ipykernel jupyterlab hypothesis pytest ruff sphinx myst_nb'.split()
+EXTRAS = 'triton vllm quack deep_gemm deep_ep torchtitan nixl nbdev execnb fastcore ipywidgets IPython ipykernel jupyterlab hypothesis pytest ruff sphinx myst_nb'.split()
 
 def blocked(code, *names):
     "Run `code` in a fresh process in which none of `names` can be imported."

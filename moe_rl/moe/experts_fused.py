@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRODUCTS', 'halves', 'interleave', 'Rows', 'rows_of', 'by_pair', 'spans', 'plain_gate_up', 'plain_down',
-           'plain_down_backward', 'plain_gate_up_backward', 'plain_weight_gradient', 'tiles', 'quack_gate_up',
-           'quack_down', 'quack_down_backward', 'quack_gate_up_backward', 'quack_weight_gradient', 'Products',
-           'fused_experts']
+           'plain_down_backward', 'plain_gate_up_backward', 'plain_weight_gradient', 'tiles', 'tile_of',
+           'quack_gate_up', 'quack_down', 'quack_down_backward', 'quack_gate_up_backward', 'quack_weight_gradient',
+           'Products', 'fused_experts']
 
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #3da3b5ba
 from functools import lru_cache
@@ -144,43 +144,51 @@ def plain_weight_gradient(
 @lru_cache
 def tiles()->dict: # name of the product to quack's GemmConfig
     "The tile of each product on Hopper; raises `ImportError` if quack-kernels is not installed."
-    if find_spec("quack") is None: raise ImportError("fused_experts: backend 'quack' needs the package quack-kernels: pip install 'moe_rl[cuda]'")
+    if find_spec("quack") is None: raise ImportError("fused products: backend 'quack' needs the package quack-kernels: pip install 'moe_rl[cuda]'")
     from quack.gemm_config import GemmConfig
     tile = lambda m, n, pingpong, cluster: GemmConfig(tile_m=m, tile_n=n, pingpong=pingpong, cluster_m=cluster[0], cluster_n=cluster[1], device_capacity=9, is_dynamic_persistent=False)
     return dict(gate_up=tile(128, 256, False, (1, 1)), down=tile(128, 128, True, (1, 2)), down_backward=tile(128, 128, True, (2, 1)),
                 gate_up_backward=tile(128, 128, True, (1, 2)), weight_gradient=tile(128, 256, False, (2, 1)), weight_gradient_t=tile(128, 192, True, (2, 1)))
 
+def tile_of(
+    product:str, # name in `tiles`
+    x:Tensor, # an operand
+):
+    "The tile of a product, in a thread that may launch it."
+    torch.cuda.current_stream(x.device).query() # CuTe asks the driver for the context of this thread; one of autograd's has none before its first call of the runtime
+    return tiles()[product]
+
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #12b5a24f
 def quack_gate_up(x, w, rows):
     "`plain_gate_up` in one kernel."
     from quack.gemm_interface import gemm_gated
-    return gemm_gated(x, w.mT, activation="swiglu", cu_seqlens_m=rows.first, A_idx=rows.token, concat_layout=("B",), tuned=False, config=tiles()["gate_up"])
+    return gemm_gated(x, w.mT, activation="swiglu", cu_seqlens_m=rows.first, A_idx=rows.token, concat_layout=("B",), tuned=False, config=tile_of("gate_up", x))
 
 def quack_down(h, w, rows):
     "`plain_down` in one kernel."
     from quack.gemm_interface import gemm_tuned
     y = h.new_empty(len(h), w.shape[1])
-    gemm_tuned.fn(h, w.mT, y, cu_seqlens_m=rows.first, config=tiles()["down"])
+    gemm_tuned.fn(h, w.mT, y, cu_seqlens_m=rows.first, config=tile_of("down", h))
     return y
 
 def quack_down_backward(dout, w, gu, rows):
     "`plain_down_backward` in one kernel and a sum of its parts of the last result."
     from quack.gemm_interface import gemm_dgated
     return gemm_dgated(dout, w, gu, activation="swiglu", colvec_scale=rows.weight, colvec_reduce=True, cu_seqlens_m=rows.first, A_idx=rows.token,
-                       dynamic_scheduler=False, tuned=False, config=tiles()["down_backward"])
+                       dynamic_scheduler=False, tuned=False, config=tile_of("down_backward", gu))
 
 def quack_gate_up_backward(dgu, w, rows):
     "`plain_gate_up_backward` in one kernel."
     from quack.gemm_interface import gemm_tuned
     dx = dgu.new_empty(len(dgu), w.shape[2])
-    gemm_tuned.fn(dgu, w, dx, cu_seqlens_m=rows.first, concat_layout=("B",), config=tiles()["gate_up_backward"])
+    gemm_tuned.fn(dgu, w, dx, cu_seqlens_m=rows.first, concat_layout=("B",), config=tile_of("gate_up_backward", dgu))
     return dx
 
 def quack_weight_gradient(x, y, rows, out, interleaved=False):
     "`plain_weight_gradient` in one kernel."
     from quack.gemm_interface import gemm_tuned
     gemm_tuned.fn(x.mT, y, out, cu_seqlens_k=rows.first, A_idx=rows.token, concat_layout=("out",) if interleaved else None,
-                  config=tiles()["weight_gradient" if out.stride(-1) == 1 else "weight_gradient_t"])
+                  config=tile_of("weight_gradient" if out.stride(-1) == 1 else "weight_gradient_t", y))
 
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #c7e60acc
 class Products(NamedTuple):
