@@ -693,6 +693,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'moe_rl/moe/experts_fused.py'),
                                           'moe_rl.moe.experts_fused.spans': ( '01_moe/experts_fused.html#spans',
                                                                               'moe_rl/moe/experts_fused.py'),
+                                          'moe_rl.moe.experts_fused.tile_of': ( '01_moe/experts_fused.html#tile_of',
+                                                                                'moe_rl/moe/experts_fused.py'),
                                           'moe_rl.moe.experts_fused.tiles': ( '01_moe/experts_fused.html#tiles',
                                                                               'moe_rl/moe/experts_fused.py')},
             'moe_rl.moe.experts_gpu': { 'moe_rl.moe.experts_gpu.Layout': ('01_moe/experts_gpu.html#layout', 'moe_rl/moe/experts_gpu.py'),
