@@ -25,7 +25,7 @@ def size(*tensors): return sum(t.numel()*t.element_size() for t in tensors)
 
 def corners(M, K):
     x = torch.randn(M, K, device="cuda")*torch.randn(M, K, device="cuda").exp()**2
-    x[0] = 0; x[1] *= 1e-40; x[2,K//2] = 3e4; x[3,1] = float("inf"); x[4,K-1] = float("nan"); x[5] *= 1e-5
+    x[0] = 0; x[1] *= 1e-40; x[2,K//2] = 3e4; x[3,1] = float("inf"); x[4,K-1] = float("nan"); x[5] *= 1e-5; x[6] *= 1e-12
     return x.bfloat16()
 
 

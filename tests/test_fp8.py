@@ -33,7 +33,7 @@ def wild(M, N, seed):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(M, N, generator=g)*torch.randn(M, N, generator=g).exp()**2
     x[0] = 0
-    for row, f in ((1, lambda r: r*1e-40), (2, lambda r: r*3e4), (5, lambda r: r*1e-5)):
+    for row, f in ((1, lambda r: r*1e-40), (2, lambda r: r*3e4), (5, lambda r: r*1e-5), (6, lambda r: r*1e-12)):
         if row < M: x[row] = f(x[row])
     if M > 4: x[3,0], x[4,-1] = float("inf"), float("nan")
     return x.bfloat16().to(DEVICE)

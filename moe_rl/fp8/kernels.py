@@ -15,7 +15,7 @@ from ..moe.experts_gpu import Layout
 from ..moe.kernels import INTERPRETED, on_device, reciprocal, sigmoid, TensorDescriptor, tl, triton, tuned
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #3e4ea0cd
-MIN_AMAX_BITS = tl.constexpr(0x38d1b717) # of 1e-4
+MIN_AMAX_BITS = tl.constexpr(0x21800000) # of 2^-60
 INF_BITS = tl.constexpr(0x7f800000)
 ONE_448TH = tl.constexpr(1/448)
 EXACT = tl.constexpr(INTERPRETED) # the interpreter divides exactly, but has no fused multiply-add

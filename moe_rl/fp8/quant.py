@@ -17,7 +17,7 @@ from torch import Tensor
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.    # largest finite number of E4M3
 TILE = 128         # elements along K that share a scale
-MIN_AMAX = 1e-4    # a tile smaller than this is scaled as if it were this large: no division by zero
+MIN_AMAX = 2.**-60 # a tile smaller than this is scaled as if it were this large: no division by zero
 
 # %% ../../nbs/02_fp8/00_quant.ipynb #6fc436bf
 def to_ue8m0(
@@ -66,7 +66,7 @@ def quantise(
     ue8m0:bool=False, # scales are powers of two
     scale:Tensor|None=None, # use these scales instead of the tiles' own; larger values are clipped to 448
 )->Quantised:
-    """`x` in E4M3 with a scale per tile: `sf = max(amax, 1e-4)/448`, `q = x*(1/sf)` rounded to nearest even (DeepSeek-V3, arXiv 2412.19437, 3.3).
+    """`x` in E4M3 with a scale per tile: `sf = max(amax, 2^-60)/448`, `q = x*(1/sf)` rounded to nearest even (DeepSeek-V3, arXiv 2412.19437, 3.3).
 
     A tile that holds an infinity or a NaN has a scale that is not finite, and comes back as NaN everywhere: never a plausible number."""
     if scale is None:
