@@ -2,8 +2,8 @@
 fusion is worth, ours of Triton kernels around torch._grouped_mm.
 
 16384 tokens, width 2048, 128 experts, 8 per token, sigmoid router, no shared expert; expert width 1024 (Trinity Mini, the figures) and 768 (Qwen3-30B-A3B).
-Every layer has the same weights and input; times are medians of steps taken in turns, eight at a
-time, so that a warm chip slows all alike. FP8 casts its weights once
+Every layer has the same weights and input; times are medians of steps taken in turns. A chip under load lowers its clock
+until its power fits, each layer's at another clock, and takes some tenths of a second for it: so a turn is sixty steps, and the last twenty count. FP8 casts its weights once
 per 8 micro-batches, and that cast is in the figure. Peak memory is measured with only that layer in memory: weights, input, gradients and all.
 
     moe-rl bench moe_layer [WIDTH ...]        1024 and 768 unless said otherwise
@@ -83,15 +83,16 @@ def peak(make, x, up, batched=False):
     return gib
 
 
-def in_turns(steps, rounds=5, repeats=8):
-    "Median milliseconds of each step function on the device. Rounds go through all of them; inside a round the host runs ahead, as it does in training."
+def in_turns(steps, rounds=5, settle=40, repeats=20):
+    "Median milliseconds of each step function on the device. Rounds go through all of them; a turn begins with steps that are not counted, and inside it the host runs ahead, as it does in training."
     times = {n: [] for n in steps}
     for n in range(rounds+1):
         for name, f in steps.items():
+            for _ in range(settle): f()
             events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
             for a, b in events: a.record(); f(); b.record()
             torch.cuda.synchronize()
-            if n: times[name] += [a.elapsed_time(b) for a, b in events[1:]]
+            if n: times[name] += [a.elapsed_time(b) for a, b in events]
     return {n: median(t) for n, t in times.items()}
 
 

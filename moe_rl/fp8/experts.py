@@ -90,13 +90,14 @@ class _Fp8Experts(torch.autograd.Function):
         dh = product(permute_quantised(cast_rows(dout, by_row=True), lay), ctx.cast.down_t)
         h, dgu, dgu_q, dw = swiglu_backward_cast(gu, dh, weights, lay, compact)
         free(gu, dh)
-        E, D, two_I, sums = len(lay.ends), x.shape[1], gu.shape[1], rows_of(compact, weights)
-        d_gate_up, d_down = x.new_empty(E, two_I, D), x.new_empty(E, D, two_I//2)
+        E, sums = len(lay.ends), rows_of(compact, weights)
+        d_down = x.new_empty(E, x.shape[1], h.shape[1])
         ctx.weight_gradient(dout, h, sums, d_down)
         free(h)
         drows = product(dgu_q, ctx.cast.gate_up_t)
         dx = combine(drows, lay)
         free(drows, dgu_q.q)
+        d_gate_up = x.new_empty(E, dgu.shape[1], x.shape[1])
         ctx.weight_gradient(x, dgu, sums, d_gate_up.mT)
         return dx, None, dw, d_gate_up, d_down, None, None
 

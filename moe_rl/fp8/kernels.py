@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .quant import E4M3, TILE, Quantised
-from ..moe.experts_gpu import Layout
+from ..moe.experts_gpu import Layout, permute
 from ..moe.kernels import INTERPRETED, on_device, reciprocal, sigmoid, TensorDescriptor, tl, triton, tuned
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #3e4ea0cd
@@ -284,28 +284,23 @@ def swiglu_backward_cast(
     return h, dgu, Quantised(q, s), dw
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #17cdb74c
-@tuned(dict(BM=8, num_warps=8), dict(BM=4, num_warps=4), dict(BM=16, num_warps=8), dict(BM=8, num_warps=4), key=("D",))
 @triton.jit
-def _permute_quantised(q_ptr, s_ptr, out_ptr, so_ptr, pairs_ptr, ends_ptr, M, D, E, stride_t, stride_j, stride_out, K:tl.constexpr, BM:tl.constexpr, BLOCK:tl.constexpr, TILES:tl.constexpr, TILE:tl.constexpr):
+def _permute_scales(s_ptr, out_ptr, pairs_ptr, ends_ptr, M, tiles, E, stride_t, stride_j, stride_out, K:tl.constexpr, BM:tl.constexpr, TILES:tl.constexpr):
     if tl.program_id(0)*BM < tl.load(ends_ptr+E-1):
-        m = tl.program_id(0).to(tl.int64)*BM + tl.arange(0, BM)
+        m, j = tl.program_id(0).to(tl.int64)*BM + tl.arange(0, BM), tl.arange(0, TILES)
         pair = tl.load(pairs_ptr+m, mask=m < M, other=-1)
         t = (pair//K).to(tl.int64)
-        d, j = tl.arange(0, BLOCK), tl.arange(0, TILES)
-        q = tl.load(q_ptr + t[:,None]*D + d[None,:], mask=(pair >= 0)[:,None] & (d < D)[None,:], other=0.)
-        s = tl.load(s_ptr + j[:,None]*stride_j + t[None,:]*stride_t, mask=(j < D//TILE)[:,None] & (pair >= 0)[None,:], other=0.)
-        tl.store(out_ptr + m[:,None]*D + d[None,:], q, mask=(m < M)[:,None] & (d < D)[None,:])
-        tl.store(so_ptr + j[:,None].to(tl.int64)*stride_out + m[None,:], s, mask=(j < D//TILE)[:,None] & (m < M)[None,:])
+        s = tl.load(s_ptr + j[:,None]*stride_j + t[None,:]*stride_t, mask=(j < tiles)[:,None] & (pair >= 0)[None,:], other=0.)
+        tl.store(out_ptr + j[:,None].to(tl.int64)*stride_out + m[None,:], s, mask=(j < tiles)[:,None] & (m < M)[None,:])
 
 def permute_quantised(
     x:Quantised, # [T,D] of `cast_rows`, best with `by_row`; D a multiple of 128
     lay:Layout,
-)->Quantised: # [M,D]; rows between an expert's count and its end are zero, rows after the last end undefined
+)->Quantised: # [M,D]; rows that no pair owns are undefined
     "`permute` for quantised tokens."
     on_device("permute_quantised", x.q, lay.pairs)
-    D, M = x.shape[1], len(lay.pairs)
+    D, M, tiles = x.shape[1], len(lay.pairs), x.shape[1]//TILE
     if D % TILE: raise ValueError(f"permute_quantised: width {D} is not a multiple of {TILE}")
-    q, s = torch.empty(M, D, dtype=E4M3, device=x.q.device), _scales(D//TILE, M, x.q.device)
-    _permute_quantised[lambda c: (triton.cdiv(M, c["BM"]),)](x.q.view(torch.uint8), x.scale, q.view(torch.uint8), s, lay.pairs, lay.ends, M, D, len(lay.ends), *x.scale.stride(), s.stride(1),
-        K=lay.rows.shape[1], BLOCK=triton.next_power_of_2(D), TILES=triton.next_power_of_2(D//TILE), TILE=TILE)
+    q, s = permute(x.q.view(torch.int16), lay).view(E4M3), _scales(tiles, M, x.q.device)
+    _permute_scales[(triton.cdiv(M, 128),)](x.scale, s, lay.pairs, lay.ends, M, tiles, len(lay.ends), *x.scale.stride(), s.stride(1), K=lay.rows.shape[1], BM=128, TILES=triton.next_power_of_2(tiles))
     return Quantised(q, s)

@@ -221,12 +221,13 @@ class _FusedExperts(torch.autograd.Function):
         rows, lay, products, dout = Rows(*rest[:3]), Layout(*rest[3:]), ctx.products, dout.contiguous()
         dgu, h, dw = products.down_backward(dout, down, gu, rows)
         free(gu)
-        d_down, d_gate_up = torch.empty_like(down), torch.empty_like(gate_up)
+        d_down = torch.empty_like(down)
         products.weight_gradient(dout, h, rows, d_down)
         free(h)
         drows = products.gate_up_backward(dgu, gate_up, rows)
         dx = combine(drows, lay)
         free(drows)
+        d_gate_up = torch.empty_like(gate_up) # not before the rows have gone: it is the largest
         products.weight_gradient(x, dgu, rows, d_gate_up.mT, interleaved=True)
         return dx, None, by_pair(dw, lay), d_gate_up, d_down, None
 
