@@ -84,6 +84,7 @@ def spans(
     first = rows.first.tolist()
     return list(zip(first, first[1:]))
 
+# %% ../../nbs/01_moe/10_experts_fused.ipynb #a97f44c5
 def plain_gate_up(
     x:Tensor, # [T,D]
     w:Tensor, # [E,2I,D] gates, then ups
@@ -95,6 +96,7 @@ def plain_gate_up(
     gate, up = halves(gu.float())
     return gu, (torch.nn.functional.silu(gate)*up).to(x.dtype)
 
+# %% ../../nbs/01_moe/10_experts_fused.ipynb #1a7008d4
 def plain_down(
     h:Tensor, # [M,I]
     w:Tensor, # [E,D,I]
@@ -105,6 +107,7 @@ def plain_down(
     for e, (i, j) in enumerate(spans(rows)): y[i:j] = (h[i:j].float()@w[e].float().T).to(h.dtype)
     return y
 
+# %% ../../nbs/01_moe/10_experts_fused.ipynb #9bb128a4
 def plain_down_backward(
     dout:Tensor, # [T,D] gradient of the layer's result
     w:Tensor, # [E,D,I] down
@@ -118,6 +121,7 @@ def plain_down_backward(
     h, dh = gate*s*up, d*rows.weight[:,None]
     return interleave(dh*up*s*(1+gate*(1-s)), dh*gate*s).to(gu.dtype), (h*rows.weight[:,None]).to(gu.dtype), (d*h).sum(1)
 
+# %% ../../nbs/01_moe/10_experts_fused.ipynb #70d73377
 def plain_gate_up_backward(
     dgu:Tensor, # [M,2I] interleaved
     w:Tensor, # [E,2I,D] gates, then ups
@@ -128,6 +132,7 @@ def plain_gate_up_backward(
     for e, (i, j) in enumerate(spans(rows)): dx[i:j] = (torch.cat(halves(dgu[i:j].float()), 1)@w[e].float()).to(dgu.dtype)
     return dx
 
+# %% ../../nbs/01_moe/10_experts_fused.ipynb #f685c922
 def plain_weight_gradient(
     x:Tensor, # [T,N] per token
     y:Tensor, # [M,K] per row
@@ -171,12 +176,14 @@ def quack_down(h, w, rows):
     gemm_tuned.fn(h, w.mT, y, cu_seqlens_m=rows.first, config=tile_of("down", h))
     return y
 
+# %% ../../nbs/01_moe/10_experts_fused.ipynb #5b82c181
 def quack_down_backward(dout, w, gu, rows):
     "`plain_down_backward` in one kernel and a sum of its parts of the last result."
     from quack.gemm_interface import gemm_dgated
     return gemm_dgated(dout, w, gu, activation="swiglu", colvec_scale=rows.weight, colvec_reduce=True, cu_seqlens_m=rows.first, A_idx=rows.token,
                        dynamic_scheduler=False, tuned=False, config=tile_of("down_backward", gu))
 
+# %% ../../nbs/01_moe/10_experts_fused.ipynb #a0704958
 def quack_gate_up_backward(dgu, w, rows):
     "`plain_gate_up_backward` in one kernel."
     from quack.gemm_interface import gemm_tuned
@@ -202,6 +209,7 @@ class Products(NamedTuple):
 PRODUCTS = dict(plain=Products(plain_gate_up, plain_down, plain_down_backward, plain_gate_up_backward, plain_weight_gradient),
                 quack=Products(quack_gate_up, quack_down, quack_down_backward, quack_gate_up_backward, quack_weight_gradient))
 
+# %% ../../nbs/01_moe/10_experts_fused.ipynb #373a471f
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, idx, weights, gate_up, down, products):
