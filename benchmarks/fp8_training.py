@@ -2,8 +2,9 @@
 
 AFMoE of 8 layers, width 768, 32 experts of 256 and 4 per token, a byte-pair vocabulary of 4096, 16384 tokens a step for 300 steps, AdamW on float32 master weights. In the
 FP8 run every linear layer but the head, and all experts, multiply in FP8; routers, norms, embedding, head and attention itself stay. The text is
-benchmarks/data/reasoning.txt.xz, questions and answers of reasoning-gym (`make_text` below made it), about two epochs of it. Two runs whose rounding differs drift apart, whatever they round to: so the figure is the mean over
-three seeds, and a second bf16 run, with another kernel for the experts and so other rounding, says how far apart two runs of the same recipe are.
+benchmarks/data/reasoning.txt.xz, questions and answers of reasoning-gym (`make_text` below made it), about two epochs of it. Two runs whose rounding differs drift apart,
+whatever they round to: so the figure is the mean over three seeds, and a second bf16 run, with another kernel for the experts and so other rounding, says how far apart two
+runs of the same recipe are.
 
     moe-rl bench fp8_training [STEPS]         300 unless said otherwise
 """
@@ -64,8 +65,8 @@ def build(kind, device, seed):
     from moe_rl.moe.model import Afmoe, ModelConfig, init_weights, lower_precision
     cfg = ModelConfig(vocab_size=VOCAB, hidden_size=768, intermediate_size=2048, moe_intermediate_size=256, num_hidden_layers=8, num_dense_layers=1, num_attention_heads=6, num_key_value_heads=2,
                       head_dim=128, num_experts=32, num_experts_per_tok=4, sliding_window=256, route_scale=2.)
-    backend = "deep_gemm" if device == "cuda" else "reference"
-    model = Afmoe(cfg, {"bf16": partial(fused_experts, backend="quack" if device == "cuda" else "plain"), "bf16 again": grouped_experts, "fp8": Fp8Experts(backend)}[kind])
+    fused, backend = ("quack", "deep_gemm") if device == "cuda" else ("plain", "reference")
+    model = Afmoe(cfg, {"bf16": partial(fused_experts, backend=fused), "bf16 again": grouped_experts, "fp8": Fp8Experts(backend)}[kind])
     model = lower_precision(init_weights(model, seed), torch.bfloat16).to(device)
     return model, to_fp8(model, backend=backend) if kind == "fp8" else []
 

@@ -2,9 +2,9 @@
 fusion is worth, ours of Triton kernels around torch._grouped_mm.
 
 16384 tokens, width 2048, 128 experts, 8 per token, sigmoid router, no shared expert; expert width 1024 (Trinity Mini, the figures) and 768 (Qwen3-30B-A3B).
-Every layer has the same weights and input; times are medians of steps taken in turns. A chip under load lowers its clock
-until its power fits, each layer's at another clock, and takes some tenths of a second for it: so a turn is sixty steps, and the last twenty count. FP8 casts its weights once
-per 8 micro-batches, and that cast is in the figure. Peak memory is measured with only that layer in memory: weights, input, gradients and all.
+Every layer has the same weights and input; times are medians of steps taken in turns. A chip under load lowers its clock until its power fits, each
+layer's at another clock, and takes some tenths of a second for it: so a turn is sixty steps, and the last twenty count. FP8 casts its weights once per 8
+micro-batches, and that cast is in the figure. Peak memory is measured with only that layer in memory: weights, input, gradients and all.
 
     moe-rl bench moe_layer [WIDTH ...]        1024 and 768 unless said otherwise
 """
@@ -124,7 +124,7 @@ def compare(I):
         y = step(l, x, up, n == "titan")
         results[n] = [y, x.grad.clone(), l.parameters()[0].grad if n != "titan" else l.router.gate.weight.grad]
     agree = {n: [calc_diff(a, b) for a, b in zip(results[n], results["titan"])] for n in ("bf16", "triton", "fp8")}
-    print(f"I {I}: 1 - agreement with torchtitan of output, dx, d router: bf16 {[f'{d:.1e}' for d in agree['bf16']]}, triton {[f'{d:.1e}' for d in agree['triton']]}, fp8 {[f'{d:.1e}' for d in agree['fp8']]}")
+    print(f"I {I}: 1 - agreement with torchtitan of output, dx, d router: " + ", ".join(f"{n} {[f'{d:.1e}' for d in diffs]}" for n, diffs in agree.items()))
     if max(agree["bf16"] + agree["triton"]) > 1e-3 or max(agree["fp8"]) > 1e-2: raise AssertionError(f"the layers compute different things: {agree}")
     del results
     no_sync(layers["bf16"], x, up, backward=True); no_sync(layers["fp8"], x, up, backward=False)

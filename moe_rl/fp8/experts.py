@@ -77,7 +77,7 @@ class _Fp8Experts(torch.autograd.Function):
         h = swiglu_cast(gu, weights, lay)
         y = gemm(h, cast.down, "contiguous", groups, backend).to(x.dtype)
         ctx.save_for_backward(x, gu, weights, groups, *lay, *compact)
-        ctx.cast, ctx.backend, ctx.weight_gradient = cast, backend, PRODUCTS["quack" if backend == "deep_gemm" else "plain"].weight_gradient
+        ctx.cast, ctx.backend = cast, backend
         return combine(y, lay)
 
     @staticmethod
@@ -90,15 +90,15 @@ class _Fp8Experts(torch.autograd.Function):
         dh = product(permute_quantised(cast_rows(dout, by_row=True), lay), ctx.cast.down_t)
         h, dgu, dgu_q, dw = swiglu_backward_cast(gu, dh, weights, lay, compact)
         free(gu, dh)
-        E, sums = len(lay.ends), rows_of(compact, weights)
+        E, sums, weight_gradient = len(lay.ends), rows_of(compact, weights), PRODUCTS["quack" if ctx.backend == "deep_gemm" else "plain"].weight_gradient
         d_down = x.new_empty(E, x.shape[1], h.shape[1])
-        ctx.weight_gradient(dout, h, sums, d_down)
+        weight_gradient(dout, h, sums, d_down)
         free(h)
         drows = product(dgu_q, ctx.cast.gate_up_t)
         dx = combine(drows, lay)
         free(drows, dgu_q.q)
         d_gate_up = x.new_empty(E, dgu.shape[1], x.shape[1])
-        ctx.weight_gradient(x, dgu, sums, d_gate_up.mT)
+        weight_gradient(x, dgu, sums, d_gate_up.mT)
         return dx, None, dw, d_gate_up, d_down, None, None
 
 # %% ../../nbs/02_fp8/04_experts.ipynb #d483784e

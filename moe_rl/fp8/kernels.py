@@ -10,12 +10,12 @@ __all__ = ['MIN_AMAX_BITS', 'INF_BITS', 'ONE_448TH', 'EXACT', 'cast_rows', 'cast
 import torch
 from torch import Tensor
 
-from .quant import E4M3, TILE, Quantised
+from .quant import E4M3, MIN_AMAX, TILE, Quantised
 from ..moe.experts_gpu import Layout, permute
 from ..moe.kernels import INTERPRETED, on_device, reciprocal, sigmoid, TensorDescriptor, tl, triton, tuned
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #3e4ea0cd
-MIN_AMAX_BITS = tl.constexpr(0x21800000) # of 2^-60
+MIN_AMAX_BITS = tl.constexpr(torch.tensor(MIN_AMAX).view(torch.int32).item())
 INF_BITS = tl.constexpr(0x7f800000)
 ONE_448TH = tl.constexpr(1/448)
 EXACT = tl.constexpr(INTERPRETED) # the interpreter divides exactly, but has no fused multiply-add

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRODUCTS', 'halves', 'interleave', 'Rows', 'rows_of', 'by_pair', 'spans', 'plain_gate_up', 'plain_down',
            'plain_down_backward', 'plain_gate_up_backward', 'plain_weight_gradient', 'tiles', 'tile_of',
-           'quack_gate_up', 'quack_down', 'quack_down_backward', 'quack_gate_up_backward', 'quack_weight_gradient',
-           'Products', 'fused_experts']
+           'quack_product', 'quack_gate_up', 'quack_down', 'quack_down_backward', 'quack_gate_up_backward',
+           'quack_weight_gradient', 'Products', 'fused_experts']
 
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #3da3b5ba
 from functools import lru_cache
@@ -163,6 +163,12 @@ def tile_of(
     torch.cuda.current_stream(x.device).query() # CuTe asks the driver for the context of this thread; one of autograd's has none before its first call of the runtime
     return tiles()[product]
 
+def quack_product(product, a, b, out, **how):
+    "One grouped product into `out`; `how` names its groups, its gather and what it interleaves."
+    from quack.gemm_interface import gemm_tuned
+    gemm_tuned.fn(a, b, out, config=tile_of(product, b), **how)
+    return out
+
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #12b5a24f
 def quack_gate_up(x, w, rows):
     "`plain_gate_up` in one kernel."
@@ -171,10 +177,7 @@ def quack_gate_up(x, w, rows):
 
 def quack_down(h, w, rows):
     "`plain_down` in one kernel."
-    from quack.gemm_interface import gemm_tuned
-    y = h.new_empty(len(h), w.shape[1])
-    gemm_tuned.fn(h, w.mT, y, cu_seqlens_m=rows.first, config=tile_of("down", h))
-    return y
+    return quack_product("down", h, w.mT, h.new_empty(len(h), w.shape[1]), cu_seqlens_m=rows.first)
 
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #5b82c181
 def quack_down_backward(dout, w, gu, rows):
@@ -186,16 +189,12 @@ def quack_down_backward(dout, w, gu, rows):
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #a0704958
 def quack_gate_up_backward(dgu, w, rows):
     "`plain_gate_up_backward` in one kernel."
-    from quack.gemm_interface import gemm_tuned
-    dx = dgu.new_empty(len(dgu), w.shape[2])
-    gemm_tuned.fn(dgu, w, dx, cu_seqlens_m=rows.first, concat_layout=("B",), config=tile_of("gate_up_backward", dgu))
-    return dx
+    return quack_product("gate_up_backward", dgu, w, dgu.new_empty(len(dgu), w.shape[2]), cu_seqlens_m=rows.first, concat_layout=("B",))
 
 def quack_weight_gradient(x, y, rows, out, interleaved=False):
     "`plain_weight_gradient` in one kernel."
-    from quack.gemm_interface import gemm_tuned
-    gemm_tuned.fn(x.mT, y, out, cu_seqlens_k=rows.first, A_idx=rows.token, concat_layout=("out",) if interleaved else None,
-                  config=tile_of("weight_gradient" if out.stride(-1) == 1 else "weight_gradient_t", y))
+    quack_product("weight_gradient" if out.stride(-1) == 1 else "weight_gradient_t", x.mT, y, out, cu_seqlens_k=rows.first, A_idx=rows.token,
+                  concat_layout=("out",) if interleaved else None)
 
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #c7e60acc
 class Products(NamedTuple):
