@@ -18,7 +18,7 @@ from .kernels import cast_blocks, cast_rows, permute_quantised, swiglu_backward_
 from .linear import KeptCasts
 from .quant import TILE, Quantised, dequantise, quantise
 from ..moe.experts_fused import PRODUCTS, rows_of
-from ..moe.experts_gpu import Layout, combine, free, layouts, spend
+from ..moe.experts_gpu import Layout, combine, free, layouts, permute, spend
 from ..moe.kernels import on_device, tl, triton
 
 # %% ../../nbs/02_fp8/04_experts.ipynb #51710439
@@ -90,15 +90,15 @@ class _Fp8Experts(torch.autograd.Function):
         dh = product(permute_quantised(cast_rows(dout, by_row=True), lay), ctx.cast.down_t)
         h, dgu, dgu_q, dw = swiglu_backward_cast(gu, dh, weights, lay, compact)
         free(gu, dh)
-        E, sums, weight_gradient = len(lay.ends), rows_of(compact, weights), PRODUCTS["quack" if ctx.backend == "deep_gemm" else "plain"].weight_gradient
-        d_down = x.new_empty(E, x.shape[1], h.shape[1])
-        weight_gradient(dout, h, sums, d_down)
-        free(h)
         drows = product(dgu_q, ctx.cast.gate_up_t)
         dx = combine(drows, lay)
         free(drows, dgu_q.q)
-        d_gate_up = x.new_empty(E, dgu.shape[1], x.shape[1])
-        weight_gradient(x, dgu, sums, d_gate_up.mT)
+        E, sums, weight_gradient = len(lay.ends), rows_of(compact, weights), PRODUCTS["quack" if ctx.backend == "deep_gemm" else "plain"].weight_gradient
+        d_gate_up, x_rows = x.new_empty(E, dgu.shape[1], x.shape[1]), permute(x, compact)
+        weight_gradient(x_rows, dgu, sums, d_gate_up.mT, gather=False)
+        free(x_rows, dgu)
+        d_down = x.new_empty(E, x.shape[1], h.shape[1])
+        weight_gradient(dout, h, sums, d_down, gather=True)
         return dx, None, dw, d_gate_up, d_down, None, None
 
 # %% ../../nbs/02_fp8/04_experts.ipynb #d483784e

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..config import UserError
-from .experts_gpu import Layout, combine, free, layout, spend
+from .experts_gpu import Layout, combine, free, layout, permute, spend
 from .kernels import on_device, tl, triton
 
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #ab483eeb
@@ -109,14 +109,14 @@ def plain_down(
 
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #9bb128a4
 def plain_down_backward(
-    dout:Tensor, # [T,D] gradient of the layer's result
+    dy:Tensor, # [M,D] gradient of the layer's result, for the token of each row
     w:Tensor, # [E,D,I] down
     gu:Tensor, # [M,2I] interleaved
     rows:Rows,
-)->tuple[Tensor,Tensor,Tensor]: # dgu [M,2I] interleaved, weight*h [M,I], and <dout, y> [M] float32, the gradient of the gate values
+)->tuple[Tensor,Tensor,Tensor]: # dgu [M,2I] interleaved, weight*h [M,I], and <dy, y> [M] float32, the gradient of the gate values
     "Through the weighted sum, `down` and the gated unit; `h` is computed again on the way."
     d, (gate, up) = torch.zeros(len(gu), w.shape[2], device=gu.device), halves(gu.float())
-    for e, (i, j) in enumerate(spans(rows)): d[i:j] = dout[rows.token[i:j].long()].float()@w[e].float()
+    for e, (i, j) in enumerate(spans(rows)): d[i:j] = dy[i:j].float()@w[e].float()
     s = gate.sigmoid()
     h, dh = gate*s*up, d*rows.weight[:,None]
     return interleave(dh*up*s*(1+gate*(1-s)), dh*gate*s).to(gu.dtype), (h*rows.weight[:,None]).to(gu.dtype), (d*h).sum(1)
@@ -134,15 +134,16 @@ def plain_gate_up_backward(
 
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #f685c922
 def plain_weight_gradient(
-    x:Tensor, # [T,N] per token
+    x:Tensor, # [T,N] per token with `gather`, else [M,N] per row
     y:Tensor, # [M,K] per row
     rows:Rows,
-    out:Tensor, # [E,N,K] or a transposed view of [E,K,N], filled with sums over each expert's rows of x[token]^T y; 0 for an expert without rows
+    out:Tensor, # [E,N,K] or a transposed view of [E,K,N], filled with sums over each expert's rows of x^T y; 0 for an expert without rows
+    gather:bool, # take the row of x that `rows.token` names
     interleaved:bool=False, # the columns of y are; those of out are gates, then ups
 ):
     "The gradient of a weight."
     for e, (i, j) in enumerate(spans(rows)):
-        d = x[rows.token[i:j].long()].float().T@y[i:j].float()
+        d = (x[rows.token[i:j].long()] if gather else x[i:j]).float().T@y[i:j].float()
         out[e] = (torch.cat(halves(d), 1) if interleaved else d).to(out.dtype)
 
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #34a43f41
@@ -152,8 +153,9 @@ def tiles()->dict: # name of the product to quack's GemmConfig
     if find_spec("quack") is None: raise ImportError("fused products: backend 'quack' needs the package quack-kernels: pip install 'moe_rl[cuda]'")
     from quack.gemm_config import GemmConfig
     tile = lambda m, n, pingpong, cluster: GemmConfig(tile_m=m, tile_n=n, pingpong=pingpong, cluster_m=cluster[0], cluster_n=cluster[1], device_capacity=9, is_dynamic_persistent=False)
-    return dict(gate_up=tile(128, 256, False, (1, 1)), down=tile(128, 128, True, (1, 2)), down_backward=tile(128, 128, True, (2, 1)),
-                gate_up_backward=tile(128, 128, True, (1, 2)), weight_gradient=tile(128, 256, False, (2, 1)), weight_gradient_t=tile(128, 192, True, (2, 1)))
+    return dict(gate_up=tile(128, 256, False, (1, 1)), down=tile(128, 128, True, (1, 2)), down_backward=tile(128, 128, True, (1, 2)),
+                gate_up_backward=tile(128, 128, True, (1, 2)), weight_gradient=tile(128, 128, True, (1, 2)), weight_gradient_t=tile(192, 128, True, (1, 2)),
+                weight_gradient_gather=tile(128, 256, False, (2, 1)), weight_gradient_t_gather=tile(128, 192, True, (2, 1)))
 
 def tile_of(
     product:str, # name in `tiles`
@@ -180,10 +182,10 @@ def quack_down(h, w, rows):
     return quack_product("down", h, w.mT, h.new_empty(len(h), w.shape[1]), cu_seqlens_m=rows.first)
 
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #5b82c181
-def quack_down_backward(dout, w, gu, rows):
+def quack_down_backward(dy, w, gu, rows):
     "`plain_down_backward` in one kernel and a sum of its parts of the last result."
     from quack.gemm_interface import gemm_dgated
-    return gemm_dgated(dout, w, gu, activation="swiglu", colvec_scale=rows.weight, colvec_reduce=True, cu_seqlens_m=rows.first, A_idx=rows.token,
+    return gemm_dgated(dy, w, gu, activation="swiglu", colvec_scale=rows.weight, colvec_reduce=True, cu_seqlens_m=rows.first,
                        dynamic_scheduler=False, tuned=False, config=tile_of("down_backward", gu))
 
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #a0704958
@@ -191,10 +193,10 @@ def quack_gate_up_backward(dgu, w, rows):
     "`plain_gate_up_backward` in one kernel."
     return quack_product("gate_up_backward", dgu, w, dgu.new_empty(len(dgu), w.shape[2]), cu_seqlens_m=rows.first, concat_layout=("B",))
 
-def quack_weight_gradient(x, y, rows, out, interleaved=False):
+def quack_weight_gradient(x, y, rows, out, gather, interleaved=False):
     "`plain_weight_gradient` in one kernel."
-    quack_product("weight_gradient" if out.stride(-1) == 1 else "weight_gradient_t", x.mT, y, out, cu_seqlens_k=rows.first, A_idx=rows.token,
-                  concat_layout=("out",) if interleaved else None)
+    product = "weight_gradient" + ("" if out.stride(-1) == 1 else "_t") + ("_gather" if gather else "")
+    quack_product(product, x.mT, y, out, cu_seqlens_k=rows.first, A_idx=rows.token if gather else None, concat_layout=("out",) if interleaved else None)
 
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #c7e60acc
 class Products(NamedTuple):
@@ -225,17 +227,18 @@ class _FusedExperts(torch.autograd.Function):
     def backward(ctx, dout):
         spend(ctx)
         x, gu, weights, gate_up, down, *rest = ctx.saved_tensors
-        rows, lay, products, dout = Rows(*rest[:3]), Layout(*rest[3:]), ctx.products, dout.contiguous()
-        dgu, h, dw = products.down_backward(dout, down, gu, rows)
+        rows, lay, products = Rows(*rest[:3]), Layout(*rest[3:]), ctx.products
+        dy = permute(dout.contiguous(), lay)
+        dgu, h, dw = products.down_backward(dy, down, gu, rows)
         free(gu)
         d_down = torch.empty_like(down)
-        products.weight_gradient(dout, h, rows, d_down)
-        free(h)
+        products.weight_gradient(dy, h, rows, d_down, gather=False)
+        free(dy, h)
         drows = products.gate_up_backward(dgu, gate_up, rows)
         dx = combine(drows, lay)
         free(drows)
         d_gate_up = torch.empty_like(gate_up) # not before the rows have gone: it is the largest
-        products.weight_gradient(x, dgu, rows, d_gate_up.mT, interleaved=True)
+        products.weight_gradient(x, dgu, rows, d_gate_up.mT, gather=True, interleaved=True)
         return dx, None, by_pair(dw, lay), d_gate_up, d_down, None
 
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #0324d975
