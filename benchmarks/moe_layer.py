@@ -3,7 +3,8 @@ fusion is worth, ours of Triton kernels around torch._grouped_mm.
 
 16384 tokens, width 2048, 128 experts, 8 per token, sigmoid router, no shared expert; expert width 1024 (Trinity Mini, the figures) and 768 (Qwen3-30B-A3B).
 Every layer has the same weights and input; times are medians of steps taken in turns. A chip under load lowers its clock until its power fits, each
-layer's at another clock, and takes some tenths of a second for it: so a turn is sixty steps, and the last twenty count. FP8 casts its weights once per 8
+layer's at another clock, and takes some tenths of a second for it: so a turn is sixty steps, and the last twenty count, and every other round goes through
+the layers backwards, so that each follows either neighbour as often. FP8 casts its weights once per 8
 micro-batches, and that cast is in the figure. Peak memory is measured with only that layer in memory: weights, input, gradients and all.
 
     moe-rl bench moe_layer [WIDTH ...]        1024 and 768 unless said otherwise
@@ -83,11 +84,11 @@ def peak(make, x, up, batched=False):
     return gib
 
 
-def in_turns(steps, rounds=5, settle=40, repeats=20):
-    "Median milliseconds of each step function on the device. Rounds go through all of them; a turn begins with steps that are not counted, and inside it the host runs ahead, as it does in training."
+def in_turns(steps, rounds=6, settle=40, repeats=20):
+    "Median milliseconds of each step function on the device. Rounds go through all of them, there and back; a turn begins with steps that are not counted, and inside it the host runs ahead, as it does in training."
     times = {n: [] for n in steps}
     for n in range(rounds+1):
-        for name, f in steps.items():
+        for name, f in list(steps.items())[::1 if n % 2 else -1]:
             for _ in range(settle): f()
             events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
             for a, b in events: a.record(); f(); b.record()
@@ -130,7 +131,7 @@ def compare(I):
     no_sync(layers["bf16"], x, up, backward=True); no_sync(layers["fp8"], x, up, backward=False)
     ms = in_turns({n: (lambda l=l, n=n: step(l, x, up, n == "titan")) for n, l in layers.items()})
     cast = in_turns(dict(cast=lambda: (fp8.keep.clear(), fp8.cast(layers["fp8"].gate_up, layers["fp8"].down))))["cast"]
-    with torch.no_grad(): forward = in_turns({n: (lambda l=l, n=n: l(x[None] if n == "titan" else x)) for n, l in layers.items()}, rounds=3)
+    with torch.no_grad(): forward = in_turns({n: (lambda l=l, n=n: l(x[None] if n == "titan" else x)) for n, l in layers.items()}, rounds=2)
     ms["fp8"] += cast/MICRO
     flops = 18*T*K*D*I
     for n in ms: print(f"   {n:6s} forward+backward {ms[n]:6.2f} ms, {flops/ms[n]/1e9:4.0f} TFLOPS; forward {forward[n]:5.2f} ms; peak {peaks[n]:5.2f} GiB", flush=True)

@@ -110,7 +110,7 @@ def gemm(
     a:Quantised, # tiles (1,128); shape by form, see the table
     b:Quantised, # tiles (128,128), or (1,128) for weight gradients
     form:str="dense", # "dense", "contiguous", "masked" or "k_grouped"
-    groups:Tensor|None=None, # int32; contiguous: expert of each row, equal within aligned groups of 128 rows, -1 for none; masked and k_grouped: size of each group
+    groups:Tensor|None=None, # int32; contiguous: expert of each row, one in 128 aligned rows, or -1 for none from some row of these on; masked and k_grouped: size of each group
     backend:str="reference", # "reference" or "deep_gemm"
 )->Tensor: # bf16 from tiles (128,128), float32 from tiles (1,128); the reference always float32. Rows outside any group are undefined
     """`a @ b.T` of quantised matrices, dense or grouped by expert; never waits for the device with 'deep_gemm'.
