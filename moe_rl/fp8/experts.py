@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .gemm import gemm
-from .kernels import cast_blocks, cast_rows, permute_quantised, swiglu_backward_cast, swiglu_cast
+from .kernels import cast_blocks, cast_permute, swiglu_backward_cast, swiglu_cast
 from .linear import KeptCasts
 from .quant import TILE, Quantised, dequantise, quantise
 from ..moe.experts_fused import PRODUCTS, rows_of
@@ -73,7 +73,7 @@ class _Fp8Experts(torch.autograd.Function):
     def forward(ctx, x, idx, weights, gate_up, down, cast, backend):
         lay, compact = layouts(idx, gate_up.shape[0], TILE, 1)
         groups = groups_of_rows(lay)
-        rows = permute_quantised(cast_rows(x, by_row=True), lay)
+        rows = cast_permute(x, lay)
         gu = gemm(rows, cast.gate_up, "contiguous", groups, backend).to(x.dtype)
         h = swiglu_cast(gu, weights, lay)
         y = gemm(h, cast.down, "contiguous", groups, backend).to(x.dtype)
@@ -88,7 +88,7 @@ class _Fp8Experts(torch.autograd.Function):
         x, gu, weights, groups, *lays = ctx.saved_tensors
         lay, compact, product = Layout(*lays[:4]), Layout(*lays[4:]), lambda a, b: gemm(a, b, "contiguous", groups, ctx.backend).to(x.dtype)
         dout = dout.contiguous()
-        dh = product(permute_quantised(cast_rows(dout, by_row=True), lay), ctx.cast.down_t)
+        dh = product(cast_permute(dout, lay), ctx.cast.down_t)
         h, dgu, dgu_q, dw = swiglu_backward_cast(gu, dh, weights, lay, compact)
         free(gu, dh)
         drows = product(dgu_q, ctx.cast.gate_up_t)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['MIN_AMAX_BITS', 'INF_BITS', 'ONE_448TH', 'EXACT', 'cast_rows', 'cast_both', 'cast_blocks', 'swiglu_cast',
-           'swiglu_backward_cast', 'permute_quantised']
+           'swiglu_backward_cast', 'cast_permute']
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #40bde33c
 import torch
 from torch import Tensor
 
 from .quant import E4M3, MIN_AMAX, TILE, Quantised
-from ..moe.experts_gpu import Layout, permute
+from ..moe.experts_gpu import Layout
 from ..moe.kernels import INTERPRETED, on_device, reciprocal, sigmoid, TensorDescriptor, tl, triton, tuned
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #3e4ea0cd
@@ -55,26 +55,25 @@ def _scales(
     return torch.empty(tiles, -(-rows//4)*4, dtype=torch.float32, device=device)[:,:rows].T
 
 @triton.jit
-def _cast_rows(x_ptr, q_ptr, s_ptr, M, K, stride_m, stride_k, BM:tl.constexpr, TILE:tl.constexpr, UE8M0:tl.constexpr):
+def _cast_rows(x_ptr, q_ptr, s_ptr, M, K, stride, BM:tl.constexpr, TILE:tl.constexpr, UE8M0:tl.constexpr):
     m = tl.program_id(1).to(tl.int64)*BM + tl.arange(0, BM)
     k = tl.program_id(0)*TILE + tl.arange(0, TILE)
     at, inside = m[:,None]*K + k[None,:], (m < M)[:,None] & (k < K)[None,:]
     x = tl.load(x_ptr+at, mask=inside, other=0.).to(tl.float32)
     sf = _scale(tl.max(_bits(x), 1), UE8M0)
     tl.store(q_ptr+at, (x*_inverse(sf)[:,None]).to(tl.float8e4nv), mask=inside)
-    tl.store(s_ptr + tl.program_id(0).to(tl.int64)*stride_k + m*stride_m, sf, mask=m < M)
+    tl.store(s_ptr + tl.program_id(0).to(tl.int64)*stride + m, sf, mask=m < M)
 
 def cast_rows(
     x:Tensor, # [M,K] bf16 or float32, contiguous
     ue8m0:bool=False, # scales are powers of two
-    by_row:bool=False, # store the scales row by row, for `permute_quantised`, instead of column by column, for a product
 )->Quantised: # block (1,128)
     "`quantise(x, (1,128))` in one pass."
     on_device("cast_rows", x)
     (M, K), x, BM = x.shape, x.contiguous(), 32
     tiles = triton.cdiv(K, TILE)
-    q, s = torch.empty(M, K, dtype=E4M3, device=x.device), torch.empty(M, tiles, device=x.device) if by_row else _scales(tiles, M, x.device)
-    _cast_rows[(tiles, triton.cdiv(M, BM))](x, q, s, M, K, *s.stride(), BM=BM, TILE=TILE, UE8M0=ue8m0, num_warps=4)
+    q, s = torch.empty(M, K, dtype=E4M3, device=x.device), _scales(tiles, M, x.device)
+    _cast_rows[(tiles, triton.cdiv(M, BM))](x, q, s, M, K, s.stride(1), BM=BM, TILE=TILE, UE8M0=ue8m0, num_warps=4)
     return Quantised(q, s, (1, TILE))
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #37feecc8
@@ -198,6 +197,12 @@ def cast_blocks(
     return (out, Quantised(qt, s.mT.contiguous(), (TILE, TILE))) if transpose else out
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #c3d8b73e
+@triton.jit
+def _rounded(x):
+    "float32 numbers rounded to bf16, still in float32."
+    if EXACT: return x.to(tl.bfloat16).to(tl.float32)
+    return tl.inline_asm_elementwise("{.reg .b32 two; cvt.rn.bf16x2.f32 two, $3, $2; shl.b32 $0, two, 16; and.b32 $1, two, 0xffff0000;}", "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
+
 @tuned(dict(BM=32, num_warps=4), dict(BM=64, num_warps=8), dict(BM=16, num_warps=4), dict(BM=32, num_warps=8), dict(BM=16, num_warps=2), key=("I",))
 @triton.jit
 def _swiglu_cast(gu_ptr, w_ptr, pairs_ptr, ends_ptr, q_ptr, s_ptr, M, I, E, stride, BM:tl.constexpr, TILE:tl.constexpr):
@@ -210,7 +215,7 @@ def _swiglu_cast(gu_ptr, w_ptr, pairs_ptr, ends_ptr, q_ptr, s_ptr, M, I, E, stri
         g = tl.load(gu_ptr+at, mask=inside, other=0.).to(tl.float32)
         u = tl.load(gu_ptr+I+at, mask=inside, other=0.).to(tl.float32)
         h = g*sigmoid(g)*u*tl.load(w_ptr+pair, mask=pair >= 0, other=0.)[:,None]
-        h = h.to(tl.bfloat16).to(tl.float32)
+        h = _rounded(h)
         sf = _scale(tl.max(_bits(h), 1), False)
         tl.store(q_ptr + m[:,None]*I + i[None,:], (h*_inverse(sf)[:,None]).to(tl.float8e4nv), mask=(m < M)[:,None] & (i < I)[None,:])
         tl.store(s_ptr + tl.program_id(0).to(tl.int64)*stride + m, sf, mask=m < M)
@@ -254,11 +259,9 @@ def _swiglu_backward_cast(gu_ptr, dh_ptr, w_ptr, pairs_ptr, ends_ptr, compact_pt
             s = sigmoid(g)
             dw += tl.sum(dh*g*s*u, 1)
             tl.store(h_ptr + to*I + i, g*s*u*w, mask=inside)
-            dg = (dh*w*u*s*(1+g*(1-s))).to(tl.bfloat16)
-            du = (dh*w*g*s).to(tl.bfloat16)
+            dg, du = _rounded(dh*w*u*s*(1+g*(1-s))), _rounded(dh*w*g*s)
             tl.store(dgu_ptr + to*2*I + i, dg, mask=inside)
             tl.store(dgu_ptr+I + to*2*I + i, du, mask=inside)
-            dg, du = dg.to(tl.float32), du.to(tl.float32)
             sg, su = _scale(tl.max(_bits(dg), 1), False), _scale(tl.max(_bits(du), 1), False)
             tl.store(q_ptr+at, (dg*_inverse(sg)[:,None]).to(tl.float8e4nv), mask=rows)
             tl.store(q_ptr+I+at, (du*_inverse(su)[:,None]).to(tl.float8e4nv), mask=rows)
@@ -284,23 +287,41 @@ def swiglu_backward_cast(
     return h, dgu, Quantised(q, s), dw
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #17cdb74c
+@tuned(dict(num_warps=2), dict(num_warps=4), key=("D",))
 @triton.jit
-def _permute_scales(s_ptr, out_ptr, pairs_ptr, ends_ptr, M, tiles, E, stride_t, stride_j, stride_out, K:tl.constexpr, BM:tl.constexpr, TILES:tl.constexpr):
+def _cast_permute(x_ptr, q_ptr, s_ptr, rows_ptr, D, tiles, K:tl.constexpr, KP:tl.constexpr, TILES:tl.constexpr, TILE:tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    tile, k = tl.arange(0, TILES), tl.arange(0, KP)
+    d = tile[:,None]*TILE + tl.arange(0, TILE)[None,:]
+    rows = tl.load(rows_ptr + t*K + k, mask=k < K, other=-1).to(tl.int64)
+    x = tl.load(x_ptr + t*D + d, mask=d < D, other=0.).to(tl.float32)
+    sf = _scale(tl.max(_bits(x), 1), False)
+    tl.store(s_ptr + t*tiles + tile, sf, mask=tile < tiles)
+    q = (x*_inverse(sf)[:,None]).to(tl.float8e4nv)
+    for i in tl.static_range(K):
+        row = tl.sum(tl.where(k == i, rows, 0), 0)
+        tl.store(q_ptr + row*D + d, q, mask=d < tl.where(row >= 0, D, 0), cache_modifier=".cs")
+
+@triton.jit
+def _permute_scales(s_ptr, out_ptr, pairs_ptr, ends_ptr, M, tiles, E, stride, K:tl.constexpr, BM:tl.constexpr, TILES:tl.constexpr):
     if tl.program_id(0)*BM < tl.load(ends_ptr+E-1):
-        m, j = tl.program_id(0).to(tl.int64)*BM + tl.arange(0, BM), tl.arange(0, TILES)
+        m, tile = tl.program_id(0).to(tl.int64)*BM + tl.arange(0, BM), tl.arange(0, TILES)
         pair = tl.load(pairs_ptr+m, mask=m < M, other=-1)
         t = (pair//K).to(tl.int64)
-        s = tl.load(s_ptr + j[:,None]*stride_j + t[None,:]*stride_t, mask=(j < tiles)[:,None] & (pair >= 0)[None,:], other=0.)
-        tl.store(out_ptr + j[:,None].to(tl.int64)*stride_out + m[None,:], s, mask=(j < tiles)[:,None] & (m < M)[None,:])
+        s = tl.load(s_ptr + t[None,:]*tiles + tile[:,None], mask=(tile < tiles)[:,None] & (pair >= 0)[None,:], other=0.)
+        tl.store(out_ptr + tile[:,None].to(tl.int64)*stride + m[None,:], s, mask=(tile < tiles)[:,None] & (m < M)[None,:])
 
-def permute_quantised(
-    x:Quantised, # [T,D] of `cast_rows`, best with `by_row`; D a multiple of 128
+def cast_permute(
+    x:Tensor, # [T,D] bf16 or float32 tokens; D a multiple of 128
     lay:Layout,
-)->Quantised: # [M,D]; rows that no pair owns are undefined
-    "`permute` for quantised tokens."
-    on_device("permute_quantised", x.q, lay.pairs)
-    D, M, tiles = x.shape[1], len(lay.pairs), x.shape[1]//TILE
-    if D % TILE: raise ValueError(f"permute_quantised: width {D} is not a multiple of {TILE}")
-    q, s = permute(x.q.view(torch.int16), lay).view(E4M3), _scales(tiles, M, x.q.device)
-    _permute_scales[(triton.cdiv(M, 128),)](x.scale, s, lay.pairs, lay.ends, M, tiles, len(lay.ends), *x.scale.stride(), s.stride(1), K=lay.rows.shape[1], BM=128, TILES=triton.next_power_of_2(tiles))
+)->Quantised: # [M,D], block (1,128); rows that no pair owns are undefined
+    "`cast_rows(permute(x, lay))`, reading and casting every token once."
+    on_device("cast_permute", x, lay.rows)
+    (T, D), M, k, x = x.shape, len(lay.pairs), lay.rows.shape[1], x.contiguous()
+    if D % TILE: raise ValueError(f"cast_permute: width {D} is not a multiple of {TILE}")
+    tiles = D//TILE
+    TILES = triton.next_power_of_2(tiles)
+    q, s, by_token = torch.empty(M, D, dtype=E4M3, device=x.device), _scales(tiles, M, x.device), torch.empty(T, tiles, device=x.device)
+    _cast_permute[(T,)](x, q, by_token, lay.rows, D, tiles, K=k, KP=triton.next_power_of_2(k), TILES=TILES, TILE=TILE)
+    _permute_scales[(triton.cdiv(M, 128),)](by_token, s, lay.pairs, lay.ends, M, tiles, len(lay.ends), s.stride(1), K=k, BM=128, TILES=TILES)
     return Quantised(q, s)
