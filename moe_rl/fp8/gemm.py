@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .quant import TILE, Quantised, dequantise
+from ..moe.kernels import on_hopper
 
 # %% ../../nbs/02_fp8/02_gemm.ipynb #3e04dab5
 def _reference_dense(a, b, groups): return dequantise(a)@dequantise(b).T
@@ -101,6 +102,7 @@ def _check(a, b, form, groups, backend):
     if form in ("masked", "k_grouped") and groups.dim() != 1: raise ValueError(f"gemm {form}: groups must be a vector, got shape {tuple(groups.shape)}")
     if backend == "deep_gemm":
         if a.q.device.type != "cuda": raise ValueError(f"gemm: backend 'deep_gemm' takes CUDA tensors, these are on {a.q.device}; use backend='reference'")
+        on_hopper("gemm: backend 'deep_gemm'", a.q.device, "backend='reference'")
         if a.shape[-1] % TILE: raise ValueError(f"gemm: backend 'deep_gemm' sums over a multiple of {TILE}, not {a.shape[-1]}; pad the operands with zeros")
         if form != "k_grouped" and b.shape[-2] % 64: raise ValueError(f"gemm: backend 'deep_gemm' wants N a multiple of 64, not {b.shape[-2]}")
         if groups is not None and groups.dtype != torch.int32: raise ValueError(f"gemm: backend 'deep_gemm' takes int32 groups, not {groups.dtype}")
@@ -116,7 +118,7 @@ def gemm(
     """`a @ b.T` of quantised matrices, dense or grouped by expert; never waits for the device with 'deep_gemm'.
 
     For DeepGEMM's k_grouped every group must be a multiple of 128 columns, filled up with zeros. Raises `ValueError` for operands a
-    backend cannot take, before anything is launched, and `ImportError` when DeepGEMM is not installed."""
+    backend cannot take, before anything is launched, `UserError` on a GPU that is not a Hopper one, and `ImportError` when DeepGEMM is not installed."""
     _check(a, b, form, groups, backend)
     return BACKENDS[backend][form](a, b, groups)
 

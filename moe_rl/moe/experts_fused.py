@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..config import UserError
 from .experts_gpu import Layout, combine, free, layout, permute, spend
-from .kernels import on_device, tl, triton
+from .kernels import on_device, on_hopper, tl, triton
 
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #ab483eeb
 def halves(
@@ -264,4 +263,4 @@ def _check_quack(x, down):
     if x.device.type != "cuda": raise ValueError(f"fused_experts: backend 'quack' takes CUDA tensors, these are on {x.device}; use backend='plain'")
     if x.dtype != torch.bfloat16: raise ValueError(f"fused_experts: backend 'quack' takes bf16, not {x.dtype}; use gpu_experts")
     if x.shape[1] % 8 or down.shape[2] % 8: raise ValueError(f"fused_experts: width {x.shape[1]} and expert width {down.shape[2]} must be multiples of 8 (16 bytes)")
-    if (cc := torch.cuda.get_device_capability(x.device))[0] != 9: raise UserError(f"fused_experts: the tiles of backend 'quack' are Hopper's (compute capability 9.0), this GPU has {cc[0]}.{cc[1]}; use gpu_experts")
+    on_hopper("fused_experts: backend 'quack'", x.device, "gpu_experts")
