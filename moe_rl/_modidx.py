@@ -742,6 +742,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'moe_rl.moe.kernels._convert_like_torch': ( '01_moe/kernels.html#_convert_like_torch',
                                                                                 'moe_rl/moe/kernels.py'),
                                     'moe_rl.moe.kernels.on_device': ('01_moe/kernels.html#on_device', 'moe_rl/moe/kernels.py'),
+                                    'moe_rl.moe.kernels.on_hopper': ('01_moe/kernels.html#on_hopper', 'moe_rl/moe/kernels.py'),
                                     'moe_rl.moe.kernels.tuned': ('01_moe/kernels.html#tuned', 'moe_rl/moe/kernels.py')},
             'moe_rl.moe.model': { 'moe_rl.moe.model.Afmoe': ('01_moe/model.html#afmoe', 'moe_rl/moe/model.py'),
                                   'moe_rl.moe.model.Afmoe.__init__': ('01_moe/model.html#afmoe.__init__', 'moe_rl/moe/model.py'),
