@@ -235,11 +235,9 @@ def swiglu_cast(
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #254bc808
 @triton.jit
-def _operands(gu_ptr, dh_ptr, m, pair, tile, I, TILE:tl.constexpr):
-    i = (tile*TILE + tl.arange(0, TILE))[None,:]
-    inside, at = (pair >= 0)[:,None] & (i < I), m[:,None]*2*I + i
-    g, u = tl.load(gu_ptr+at, mask=inside, other=0.), tl.load(gu_ptr+I+at, mask=inside, other=0.)
-    return g.to(tl.float32), u.to(tl.float32), tl.load(dh_ptr + m[:,None]*I + i, mask=inside, other=0.).to(tl.float32)
+def _operands(gu_ptr, dh_ptr, at, half, I, mask):
+    g, u, dh = tl.load(gu_ptr+at, mask=mask, other=0.), tl.load(gu_ptr+I+at, mask=mask, other=0.), tl.load(dh_ptr+half, mask=mask, other=0.)
+    return g.to(tl.float32), u.to(tl.float32), dh.to(tl.float32)
 
 @tuned(dict(BM=8, num_warps=4), dict(BM=16, num_warps=8), dict(BM=16, num_warps=4), dict(BM=4, num_warps=2), key=("I",))
 @triton.jit
@@ -249,26 +247,27 @@ def _swiglu_backward_cast(gu_ptr, dh_ptr, w_ptr, pairs_ptr, ends_ptr, compact_pt
         pair = tl.load(pairs_ptr+m, mask=m < M, other=-1)
         w = tl.load(w_ptr+pair, mask=pair >= 0, other=0.)[:,None]
         to = tl.load(compact_ptr+pair, mask=pair >= 0, other=0).to(tl.int64)[:,None]
-        dw = tl.zeros([BM], tl.float32)
-        g, u, dh = _operands(gu_ptr, dh_ptr, m, pair, 0, I, TILE)
+        i, real, rows = tl.arange(0, TILE)[None,:], (pair >= 0)[:,None], (m < M)[:,None]
+        at, half, at_to, half_to = m[:,None]*2*I + i, m[:,None]*I + i, to*2*I + i, to*I + i # of the first tile; the others differ by a scalar
+        dw = tl.zeros([BM, TILE], tl.float32)
+        g, u, dh = _operands(gu_ptr, dh_ptr, at, half, I, real)
         for tile in range(0, I//TILE):
-            i = (tile*TILE + tl.arange(0, TILE))[None,:]
-            inside, rows = (pair >= 0)[:,None] & (i < I), (m < M)[:,None] & (i < I)
-            at = m[:,None]*2*I + i
-            g_next, u_next, dh_next = _operands(gu_ptr, dh_ptr, m, pair, tile+1, I, TILE) # before the stores, which a load cannot pass
+            first = tile*TILE
+            g_next, u_next, dh_next = _operands(gu_ptr+first+TILE, dh_ptr+first+TILE, at, half, I, real & (i < I-first-TILE)) # before the stores, which a load cannot pass
             s = sigmoid(g)
-            dw += tl.sum(dh*g*s*u, 1)
-            tl.store(h_ptr + to*I + i, g*s*u*w, mask=inside)
-            dg, du = _rounded(dh*w*u*s*(1+g*(1-s))), _rounded(dh*w*g*s)
-            tl.store(dgu_ptr + to*2*I + i, dg, mask=inside)
-            tl.store(dgu_ptr+I + to*2*I + i, du, mask=inside)
+            silu, d = g*s, dh*w
+            dw += dh*(silu*u)
+            tl.store(h_ptr+first + half_to, silu*u*w, mask=real)
+            dg, du = _rounded(d*u*(s + silu*(1-s))), _rounded(d*silu)
+            tl.store(dgu_ptr+first + at_to, dg, mask=real)
+            tl.store(dgu_ptr+I+first + at_to, du, mask=real)
             sg, su = _scale(tl.max(_bits(dg), 1), False), _scale(tl.max(_bits(du), 1), False)
-            tl.store(q_ptr+at, (dg*_inverse(sg)[:,None]).to(tl.float8e4nv), mask=rows)
-            tl.store(q_ptr+I+at, (du*_inverse(su)[:,None]).to(tl.float8e4nv), mask=rows)
+            tl.store(q_ptr+first + at, (dg*_inverse(sg)[:,None]).to(tl.float8e4nv), mask=rows)
+            tl.store(q_ptr+I+first + at, (du*_inverse(su)[:,None]).to(tl.float8e4nv), mask=rows)
             tl.store(s_ptr + tile*stride.to(tl.int64) + m, sg, mask=m < M)
             tl.store(s_ptr + (tile + I//TILE)*stride.to(tl.int64) + m, su, mask=m < M)
             g, u, dh = g_next, u_next, dh_next
-        tl.store(dw_ptr+pair, dw, mask=pair >= 0)
+        tl.store(dw_ptr+pair, tl.sum(dw, 1), mask=pair >= 0)
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #1001b5d6
 def swiglu_backward_cast(

@@ -196,10 +196,10 @@ def _swiglu_backward(gu_ptr, dh_ptr, w_ptr, pairs_ptr, dgu_ptr, dw_ptr, I, BLOCK
         dh = tl.load(dh_ptr + row*I + i, mask=i < I, other=0.).to(tl.float32)
         w = tl.load(w_ptr+pair)
         s = sigmoid(g)
-        tl.store(dw_ptr+pair, tl.sum(dh*g*s*u, 0))
-        dh = dh*w
-        tl.store(dgu_ptr + row*2*I + i, dh*u*s*(1+g*(1-s)), mask=i < I)
-        tl.store(dgu_ptr + row*2*I + I + i, dh*g*s, mask=i < I)
+        silu, d = g*s, dh*w
+        tl.store(dw_ptr+pair, tl.sum(dh*(silu*u), 0))
+        tl.store(dgu_ptr + row*2*I + i, d*u*(s + silu*(1-s)), mask=i < I)
+        tl.store(dgu_ptr + row*2*I + I + i, d*silu, mask=i < I)
 
 def weighted_swiglu_backward(
     gu:Tensor, # [M,2I] as in the forward pass
