@@ -88,7 +88,7 @@ class _Logits(torch.autograd.Function):
         _split[(triton.cdiv(T, BT),)](d.contiguous(), pieces, T, E, BT=BT, EP=EP)
         dw = mm_float32(pieces.T, x)
         dw = torch.add(dw[:E], dw[E:], out=torch.empty_like(w)) # adds and rounds in one pass
-        big, w = pieces[:,:E], w.bfloat16()
+        big, w = pieces[:,:E], w.bfloat16().contiguous()
         return big@w if dx is None else add_product(dx.contiguous(), big, w), dw
 
 def gate_logits(
