@@ -86,13 +86,14 @@ else:
     @triton.jit
     def reciprocal(x):
         "1/x, correctly rounded for magnitudes from 2^-125 to 2^125."
-        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-        return tl.fma(r, tl.fma(-x, r, 1.), r)
+        return tl.inline_asm_elementwise("{.reg .f32 r, n, e; rcp.approx.ftz.f32 r, $1; neg.f32 n, $1; fma.rn.f32 e, n, r, 0f3f800000; fma.rn.f32 $0, r, e, r;}",
+                                         "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1) # r + r(1-xr); a minus sign in Triton is a subtraction from 0
 
     @triton.jit
     def sigmoid(x):
         "1/(1+exp(-x)), as `torch.sigmoid` rounds it, for x above -80; below, that of -80 (2e-35)."
-        return reciprocal(1+libdevice.exp(tl.minimum(-x, 80.)))
+        minus = tl.inline_asm_elementwise("neg.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return reciprocal(1+libdevice.exp(tl.minimum(minus, 80.)))
 
 # %% ../../nbs/01_moe/07_kernels.ipynb #e893db40
 def tuned(
