@@ -5,19 +5,15 @@ compared bit by bit with the reference, on heavy-tailed data with zeros, subnorm
 
     moe-rl bench cast
 """
+from statistics import median
+
 import torch
 import torch.nn.functional as F
 
-from moe_rl.bench import NeedsHardware
+from moe_rl.bench import NeedsHardware, device_times
 
 
-def ms(f, n=20, warm=5):
-    "Median milliseconds of `f` on the device."
-    for _ in range(warm): f()
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
-    for a, b in pairs: a.record(); f(); b.record()
-    torch.cuda.synchronize()
-    return sorted(a.elapsed_time(b) for a, b in pairs)[n//2]
+def ms(f): return median(device_times(f))
 
 
 def size(*tensors): return sum(t.numel()*t.element_size() for t in tensors)

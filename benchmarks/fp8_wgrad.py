@@ -7,21 +7,16 @@ compared with a float64 product of one expert.
     moe-rl bench fp8_wgrad
 """
 import importlib.util
+from statistics import median
 
 import torch
 
-from moe_rl.bench import NeedsHardware
+from moe_rl.bench import NeedsHardware, device_times
 
 T, D, E, K, I = 16384, 2048, 128, 8, 1024
 
 
-def ms(f, n=20, warm=5):
-    "Median milliseconds of `f` on the device."
-    for _ in range(warm): f()
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
-    for a, b in pairs: a.record(); f(); b.record()
-    torch.cuda.synchronize()
-    return sorted(a.elapsed_time(b) for a, b in pairs)[n//2]
+def ms(f): return median(device_times(f))
 
 
 def measure(args):

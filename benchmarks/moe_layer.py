@@ -14,7 +14,7 @@ from statistics import median
 
 import torch
 
-from moe_rl.bench import NeedsHardware
+from moe_rl.bench import NeedsHardware, device_times
 
 T, D, E, K, SCALE = 16384, 2048, 128, 8, 2.826
 MICRO = 8  # micro-batches that share a cast of the weights
@@ -85,15 +85,12 @@ def peak(make, x, up, batched=False):
 
 
 def in_turns(steps, rounds=6, settle=40, repeats=20):
-    "Median milliseconds of each step function on the device. Rounds go through all of them, there and back; a turn begins with steps that are not counted, and inside it the host runs ahead, as it does in training."
+    "Median milliseconds of each step function on the device. Rounds go through all of them, there and back; a turn begins with steps that are not counted."
     times = {n: [] for n in steps}
     for n in range(rounds+1):
         for name, f in list(steps.items())[::1 if n % 2 else -1]:
-            for _ in range(settle): f()
-            events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-            for a, b in events: a.record(); f(); b.record()
-            torch.cuda.synchronize()
-            if n: times[name] += [a.elapsed_time(b) for a, b in events]
+            counted = device_times(f, repeats, settle)
+            if n: times[name] += counted
     return {n: median(t) for n, t in times.items()}
 
 
