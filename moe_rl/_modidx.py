@@ -5,6 +5,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'moe_rl.bench.bench_names': ('00_start/bench.html#bench_names', 'moe_rl/bench.py'),
                               'moe_rl.bench.commit': ('00_start/bench.html#commit', 'moe_rl/bench.py'),
                               'moe_rl.bench.cpu_name': ('00_start/bench.html#cpu_name', 'moe_rl/bench.py'),
+                              'moe_rl.bench.device_times': ('00_start/bench.html#device_times', 'moe_rl/bench.py'),
                               'moe_rl.bench.load_records': ('00_start/bench.html#load_records', 'moe_rl/bench.py'),
                               'moe_rl.bench.machine': ('00_start/bench.html#machine', 'moe_rl/bench.py'),
                               'moe_rl.bench.record': ('00_start/bench.html#record', 'moe_rl/bench.py'),
