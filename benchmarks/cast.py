@@ -10,7 +10,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from moe_rl.bench import NeedsHardware, device_times
+from moe_rl.bench import device_times, needs_hopper
 
 
 def ms(f): return median(device_times(f))
@@ -51,7 +51,7 @@ def check():
 
 
 def measure(args):
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9: raise NeedsHardware("an H100 or H200")
+    needs_hopper()
     from moe_rl.fp8.kernels import cast_blocks, cast_both, cast_rows, swiglu_cast
     from moe_rl.fp8.quant import quantise
     from moe_rl.moe.experts_gpu import Layout

@@ -9,7 +9,7 @@ import importlib.util
 
 import torch
 
-from moe_rl.bench import NeedsHardware
+from moe_rl.bench import NeedsHardware, needs_hopper
 from moe_rl.fp8.quant import SCHEMES, distributions, quantise, relative_error, small_error
 
 
@@ -53,7 +53,7 @@ def products():
 
 def measure(args):
     figures = table()
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9: raise NeedsHardware("an H100 or H200 for gemm_calc_diff")
+    needs_hopper(" for gemm_calc_diff")
     if importlib.util.find_spec("deep_gemm") is None: raise NeedsHardware("DeepGEMM for gemm_calc_diff (pip install 'moe_rl[cuda]')")
     diffs = products()
     for name, d in diffs.items(): print(f"{name:36s} {d:.2e}")

@@ -20,7 +20,7 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 
-from moe_rl.bench import NeedsHardware
+from moe_rl.bench import needs_hopper
 
 TEXT = Path(__file__).parent/"data"/"reasoning.txt.xz"
 TASKS = ("chain_sum", "basic_arithmetic", "letter_counting", "spell_backward", "number_sorting", "leg_counting", "gcd", "caesar_cipher", "word_sorting", "family_relationships",
@@ -103,7 +103,7 @@ def train(kind, ids, steps, seed=0):
 
 def measure(args):
     steps = int(args[0]) if args else 300
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9: raise NeedsHardware("an H100 or H200")
+    needs_hopper()
     with tempfile.TemporaryDirectory() as folder: # a process per seed, side by side: losses are no timings
         torch.save(token_ids(), Path(folder)/"ids.pt")
         files = {s: Path(folder)/f"{s}.json" for s in SEEDS}

@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from moe_rl.bench import NeedsHardware, device_times
+from moe_rl.bench import NeedsHardware, device_times, needs_hopper
 
 T, D, E, K, I = 16384, 2048, 128, 8, 1024
 
@@ -20,7 +20,7 @@ def ms(f): return median(device_times(f))
 
 
 def measure(args):
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9: raise NeedsHardware("an H100 or H200")
+    needs_hopper()
     if importlib.util.find_spec("deep_gemm") is None: raise NeedsHardware("DeepGEMM (pip install 'moe_rl[cuda]')")
     import deep_gemm
     from moe_rl.fp8.gemm import by_group, calc_diff

@@ -14,7 +14,7 @@ from statistics import median
 
 import torch
 
-from moe_rl.bench import NeedsHardware, device_times
+from moe_rl.bench import NeedsHardware, device_times, needs_hopper
 
 T, D, E, K, SCALE = 16384, 2048, 128, 8, 2.826
 MICRO = 8  # micro-batches that share a cast of the weights
@@ -138,7 +138,7 @@ def compare(I):
 
 
 def measure(args):
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9: raise NeedsHardware("an H100 or H200")
+    needs_hopper()
     figures = {}
     for I in map(int, args or ["1024", "768"]):
         out = compare(I)

@@ -43,12 +43,11 @@ def fp8_experts_plain(
 
 # %% ../../nbs/02_fp8/04_experts.ipynb #94a91b83
 @triton.jit
-def _groups(ends_ptr, counts_ptr, out_ptr, E, TILE:tl.constexpr, EP:tl.constexpr):
-    m, e = tl.program_id(0)*TILE + tl.arange(0, TILE), tl.arange(0, EP)
-    ends, counts = tl.load(ends_ptr+e, mask=e < E, other=2**31-1), tl.load(counts_ptr+e, mask=e < E, other=0)
-    group = tl.sum((tl.program_id(0)*TILE >= ends).to(tl.int32), 0)
-    filled = tl.sum(tl.where(e == group, ends - (counts+TILE-1)//TILE*TILE + counts, 0), 0) # where the rows of this expert end and its padding begins
-    tl.store(out_ptr+m, tl.where((group < E) & (m < filled), group, -1))
+def _groups(ends_ptr, pairs_ptr, out_ptr, E, TILE:tl.constexpr, EP:tl.constexpr):
+    first, e = tl.program_id(0)*TILE, tl.arange(0, EP)
+    m = first + tl.arange(0, TILE)
+    group = tl.sum((first >= tl.load(ends_ptr+e, mask=e < E, other=2**31-1)).to(tl.int32), 0)
+    tl.store(out_ptr+m, tl.where(tl.load(pairs_ptr+m) >= 0, group, -1))
 
 def groups_of_rows(
     lay:Layout, # with align=128
@@ -56,7 +55,7 @@ def groups_of_rows(
     "The `groups` of a contiguous product, on the device."
     M, E = len(lay.pairs), len(lay.ends)
     out = torch.empty(M, dtype=torch.int32, device=lay.ends.device)
-    _groups[(M//TILE,)](lay.ends, lay.counts, out, E, TILE=TILE, EP=triton.next_power_of_2(E), num_warps=1)
+    _groups[(M//TILE,)](lay.ends, lay.pairs, out, E, TILE=TILE, EP=triton.next_power_of_2(E), num_warps=1)
     return out
 
 # %% ../../nbs/02_fp8/04_experts.ipynb #a65b6ea5

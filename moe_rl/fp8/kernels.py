@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .quant import E4M3, MIN_AMAX, TILE, Quantised
-from ..moe.experts_gpu import Layout
+from ..moe.experts_gpu import Layout, gated_backward, store_to_rows
 from ..moe.kernels import INTERPRETED, on_device, reciprocal, sigmoid, TensorDescriptor, tl, triton, tuned
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #3e4ea0cd
@@ -254,11 +254,10 @@ def _swiglu_backward_cast(gu_ptr, dh_ptr, w_ptr, pairs_ptr, ends_ptr, compact_pt
         for tile in range(0, I//TILE):
             first = tile*TILE
             g_next, u_next, dh_next = _operands(gu_ptr+first+TILE, dh_ptr+first+TILE, at, half, I, real & (i < I-first-TILE)) # before the stores, which a load cannot pass
-            s = sigmoid(g)
-            silu, d = g*s, dh*w
-            dw += dh*(silu*u)
-            tl.store(h_ptr+first + half_to, silu*u*w, mask=real)
-            dg, du = _rounded(d*u*(s + silu*(1-s))), _rounded(d*silu)
+            h, dg, du = gated_backward(g, u, dh*w)
+            dw += dh*h
+            tl.store(h_ptr+first + half_to, h*w, mask=real)
+            dg, du = _rounded(dg), _rounded(du)
             tl.store(dgu_ptr+first + at_to, dg, mask=real)
             tl.store(dgu_ptr+I+first + at_to, du, mask=real)
             sg, su = _scale(tl.max(_bits(dg), 1), False), _scale(tl.max(_bits(du), 1), False)
@@ -296,10 +295,7 @@ def _cast_permute(x_ptr, q_ptr, s_ptr, rows_ptr, D, tiles, K:tl.constexpr, KP:tl
     x = tl.load(x_ptr + t*D + d, mask=d < D, other=0.).to(tl.float32)
     sf = _scale(tl.max(_bits(x), 1), False)
     tl.store(s_ptr + t*tiles + tile, sf, mask=tile < tiles)
-    q = (x*_inverse(sf)[:,None]).to(tl.float8e4nv)
-    for i in tl.static_range(K):
-        row = tl.sum(tl.where(k == i, rows, 0), 0)
-        tl.store(q_ptr + row*D + d, q, mask=d < tl.where(row >= 0, D, 0), cache_modifier=".cs")
+    store_to_rows(q_ptr, (x*_inverse(sf)[:,None]).to(tl.float8e4nv), d, rows, k, D, K)
 
 @triton.jit
 def _permute_scales(s_ptr, out_ptr, pairs_ptr, ends_ptr, M, tiles, E, stride, K:tl.constexpr, BM:tl.constexpr, TILES:tl.constexpr):
