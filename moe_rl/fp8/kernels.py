@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .quant import E4M3, MIN_AMAX, TILE, Quantised
 from ..moe.experts_gpu import Layout, gated_backward, store_to_rows
-from ..moe.kernels import INTERPRETED, on_device, reciprocal, sigmoid, TensorDescriptor, tl, triton, tuned
+from ..moe.kernels import INTERPRETED, on_device, reciprocal, sigmoid, TensorDescriptor, tl, triton
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #3e4ea0cd
 MIN_AMAX_BITS = tl.constexpr(torch.tensor(MIN_AMAX).view(torch.int32).item())
@@ -115,7 +115,6 @@ def _by_fours(x, M:tl.constexpr, N:tl.constexpr):
     return x0, x1, x2, x3
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #38d50655
-@tuned(dict(num_warps=8), dict(num_warps=4, maxnreg=128), key=("pairs",))
 @triton.jit
 def _cast_both(x_desc, q_ptr, s_ptr, qt_ptr, st_ptr, M, pairs, words, stride, stride_t, tiles_m, tiles_k, TILE:tl.constexpr, UE8M0:tl.constexpr, GROUP:tl.constexpr):
     p = tl.program_id(0) # GROUP squares down, then one to the right: neighbours in time are neighbours in both results
@@ -156,11 +155,10 @@ def cast_both(
     q, s = torch.empty(M, K, dtype=E4M3, device=x.device), _scales(tiles, M, x.device)
     qt, st = torch.empty(K, tiles_m*TILE, dtype=E4M3, device=x.device), _scales(tiles_m, K, x.device)
     squares = TensorDescriptor.from_tensor(x.view(torch.int32), [TILE, TILE//2])
-    _cast_both[(tiles*tiles_m,)](squares, q.view(torch.int16), s, qt.view(torch.int32), st, M, K//2, tiles_m*TILE//4, s.stride(1), st.stride(1), tiles_m, tiles, TILE=TILE, UE8M0=ue8m0, GROUP=8)
+    _cast_both[(tiles*tiles_m,)](squares, q.view(torch.int16), s, qt.view(torch.int32), st, M, K//2, tiles_m*TILE//4, s.stride(1), st.stride(1), tiles_m, tiles, TILE=TILE, UE8M0=ue8m0, GROUP=8, num_warps=4, maxnreg=128)
     return Quantised(q, s), Quantised(qt, st)
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #eef40fca
-@tuned(dict(CHUNK=64, num_warps=8), dict(CHUNK=32, num_warps=8), dict(CHUNK=64, num_warps=4), key=("N", "K", "TRANSPOSE"))
 @triton.jit
 def _cast_blocks(w_ptr, q_ptr, s_ptr, qt_ptr, N, K, TILE:tl.constexpr, UE8M0:tl.constexpr, TRANSPOSE:tl.constexpr, CHUNK:tl.constexpr):
     w_ptr += tl.program_id(2).to(tl.int64)*N*K
@@ -192,7 +190,7 @@ def cast_blocks(
     tn, tk = triton.cdiv(N, TILE), triton.cdiv(K, TILE)
     q, s = torch.empty(w.shape, dtype=E4M3, device=w.device), torch.empty(*w.shape[:-2], tn, tk, dtype=torch.float32, device=w.device)
     qt = torch.empty(*w.shape[:-2], K, N, dtype=E4M3, device=w.device) if transpose else q
-    _cast_blocks[(tk, tn, E)](w, q, s, qt, N, K, TILE=TILE, UE8M0=ue8m0, TRANSPOSE=transpose)
+    _cast_blocks[(tk, tn, E)](w, q, s, qt, N, K, TILE=TILE, UE8M0=ue8m0, TRANSPOSE=transpose, CHUNK=64 if transpose else 32, num_warps=8)
     out = Quantised(q, s, (TILE, TILE))
     return (out, Quantised(qt, s.mT.contiguous(), (TILE, TILE))) if transpose else out
 
@@ -203,7 +201,6 @@ def _rounded(x):
     if EXACT: return x.to(tl.bfloat16).to(tl.float32)
     return tl.inline_asm_elementwise("{.reg .b32 two; cvt.rn.bf16x2.f32 two, $3, $2; shl.b32 $0, two, 16; and.b32 $1, two, 0xffff0000;}", "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
 
-@tuned(dict(BM=32, num_warps=4), dict(BM=64, num_warps=8), dict(BM=16, num_warps=4), dict(BM=32, num_warps=8), dict(BM=16, num_warps=2), key=("I",))
 @triton.jit
 def _swiglu_cast(gu_ptr, w_ptr, pairs_ptr, ends_ptr, q_ptr, s_ptr, M, I, E, stride, BM:tl.constexpr, TILE:tl.constexpr):
     if tl.program_id(1)*BM < tl.load(ends_ptr+E-1):
@@ -227,10 +224,10 @@ def swiglu_cast(
 )->Quantised: # [M,I], block (1,128); rows between an expert's count and its end are zero, rows after the last end undefined
     "`cast_rows(weighted_swiglu(gu, weights, lay))` in one pass."
     on_device("swiglu_cast", gu, weights)
-    M, I = len(gu), gu.shape[1]//2
+    M, I, BM = len(gu), gu.shape[1]//2, 16
     if I % TILE: raise ValueError(f"swiglu_cast: expert width {I} is not a multiple of {TILE}")
     q, s = torch.empty(M, I, dtype=E4M3, device=gu.device), _scales(I//TILE, M, gu.device)
-    _swiglu_cast[lambda c: (I//TILE, triton.cdiv(M, c["BM"]))](gu, weights, lay.pairs, lay.ends, q, s, M, I, len(lay.ends), s.stride(1), TILE=TILE)
+    _swiglu_cast[(I//TILE, triton.cdiv(M, BM))](gu, weights, lay.pairs, lay.ends, q, s, M, I, len(lay.ends), s.stride(1), BM=BM, TILE=TILE, num_warps=4)
     return Quantised(q, s)
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #254bc808
@@ -239,7 +236,6 @@ def _operands(gu_ptr, dh_ptr, at, half, I, mask):
     g, u, dh = tl.load(gu_ptr+at, mask=mask, other=0.), tl.load(gu_ptr+I+at, mask=mask, other=0.), tl.load(dh_ptr+half, mask=mask, other=0.)
     return g.to(tl.float32), u.to(tl.float32), dh.to(tl.float32)
 
-@tuned(dict(BM=8, num_warps=4), dict(BM=16, num_warps=8), dict(BM=16, num_warps=4), dict(BM=4, num_warps=2), key=("I",))
 @triton.jit
 def _swiglu_backward_cast(gu_ptr, dh_ptr, w_ptr, pairs_ptr, ends_ptr, compact_ptr, h_ptr, dgu_ptr, q_ptr, s_ptr, dw_ptr, M, I, E, stride, BM:tl.constexpr, TILE:tl.constexpr):
     if tl.program_id(0)*BM < tl.load(ends_ptr+E-1):
@@ -278,14 +274,13 @@ def swiglu_backward_cast(
 )->tuple[Tensor,Tensor,Quantised,Tensor]: # h [T*k,I] and gradient of gu [T*k,2I] in bf16 and compact rows; gradient of gu [M,2I] quantised, as in `swiglu_cast`; gradient of weights [T,k]
     "`weighted_swiglu` and `weighted_swiglu_backward` with a cast of the gradient, in one pass."
     on_device("swiglu_backward_cast", gu, dh, weights)
-    (M, I), n = dh.shape, len(compact.pairs)
+    (M, I), n, BM = dh.shape, len(compact.pairs), 8
     h, dgu, dw = dh.new_empty(n, I), gu.new_empty(n, 2*I), torch.zeros_like(weights)
     q, s = torch.empty(M, 2*I, dtype=E4M3, device=gu.device), _scales(2*I//TILE, M, gu.device)
-    _swiglu_backward_cast[lambda c: (triton.cdiv(M, c["BM"]),)](gu, dh, weights, lay.pairs, lay.ends, compact.rows, h, dgu, q, s, dw, M, I, len(lay.ends), s.stride(1), TILE=TILE)
+    _swiglu_backward_cast[(triton.cdiv(M, BM),)](gu, dh, weights, lay.pairs, lay.ends, compact.rows, h, dgu, q, s, dw, M, I, len(lay.ends), s.stride(1), BM=BM, TILE=TILE, num_warps=4)
     return h, dgu, Quantised(q, s), dw
 
 # %% ../../nbs/02_fp8/01_kernels.ipynb #17cdb74c
-@tuned(dict(num_warps=2), dict(num_warps=4), key=("D",))
 @triton.jit
 def _cast_permute(x_ptr, q_ptr, s_ptr, rows_ptr, D, tiles, K:tl.constexpr, KP:tl.constexpr, TILES:tl.constexpr, TILE:tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
@@ -317,6 +312,6 @@ def cast_permute(
     tiles = D//TILE
     TILES = triton.next_power_of_2(tiles)
     q, s, by_token = torch.empty(M, D, dtype=E4M3, device=x.device), _scales(tiles, M, x.device), torch.empty(T, tiles, device=x.device)
-    _cast_permute[(T,)](x, q, by_token, lay.rows, D, tiles, K=k, KP=triton.next_power_of_2(k), TILES=TILES, TILE=TILE)
+    _cast_permute[(T,)](x, q, by_token, lay.rows, D, tiles, K=k, KP=triton.next_power_of_2(k), TILES=TILES, TILE=TILE, num_warps=2)
     _permute_scales[(triton.cdiv(M, 128),)](by_token, s, lay.pairs, lay.ends, M, tiles, len(lay.ends), s.stride(1), K=k, BM=128, TILES=TILES)
     return Quantised(q, s)

@@ -147,13 +147,17 @@ def plain_weight_gradient(
 
 # %% ../../nbs/01_moe/10_experts_fused.ipynb #34a43f41
 @lru_cache
-def tiles()->dict: # name of the product to quack's GemmConfig
-    "The tile of each product on Hopper; raises `ImportError` if quack-kernels is not installed."
+def tiles(
+    device:torch.device, # a Hopper GPU
+)->dict: # name of the product to quack's GemmConfig
+    "The tile of each product; raises `ImportError` if quack-kernels is not installed."
     if find_spec("quack") is None: raise ImportError("fused products: backend 'quack' needs the package quack-kernels: pip install 'moe_rl[cuda]'")
     from quack.gemm_config import GemmConfig
     tile = lambda m, n, pingpong, cluster: GemmConfig(tile_m=m, tile_n=n, pingpong=pingpong, cluster_m=cluster[0], cluster_n=cluster[1], device_capacity=9, is_dynamic_persistent=False)
-    return dict(gate_up=tile(128, 256, False, (1, 1)), down=tile(128, 128, True, (1, 2)), down_backward=tile(128, 128, True, (1, 2)),
-                gate_up_backward=tile(128, 128, True, (1, 2)), weight_gradient=tile(128, 128, True, (1, 2)), weight_gradient_t=tile(192, 128, True, (1, 2)),
+    gate_up, gate_up_backward = tile(128, 256, False, (1, 1)), tile(128, 128, True, (1, 2))
+    if "H200" not in torch.cuda.get_device_name(device): gate_up, gate_up_backward = tile(128, 256, False, (2, 1)), tile(192, 128, True, (1, 2)) # slower memory
+    return dict(gate_up=gate_up, gate_up_backward=gate_up_backward, down=tile(128, 128, True, (1, 2)), down_backward=tile(128, 128, True, (1, 2)),
+                weight_gradient=tile(128, 128, True, (1, 2)), weight_gradient_t=tile(192, 128, True, (1, 2)),
                 weight_gradient_gather=tile(128, 256, False, (2, 1)), weight_gradient_t_gather=tile(128, 192, True, (2, 1)))
 
 def tile_of(
@@ -162,7 +166,7 @@ def tile_of(
 ):
     "The tile of a product, in a thread that may launch it."
     torch.cuda.current_stream(x.device).query() # CuTe asks the driver for the context of this thread; one of autograd's has none before its first call of the runtime
-    return tiles()[product]
+    return tiles(x.device)[product]
 
 def quack_product(product, a, b, out, **how):
     "One grouped product into `out`; `how` names its groups, its gather and what it interleaves."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import INTERPRETED, on_device, tl, triton, tuned
+from .kernels import INTERPRETED, on_device, tl, triton
 from .routing import Routing
 
 # %% ../../nbs/01_moe/09_router_gpu.ipynb #1f277a0d
@@ -44,7 +44,6 @@ def _split(d_ptr, out_ptr, T, E, BT:tl.constexpr, EP:tl.constexpr):
     tl.store(at+E, (d-big.to(tl.float32)).to(tl.bfloat16), mask=inside)
 
 # %% ../../nbs/01_moe/09_router_gpu.ipynb #0d7f8d8f
-@tuned(dict(BM=128, BN=64, num_warps=4), dict(BM=64, BN=128, num_warps=4), dict(BM=64, BN=256, num_warps=8), dict(BM=128, BN=128, num_warps=8), key=("N", "K"))
 @triton.jit
 def _add_product(c_ptr, a_ptr, b_ptr, out_ptr, M, N, K, stride, BM:tl.constexpr, BN:tl.constexpr, BK:tl.constexpr, WIDEN:tl.constexpr):
     m, n = tl.program_id(1).to(tl.int64)*BM + tl.arange(0, BM), tl.program_id(0)*BN + tl.arange(0, BN)
@@ -64,8 +63,8 @@ def add_product(
 )->Tensor: # [M,N] bf16
     "`c + a@b`, rounded once, reading c where it is."
     on_device("add_product", c, a, b)
-    (M, N), K, out = c.shape, len(b), torch.empty_like(c)
-    _add_product[lambda t: (triton.cdiv(N, t["BN"]), triton.cdiv(M, t["BM"]))](c, a, b, out, M, N, K, a.stride(0), BK=64, WIDEN=INTERPRETED)
+    (M, N), K, out, BM, BN = c.shape, len(b), torch.empty_like(c), 64, 128
+    _add_product[(triton.cdiv(N, BN), triton.cdiv(M, BM))](c, a, b, out, M, N, K, a.stride(0), BM=BM, BN=BN, BK=64, WIDEN=INTERPRETED, num_warps=4)
     return out
 
 # %% ../../nbs/01_moe/09_router_gpu.ipynb #044db255
