@@ -154,9 +154,9 @@ def tiles(
     if find_spec("quack") is None: raise ImportError("fused products: backend 'quack' needs the package quack-kernels: pip install 'moe_rl[cuda]'")
     from quack.gemm_config import GemmConfig
     tile = lambda m, n, pingpong, cluster: GemmConfig(tile_m=m, tile_n=n, pingpong=pingpong, cluster_m=cluster[0], cluster_n=cluster[1], device_capacity=9, is_dynamic_persistent=False)
-    gate_up, gate_up_backward = tile(128, 256, False, (1, 1)), tile(128, 128, True, (1, 2))
-    if "H200" not in torch.cuda.get_device_name(device): gate_up, gate_up_backward = tile(128, 256, False, (2, 1)), tile(192, 128, True, (1, 2)) # slower memory
-    return dict(gate_up=gate_up, gate_up_backward=gate_up_backward, down=tile(128, 128, True, (1, 2)), down_backward=tile(128, 128, True, (1, 2)),
+    h200 = "H200" in torch.cuda.get_device_name(device)
+    return dict(gate_up=tile(128, 256, False, (1, 1) if h200 else (2, 1)), gate_up_backward=tile(128 if h200 else 192, 128, True, (1, 2)),
+                down=tile(128, 128, True, (1, 2)), down_backward=tile(128, 128, True, (1, 2)),
                 weight_gradient=tile(128, 128, True, (1, 2)), weight_gradient_t=tile(192, 128, True, (1, 2)),
                 weight_gradient_gather=tile(128, 256, False, (2, 1)), weight_gradient_t_gather=tile(128, 192, True, (2, 1)))
 
