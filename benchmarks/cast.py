@@ -54,7 +54,7 @@ def measure(args):
     needs_hopper()
     from moe_rl.fp8.kernels import cast_blocks, cast_both, cast_rows, swiglu_cast
     from moe_rl.fp8.quant import quantise
-    from moe_rl.moe.experts_gpu import Layout
+    from moe_rl.gpu.experts import Layout
     torch.manual_seed(0)
     bad = check()
     x = torch.randn(65536, 4096, device="cuda").bfloat16()

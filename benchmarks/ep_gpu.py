@@ -190,8 +190,8 @@ def tools(w, k):
             r = route(x.float() @ router.T, k)
             return r.idx, r.weights
         return grouped_experts, choose
-    from moe_rl.moe.experts_gpu import gpu_experts
-    from moe_rl.moe.router_gpu import gate_logits, gpu_route
+    from moe_rl.gpu.experts import gpu_experts
+    from moe_rl.gpu.router import gate_logits, gpu_route
     def choose(x, router):
         r = gpu_route(gate_logits(x, router)[0], k)
         return r.idx, r.weights

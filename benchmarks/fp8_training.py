@@ -61,7 +61,7 @@ def build(kind, device, seed):
     from moe_rl.fp8.experts import Fp8Experts
     from moe_rl.fp8.linear import to_fp8
     from moe_rl.moe.experts import grouped_experts
-    from moe_rl.moe.experts_fused import fused_experts
+    from moe_rl.gpu.fused import fused_experts
     from moe_rl.moe.model import Afmoe, ModelConfig, init_weights, lower_precision
     cfg = ModelConfig(vocab_size=VOCAB, hidden_size=768, intermediate_size=2048, moe_intermediate_size=256, num_hidden_layers=8, num_dense_layers=1, num_attention_heads=6, num_key_value_heads=2,
                       head_dim=128, num_experts=32, num_experts_per_tok=4, sliding_window=256, route_scale=2.)

@@ -25,7 +25,7 @@ def measure(args):
     import deep_gemm
     from moe_rl.fp8.gemm import by_group, calc_diff
     from moe_rl.fp8.kernels import cast_rows
-    from moe_rl.moe.experts_gpu import layouts, permute
+    from moe_rl.gpu.experts import layouts, permute
     g = torch.Generator("cuda").manual_seed(0)
     idx = torch.rand(T, E, generator=g, device="cuda").topk(K, -1).indices
     lay, compact = layouts(idx, E, 128, 1)

@@ -23,7 +23,7 @@ MICRO = 8  # micro-batches that share a cast of the weights
 class Layer:
     "Our layer: float32 router product, fused routing, experts given."
     def __init__(self, w, experts):
-        from moe_rl.moe.router_gpu import gate_logits, gpu_route
+        from moe_rl.gpu.router import gate_logits, gpu_route
         self.router, self.gate_up, self.down = (w[n].detach().requires_grad_() for n in ("router", "gate_up", "down"))
         self.bias, self.experts, self.logits, self.route = torch.zeros(E, device="cuda"), experts, gate_logits, gpu_route
 
@@ -107,8 +107,8 @@ def no_sync(layer, x, up, backward):
 def compare(I):
     from moe_rl.fp8.experts import Fp8Experts
     from moe_rl.fp8.gemm import calc_diff
-    from moe_rl.moe.experts_fused import fused_experts
-    from moe_rl.moe.experts_gpu import gpu_experts
+    from moe_rl.gpu.fused import fused_experts
+    from moe_rl.gpu.experts import gpu_experts
     g = torch.Generator("cuda").manual_seed(1)
     x, up = (torch.randn(T, D, generator=g, device="cuda").bfloat16() for _ in range(2))
     x.requires_grad_()

@@ -3,8 +3,9 @@ import ast, json, re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {'00_start': 'Start', '01_moe': 'Mixture of experts', '02_fp8': 'Eight bits', '03_ep': 'Expert parallelism', '04_data': 'Data',
-           '05_train': 'Training', '06_rollout': 'Rollouts', '07_rl': 'Reinforcement learning', '80_app': 'The program'}
+FOLDERS = {'00_start': 'Start', '01_moe': 'Mixture of experts', '02_data': 'Data', '03_train': 'Training', '04_rollout': 'Rollouts',
+           '05_rl': 'Reinforcement learning', '06_app': 'The program', '10_gpu': 'GPU kernels', '11_fp8': 'Eight bits', '12_ep': 'Expert parallelism',
+           '13_scale': 'Scale', '14_panels': 'Panels'}
 
 def notebooks() -> list[tuple[str, Path, str, str, str]]: # folder, path below nbs/, title, subtitle, module or ''
     "Every notebook in reading order, by its first cell and its `default_exp`."

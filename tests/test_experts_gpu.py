@@ -5,13 +5,13 @@ from functools import partial
 from importlib.util import find_spec
 
 import pytest
-import moe_rl.moe.kernels as kernels  # before anything else imports triton
+import moe_rl.gpu.kernels as kernels  # before anything else imports triton
 import torch
 from hypothesis import given, settings, strategies as st
 
-from moe_rl.moe import experts_fused as FU, experts_gpu as G
+from moe_rl.gpu import experts as G, fused as FU
 from moe_rl.moe.experts import experts_loop
-from moe_rl.moe.router_gpu import bf16_pieces, gate_logits, gpu_route
+from moe_rl.gpu.router import bf16_pieces, gate_logits, gpu_route
 from moe_rl.moe.routing import route
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
@@ -122,7 +122,7 @@ def test_fused_products_are_the_plain_ones(T, E, k, D, I, unrouted):
 def test_fused_products_start_in_any_thread():
     "In a fresh process the thread of autograd has no CUDA context before its first call, and CuTe asks for one."
     code = """import torch
-from moe_rl.moe.experts_fused import fused_experts
+from moe_rl.gpu.fused import fused_experts
 x = torch.randn(8, 64, device="cuda").bfloat16().requires_grad_()
 w = [torch.randn(4, *s, device="cuda").bfloat16() for s in ((64, 64), (64, 32))]
 y = fused_experts(x, torch.arange(8, device="cuda")[:,None]%4, torch.ones(8, 1, device="cuda"), *w)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import moe_rl.moe.kernels as kernels  # before anything else imports triton
+import moe_rl.gpu.kernels as kernels  # before anything else imports triton
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
@@ -19,7 +19,7 @@ from moe_rl.fp8.gemm import by_group, calc_diff, gemm
 from moe_rl.fp8.linear import KeptCasts, fp8_linear, to_fp8
 from moe_rl.fp8.quant import E4M3, Quantised, dequantise, expand_scale, quantise, tile_amax, to_ue8m0
 from moe_rl.moe.checkpoint import CheckpointError, save_pretrained
-from moe_rl.moe.experts_gpu import layouts, permute, weighted_swiglu, weighted_swiglu_backward
+from moe_rl.gpu.experts import layouts, permute, weighted_swiglu, weighted_swiglu_backward
 from moe_rl.moe.model import Afmoe, ModelConfig, init_weights
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
