@@ -9,7 +9,8 @@ __all__ = ['COMMANDS', 'split_settings', 'pop_flag', 'cmd_run', 'cmd_sft', 'cmd_
 # %% ../nbs/06_app/03_cli.ipynb #0c74f87e
 import json, os, signal, sys
 from pathlib import Path
-from .config import Settings, UserError, help_table, load_settings, parse_overrides
+from .config import Settings, help_table, load_settings, parse_overrides
+from .errors import UserError
 
 # %% ../nbs/06_app/03_cli.ipynb #15e799b4
 def split_settings(args:list[str]) -> tuple[Settings, dict[str, str]]: # settings, overrides

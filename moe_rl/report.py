@@ -20,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
-from .config import Settings, UserError, all_keys
+from .config import Settings, all_keys
+from .errors import UserError
 from .rl.log import read_lines
 
 # %% ../nbs/06_app/02_report.ipynb #c00a3251

@@ -13,8 +13,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from moe_rl import cli, doctor
-from moe_rl.config import Settings, UserError, load_settings
+from moe_rl.config import Settings, load_settings
 from moe_rl.display import Display, Ticker
+from moe_rl.errors import UserError
 from moe_rl.report import PICTURES, read_run, write_report
 from moe_rl.rl.log import RunLog, claim, read_lines
 from moe_rl.rl.run import run

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 import moe_rl.rollout.environments as environments
-from moe_rl.config import UserError
+from moe_rl.errors import UserError
 from moe_rl.data.tokens import byte_tokenizer
 from moe_rl.rollout.environments import (Calculator, EnvError, Environment, Guard, Mixture, ReasoningGym, RolloutLost, Task, calculate, choose, load_env, load_envs, play, text_hash)
 

@@ -17,7 +17,8 @@ import torch
 import zmq
 from safetensors.torch import load_file
 
-from moe_rl.config import UserError, load_settings
+from moe_rl.config import load_settings
+from moe_rl.errors import UserError
 from moe_rl.data.tokens import byte_tokenizer
 from moe_rl.moe.model import Afmoe, init_weights
 from moe_rl.records import decode

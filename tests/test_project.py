@@ -55,7 +55,7 @@ def test_licence(): assert 'Apache License' in (ROOT/'LICENSE').read_text()[:200
 
 # ---------------------------------------------------------------- imports go one way
 LEVELS = ['', 'moe', 'data', 'train', 'rollout', 'rl', 'app', 'gpu', 'fp8', 'ep', 'scale', 'panels'] # '' holds the leaves, which everybody may import
-LEAVES, APP = {'config', 'bench', 'records'}, {'cli', 'display', 'report', 'doctor'}
+LEAVES, APP = {'errors', 'plugins', 'config', 'bench', 'records'}, {'cli', 'display', 'report', 'doctor'}
 FOLDERS = {'00_start': '', '01_moe': 'moe', '02_data': 'data', '03_train': 'train', '04_rollout': 'rollout', '05_rl': 'rl', '06_app': 'app',
            '10_gpu': 'gpu', '11_fp8': 'fp8', '12_ep': 'ep', '13_scale': 'scale', '14_panels': 'panels'}
 SHOW_THE_WHOLE = {'index', '00_start/00_tour'}  # nothing imports them: they lead through every folder, as all of 90_howto do
@@ -80,7 +80,8 @@ def test_module_imports_only_what_comes_before(path):
     me = name_of(path)
     for other in imported(path.read_text(), me.rpartition('.')[0]):
         assert level(other) <= level(me), f'{me} imports {other}, which comes later'
-    if me.split('.')[1] in {'config', 'records'}: assert not imported(path.read_text(), 'moe_rl'), f'{me} is a leaf: it imports nothing of moe_rl'
+    leaf = {'errors': set(), 'records': set(), 'plugins': {'moe_rl.errors'}, 'config': {'moe_rl.errors'}}.get(me.split('.')[1])
+    if leaf is not None: assert imported(path.read_text(), 'moe_rl') <= leaf, f'{me} is a leaf: it imports nothing of moe_rl but {leaf or "nothing"}'
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').with_suffix('').as_posix())
 def test_notebook_imports_only_what_comes_before(path):
@@ -116,6 +117,12 @@ def test_everything_imports_without_extras():
 def test_import_of_the_package_is_light():
     r = blocked('import moe_rl, moe_rl.moe, moe_rl.rl\nsys.exit(" ".join({"torch", "transformers", "numpy"} & set(sys.modules)) or 0)')
     assert r.returncode == 0, f'`import moe_rl` alone pulls in {r.stderr}'
+
+def test_mathematics_needs_no_settings_and_no_threads():
+    "Layers, losses, advantages and optimisers refuse a name or an argument without the settings (pydantic) and without what plays environments."
+    names = [name_of(p) for p in MODULES if name_of(p).split('.')[1] in ('moe', 'gpu', 'fp8')] + ['moe_rl.rl.loss', 'moe_rl.rl.advantage', 'moe_rl.train.optim', 'moe_rl.train.weights', 'moe_rl.train.checkpoint']
+    r = blocked(f'import importlib\nfor n in {names!r}: importlib.import_module(n)\nimport sys\nsys.exit(" ".join({{"pydantic", "moe_rl.config", "moe_rl.rollout.environments", "zmq"}} & set(sys.modules)) or 0)')
+    assert r.returncode == 0, f'mathematics pulls in {r.stderr[-2000:]}'
 
 def test_the_command_line_starts_without_what_it_does_not_use():
     r = blocked('import moe_rl.cli\nsys.exit(" ".join({"torch", "transformers", "reasoning_gym", "matplotlib"} & set(sys.modules)) or 0)')

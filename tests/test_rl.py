@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 import moe_rl.rl.loss as loss_module
-from moe_rl.config import UserError
+from moe_rl.errors import UserError
 from moe_rl.data.batch import micro_batch, to_torch
 from moe_rl.moe.attention import packed_attend
 from moe_rl.moe.model import Afmoe, ModelConfig, init_weights, moe_modules

@@ -3,7 +3,7 @@ import math, os, shutil, signal, subprocess, sys
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from moe_rl.config import UserError
+from moe_rl.errors import StorageError, UserError
 from moe_rl.data.batch import micro_batches, to_torch
 from moe_rl.moe.model import Afmoe, ModelConfig, init_weights, moe_modules
 from moe_rl.records import Rollout
@@ -323,7 +323,8 @@ def test_full_disk_is_one_line_and_overwrites_nothing(tmp_path):
     code = f'''
 import resource, signal, torch
 from moe_rl.train import checkpoint as ck
-from moe_rl.train.weights import StorageError, publish
+from moe_rl.errors import StorageError
+from moe_rl.train.weights import publish
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 big = {{'w': torch.zeros(100_000)}}
@@ -338,7 +339,7 @@ except StorageError as e: print(e)
     assert len(lines) == 3 and all('File too large; what was there before is untouched' in l and 'cannot write' in l for l in lines)
     assert {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == before
     if os.path.exists('/dev/full'):
-        with pytest.raises(wt.StorageError, match='No space left on device'): ck.write_bytes('/dev/full', b'x')
+        with pytest.raises(StorageError, match='No space left on device'): ck.write_bytes('/dev/full', b'x')
 
 @pytest.mark.parametrize('harm, said', [
     (lambda c: (c/'model.safetensors').write_bytes((c/'model.safetensors').read_bytes()[:30]), 'model.safetensors has 30 of'),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import UserError
+from ..errors import UserError
 from .experts import fp8_experts_plain
 from .linear import to_fp8
 from .quant import E4M3_MAX, MIN_AMAX, dequantise, quantise

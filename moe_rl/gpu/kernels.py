@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from ..config import UserError
+from ..errors import UserError
 
 # %% ../../nbs/10_gpu/00_kernels.ipynb #94034f95
 class Absent:

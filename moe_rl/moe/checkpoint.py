@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..config import UserError
+from ..errors import StorageError, sync_path
 from .experts import ExpertsFn, auto_experts
 from .model import Afmoe, ModelConfig, stays_float32
 
@@ -47,7 +47,7 @@ def to_hf(
     return out
 
 # %% ../../nbs/01_moe/05_checkpoint.ipynb #8c293233
-class CheckpointError(UserError):
+class CheckpointError(StorageError):
     "A folder that cannot be read or written as a checkpoint. One line: what, where, remedy."
 
 # %% ../../nbs/01_moe/05_checkpoint.ipynb #a6add116
@@ -216,13 +216,6 @@ def _write(
         (folder/"model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (folder/"config.json").write_text(json.dumps(to_hf_config(model.cfg, model.embed_tokens.weight.dtype), indent=1))
 
-# %% ../../nbs/01_moe/05_checkpoint.ipynb #672315fb
-def _sync(path:Path)->None:
-    "Force a file or a directory entry to disk, so that a rename never precedes what it names."
-    fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
-
 # %% ../../nbs/01_moe/05_checkpoint.ipynb #082607e7
 def save_pretrained(
     model:Afmoe,
@@ -242,10 +235,10 @@ def save_pretrained(
         new.mkdir(parents=True)
         _write(new, model, shard_bytes)
         if extra_files is not None: extra_files(new)
-        for f in new.rglob("*"): _sync(f)
+        for f in new.rglob("*"): sync_path(f)
         if folder.exists(): folder.rename(old)
         new.rename(folder)
-        _sync(folder.parent)
+        sync_path(folder.parent)
     except (OSError, SafetensorError) as e: raise CheckpointError(f"{folder} could not be written ({e}); free space or choose another folder, nothing was replaced") from e
     finally:
         if old.exists() and not folder.exists(): old.rename(folder)

@@ -8,8 +8,7 @@ __all__ = ['ADVANTAGES', 'group_rewards', 'grpo', 'grpo_std', 'rloo', 'maxrl', '
 # %% ../../nbs/05_rl/00_advantage.ipynb #5586cf21
 from typing import Callable
 import numpy as np
-from ..config import UserError
-from ..rollout.environments import load_attribute
+from ..plugins import choose_by_name
 
 # %% ../../nbs/05_rl/00_advantage.ipynb #fc6cf3ef
 def group_rewards(rewards)->np.ndarray: # [G] float64
@@ -60,8 +59,7 @@ def resolve(
     name:str # a key of `ADVANTAGES`, or 'module:attribute' of your own
 )->Callable: # [G] rewards -> [G] float32
     "The advantage function that a setting names, its results checked. `UserError` for an unknown name."
-    if name not in ADVANTAGES and ':' not in name: raise UserError(f'rl.advantage: {name!r}, expected one of {", ".join(ADVANTAGES)} or "module:attribute"')
-    function = ADVANTAGES.get(name) or load_attribute(name)
+    function = choose_by_name(name, ADVANTAGES, 'rl.advantage')
     def checked(rewards):
         advantages = np.asarray(function(rewards), dtype=np.float32)
         if advantages.shape != (len(rewards),) or not np.isfinite(advantages).all():

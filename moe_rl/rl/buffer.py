@@ -12,7 +12,7 @@ from collections import Counter
 from typing import Callable
 import msgspec
 import numpy as np
-from ..config import UserError
+from ..errors import UserError
 from ..records import Rollout, decode, encode, min_version
 
 # %% ../../nbs/05_rl/03_buffer.ipynb #3d7534da

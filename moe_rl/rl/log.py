@@ -8,7 +8,8 @@ __all__ = ['claim', 'Board', 'RunLog', 'read_lines', 'audit']
 # %% ../../nbs/05_rl/06_log.ipynb #eb145d1b
 import fcntl, json, math, os, platform, shutil, time
 from pathlib import Path
-from ..config import Settings, UserError, to_toml
+from ..config import Settings, to_toml
+from ..errors import UserError
 
 # %% ../../nbs/05_rl/06_log.ipynb #329bf8d1
 def claim(folder:Path, settings:Settings|None, resume:bool):

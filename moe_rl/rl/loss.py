@@ -12,8 +12,8 @@ from functools import partial
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
-from ..config import UserError
-from ..rollout.environments import load_attribute
+from ..errors import UserError
+from ..plugins import choose_by_name
 
 # %% ../../nbs/05_rl/01_loss.ipynb #871133fb
 BOUND = 20. # largest |log-ratio| that is exponentiated: e^20 is 4.9e8
@@ -171,8 +171,7 @@ def resolve(
     **settings   # of that loss
 )->Callable:     # fn(logp, logp_old, adv, mask, cu_seqlens) -> LossOut
     "The loss function that a setting names, with its own settings bound. `UserError` for an unknown name or setting."
-    if name not in LOSSES and ':' not in name: raise UserError(f'rl.loss: {name!r}, expected one of {", ".join(LOSSES)} or "module:attribute"')
-    function = LOSSES.get(name) or load_attribute(name)
+    function = choose_by_name(name, LOSSES, 'rl.loss')
     parameters = inspect.signature(function).parameters
     known = [n for n, p in parameters.items() if p.default is not p.empty]
     free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -10,7 +10,8 @@ __all__ = ['STARTING', 'Worker', 'EnginePool', 'natural', 'State', 'seed_of', 'i
 import asyncio, collections, math, time
 from pathlib import Path
 import msgspec, numpy as np
-from ..config import Settings, UserError
+from ..config import Settings
+from ..errors import UserError
 from ..data.batch import micro_batches
 from ..records import Rollout
 from .advantage import resolve

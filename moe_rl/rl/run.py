@@ -9,7 +9,8 @@ __all__ = ['tokenizer_at', 'keep_tokenizer', 'make_tokenizer', 'check', 'start',
 # %% ../../nbs/05_rl/09_run.ipynb #c87043bf
 import asyncio, itertools, os, secrets, subprocess, sys, time
 from pathlib import Path
-from ..config import Settings, UserError
+from ..config import Settings
+from ..errors import UserError
 from ..data.tokens import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe, wording_tokenizer
 from .log import RunLog, claim
 from ..moe.checkpoint import check_pretrained, check_vocabulary, load_pretrained

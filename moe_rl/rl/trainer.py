@@ -10,7 +10,8 @@ import math, time
 from pathlib import Path
 import msgspec, numpy as np, torch
 from torch import Tensor
-from ..config import Settings, UserError
+from ..config import Settings
+from ..errors import UserError
 from ..data.batch import TensorBatch, to_torch
 from ..moe.attention import packed_attend
 from ..moe.balance import max_vio, router_z_loss, sequence_aux_loss, sign_update, smebu_update

@@ -10,7 +10,7 @@ __all__ = ['Message', 'Hello', 'Beat', 'Failure', 'Generate', 'Abort', 'Generate
 import ctypes, hmac, os, signal, sys, time, traceback
 from collections.abc import Callable
 import msgspec, zmq, zmq.asyncio
-from ..config import UserError
+from ..errors import UserError
 from ..records import MicroBatch, decode, encode
 from ..rollout.engine import Finished, Request
 

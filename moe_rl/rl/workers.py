@@ -9,7 +9,8 @@ __all__ = ['device_of', 'prepare', 'answers', 'warm_start', 'train_worker', 'ref
 import copy, os, sys, time
 from pathlib import Path
 import torch
-from ..config import Settings, UserError, load_settings
+from ..config import Settings, load_settings
+from ..errors import UserError
 from ..data.tokens import Tokenizer, load_tokenizer
 from ..moe.checkpoint import save_pretrained
 from ..moe.model import Afmoe

@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['GOLDEN', 'Task', 'exact_match', 'text_hash', 'is_held_out', 'mix', 'Environment', 'held_out_tasks', 'solved_examples',
-           'seeded', 'ReasoningGym', 'make_dataset', 'calculate', 'Calculator', 'load_attribute', 'load_env', 'choose',
-           'Mixture', 'load_envs', 'RolloutLost', 'EnvError', 'contain', 'Calls', 'usable_reward', 'Guard', 'Episode',
-           'play']
+           'seeded', 'ReasoningGym', 'make_dataset', 'calculate', 'Calculator', 'load_env', 'choose', 'Mixture',
+           'load_envs', 'RolloutLost', 'EnvError', 'contain', 'Calls', 'usable_reward', 'Guard', 'Episode', 'play']
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #bddaeb8e
-import asyncio, copy, difflib, hashlib, importlib, inspect, math, queue, random, re, threading
+import asyncio, copy, difflib, hashlib, inspect, math, queue, random, re, threading
 from collections import Counter
 from contextlib import contextmanager
 from concurrent.futures import Future
 from typing import Any, Awaitable, Callable
 import msgspec
 import numpy as np
-from ..config import UserError
+from ..errors import UserError
+from ..plugins import load_attribute
 from ..data.tokens import Tokenizer
 from ..records import Rollout, join_routes
 
@@ -202,12 +202,6 @@ class Calculator(Environment):
         return calculate(text[1:]) if text.startswith('=') else None
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #acfe3f53
-def load_attribute(path:str)->Any: # the object
-    "What `module:attribute` names. `UserError` if either part does not exist."
-    module, _, attribute = path.partition(':')
-    try: return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as e: raise UserError(f'{path}: cannot be imported: {e}') from e
-
 def load_env(
     section:dict|str, # {name, params} or a name
     seed:int=0        # of the training stream

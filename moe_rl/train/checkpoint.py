@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 import msgspec
 from ..records import decode, encode
-from .weights import StorageError, load_tensors, save_tensors, sync_path, write_error
+from ..errors import StorageError, sync_path, write_error
+from .weights import load_tensors, save_tensors
 _all_ = ['save_tensors', 'load_tensors']
 
 # %% ../../nbs/03_train/03_checkpoint.ipynb #1af2dca8

@@ -10,7 +10,7 @@ __all__ = ['NS_COEFFS', 'orthogonalise', 'matrices', 'Muon', 'uses_muon', 'stack
 import math
 import torch
 from torch import Tensor, nn
-from ..config import UserError
+from ..errors import UserError
 
 # %% ../../nbs/03_train/00_optim.ipynb #32c7b5ea
 NS_COEFFS = (3.4445, -4.7750, 2.0315)

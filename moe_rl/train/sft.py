@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from ..config import UserError
+from ..errors import UserError
 from ..records import MicroBatch, Rollout
 from ..data.batch import TensorBatch, micro_batches, to_torch
 from ..moe.attention import packed_attend
