@@ -25,16 +25,25 @@ def pop_flag(args:list[str], flag:str) -> bool:
 
 # %% ../nbs/06_app/03_cli.ipynb #ba2f4465
 def cmd_run(args:list[str]) -> int:
-    "run [--config FILE] [--KEY VALUE ...] | run --resume FOLDER"
+    "run [--config FILE] [--KEY VALUE ...] | run --resume FOLDER | run --extend FOLDER --rl.steps N ..."
     from moe_rl.display import Display
     from moe_rl.report import write_report
-    from moe_rl.rl.run import run
+    from moe_rl.rl.run import extend, finished, run
+    if '--extend' in args:
+        at = args.index('--extend')
+        args, longer = args[at + 1:at + 2], args[:at] + args[at + 2:]
+        if not args or not (Path(args[0])/'config.toml').exists(): raise UserError('run --extend takes the folder of a run and new limits: moe-rl run --extend runs/x --rl.steps 400')
+        extend(Path(args[0]), parse_overrides(longer))
+        args = ['--resume', *args]
     resume = pop_flag(args, '--resume')
     if resume:
         if len(args) != 1: raise UserError('run --resume takes one run folder and no settings: they are in its config.toml')
         folder = Path(args[0])
         if not (folder/'config.toml').exists(): raise UserError(f'{folder}: no run to resume there')
         settings = load_settings(folder/'config.toml', {'dir': str(folder)})
+        if done := finished(folder):
+            print(f'{folder} is finished: {done["why"]}; model in {folder}/model; `moe-rl run --extend {folder} --rl.steps N` goes on')
+            return 0
     else: settings, _ = split_settings(args)
     if settings.schedule.deterministic and os.environ.get('PYTHONHASHSEED') != '0': # some tasks draw from sets, whose order hangs on the hash seed
         os.environ['PYTHONHASHSEED'] = '0'

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -22,15 +23,16 @@ from moe_rl.errors import UserError
 from moe_rl.data.tokens import byte_tokenizer
 from moe_rl.moe.model import Afmoe, init_weights
 from moe_rl.records import decode
-from moe_rl.rl import wire
+from moe_rl.rl import wire, workers
 from moe_rl.rl.buffer import BufferState
 from moe_rl.rl.log import RunLog, audit, read_lines
 from moe_rl.rl.orchestrator import EnginePool, Orchestrator, State, Worker, receive, watch
 from moe_rl.rl.run import stop
 from moe_rl.rl.trainer import model_config
-from moe_rl.rl.wire import Beat, Client, Failure, Generate, Generated, Hello, Server, Stop, Trained, Update
+from moe_rl.rl.wire import Beat, Client, Failure, Generate, Generated, Hello, Missing, Server, Stop, Trained, Update, Updated
 from moe_rl.rollout.engine import Engine, Finished, Request
 from moe_rl.rollout.environments import Environment, Guard, Task
+from moe_rl.train import weights
 from moe_rl.train.checkpoint import CheckpointError, commit, latest, load_state, stage, verify
 
 TINY = {'model.hidden_size': 32, 'model.intermediate_size': 32, 'model.moe_intermediate_size': 16, 'model.num_hidden_layers': 2, 'model.num_attention_heads': 2, 'model.num_key_value_heads': 1,
@@ -208,6 +210,8 @@ def crashed(folder, name):
     shutil.copytree(folder, copy)
     for n in (3, 4): shutil.rmtree(copy / 'checkpoints' / f'step_{n}')
     shutil.rmtree(copy / 'model')
+    for n in ('finished.json', 'end.msgpack'): (copy / n).unlink()
+    for n in range(30, 34): shutil.copytree(copy / 'weights' / 'v4', copy / 'weights' / f'v{n}')   # of a life that went much further
     for half in ('.step_4.tmp', 'step_3'):
         shutil.copytree(copy / 'checkpoints' / 'step_2', copy / 'checkpoints' / half)
         (copy / 'checkpoints' / half / 'COMMITTED').unlink()
@@ -228,6 +232,80 @@ def test_known_failure_28_resume_after_a_crash_between_two_checkpoints(determini
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert timeless(folder) == timeless(deterministic) and [r['step'] for r in timeless(folder)] == [1, 2, 3, 4]
     assert read_lines(folder / 'ledger.jsonl') == read_lines(deterministic / 'ledger.jsonl') and books(folder) == SOUND
+
+
+@pytest.mark.parametrize('bug', [False, True])
+def test_what_an_earlier_life_left_is_not_taken_for_ours(tmp_path, bug):
+    "A resumed trainer at step 20 publishes v20 and v21 where v30 to v33 lie. Bug: the highest numbers are kept, and what was just written goes."
+    def prune(folder, oldest, newest=sys.maxsize):
+        if bug: [shutil.rmtree(weights.version_path(folder, v)) for v in weights.versions(folder)[:-4]]
+        else: weights.prune(folder, oldest, newest)
+    for v in range(30, 34): weights.publish(tmp_path, v, dict(w=torch.zeros(2)))
+    prune(tmp_path, 0, 20)
+    for v in (20, 21):
+        weights.publish(tmp_path, v, dict(w=torch.ones(2)))
+        prune(tmp_path, v - 3)
+    assert weights.versions(tmp_path) == ([30, 31, 32, 33] if bug else [20, 21])
+
+
+@pytest.mark.parametrize('bug', [False, True])
+def test_an_order_that_waited_is_stale(tmp_path, bug):
+    "An engine that loads for long finds three orders, two of versions that are gone. Bug: it obeys the first, which ends the run."
+    class Post:
+        mail = [Update(83, str(tmp_path)), Generate([]), Update(84, str(tmp_path)), Update(120, str(tmp_path))]
+        def poll(self, seconds): return self.mail.pop(0) if self.mail else None
+    weights.publish(tmp_path, 120, dict(w=torch.zeros(2)))
+    engine = SimpleNamespace(update_weights=lambda version, tensors, manifest: 'fingerprint')
+    mail = Post.mail[:] if bug else workers.inbox(Post(), 1)
+    answers = [workers.take(engine, m.version, m.folder, 'cpu') for m in mail if isinstance(m, Update)]
+    assert answers == [Missing(83), Missing(84), Updated(120, 'fingerprint')][0 if bug else 2:]
+
+
+@pytest.mark.parametrize('bug', [False, True])
+def test_versions_that_an_engine_was_told_to_take_stay(monkeypatch, bug):
+    "Two engines; one confirms, the other loads for long. Bug: the trainer may prune below what the slow one was told."
+    if bug: monkeypatch.setattr(EnginePool, 'oldest', lambda self: self.latest[0])
+    async def go():
+        pool = EnginePool(Wire())
+        pool.engines = {n: Worker(n, Alive()) for n in ('engine-0.0', 'engine-1.0')}
+        for e in pool.engines.values(): e.ready.set()
+        for v in range(1, 6):
+            waits = asyncio.ensure_future(pool.update(v, 'weights'))
+            await asyncio.sleep(0)
+            pool.took('engine-0.0', v)
+            waits.cancel()
+        assert pool.oldest() == (5 if bug else 1)
+        pool.took('engine-1.0', 4)
+        assert pool.oldest() == 5
+        await pool.missing('engine-1.0', 3)                              # told again, of the newest
+        assert pool.server.sent[-1] == ('engine-1.0', Update(5, 'weights'))
+        with pytest.raises(UserError, match='engine-1.0: weights v5 are not in weights'): await pool.missing('engine-1.0', 5)
+    asyncio.run(go())
+
+
+def test_a_finished_run_is_finished(deterministic, home):
+    "Bugs: resumed, it trains on and replaces its model; killed before the model was written, it decides anew."
+    model = deterministic / 'model' / 'model.safetensors'
+    before = model.stat().st_mtime_ns, model.read_bytes()
+    run = Command(home, '--resume', deterministic)
+    assert run.wait() == 0 and 'is finished: rl.steps = 4 are done' in run.said() and '--extend' in run.said(), run.said()
+    assert (model.stat().st_mtime_ns, model.read_bytes()) == before
+    folder = home / 'ended'
+    shutil.copytree(deterministic, folder)
+    shutil.rmtree(folder / 'model')
+    (folder / 'finished.json').unlink()
+    config = folder / 'config.toml'
+    config.write_text(config.read_text().replace('\nsteps = 4\n', '\nsteps = 9\n'))
+    run = Command(home, '--resume', folder)
+    assert run.wait() == 0 and len(run.lines('metrics.jsonl')) == 4, run.said()     # its end was decided at step 4
+    assert (folder / 'model' / 'model.safetensors').read_bytes() == before[1] and books(folder) == SOUND
+    assert [e['step'] for e in run.lines('evals.jsonl')] == [0, 4]
+    run = Command(home, '--extend', folder, '--rl.loss', 'gspo')
+    assert run.wait() == 2 and 'rl.loss may not change' in run.said()
+    run = Command(home, '--extend', folder, '--rl.steps', '5')
+    run.folder = folder
+    assert run.wait() == 0 and [r['step'] for r in run.lines('metrics.jsonl')] == [1, 2, 3, 4, 5], run.said()
+    assert (folder / 'model' / 'model.safetensors').read_bytes() != before[1] and books(folder) == SOUND
 
 
 def test_known_failure_28_bugs(deterministic):
