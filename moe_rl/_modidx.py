@@ -888,6 +888,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'moe_rl.rl.buffer.fates': ('05_rl/buffer.html#fates', 'moe_rl/rl/buffer.py'),
                                   'moe_rl.rl.buffer.ids_of': ('05_rl/buffer.html#ids_of', 'moe_rl/rl/buffer.py'),
                                   'moe_rl.rl.buffer.judge': ('05_rl/buffer.html#judge', 'moe_rl/rl/buffer.py')},
+            'moe_rl.rl.gate': {'moe_rl.rl.gate.room': ('05_rl/gate.html#room', 'moe_rl/rl/gate.py')},
             'moe_rl.rl.log': { 'moe_rl.rl.log.Board': ('05_rl/log.html#board', 'moe_rl/rl/log.py'),
                                'moe_rl.rl.log.Board.__init__': ('05_rl/log.html#board.__init__', 'moe_rl/rl/log.py'),
                                'moe_rl.rl.log.Board.scalars': ('05_rl/log.html#board.scalars', 'moe_rl/rl/log.py'),

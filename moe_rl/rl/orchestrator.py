@@ -17,6 +17,7 @@ from ..data.batch import micro_batches
 from ..records import Rollout, encode
 from .advantage import resolve
 from .buffer import Buffer, Group
+from .gate import room
 from .wire import Beat, Failure, Generate, Generated, Hello, Missing, Save, Server, Train, Trained, Update, Updated
 from ..rollout.engine import Finished, Request
 from ..rollout.environments import Guard, RolloutLost, play
@@ -204,9 +205,9 @@ class Orchestrator:
 
     # ---- rollouts
     def room(self) -> int: # groups that may be issued now
-        "The gate: see the formula above."
-        version, B = min(self.pool.version.values(), default=-1), self.s.rl.groups_per_step
-        return (version + 1 + self.s.rl.max_staleness - self.started) * B - len(self.state.live) - len(self.buffer.complete)
+        "What the gate lets through: see the formula above."
+        version = min(self.pool.version.values(), default=-1)
+        return room(version, self.started, len(self.state.live), len(self.buffer.complete), self.s.rl.groups_per_step, self.s.rl.max_staleness)
 
     def feed(self):
         "Issue groups while the gate is open and steps are left."
