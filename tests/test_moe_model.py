@@ -11,7 +11,8 @@ from moe_rl.moe import attention, checkpoint, model as model_module
 from moe_rl.moe.attention import PackedAttend, document_mask, masked_attend, packed_attend, packed_positions
 from moe_rl.moe.checkpoint import CheckpointError, from_hf_config, load_pretrained, save_pretrained, to_hf_config
 from moe_rl.moe.model import Afmoe, MoE, ModelConfig, ModelOutput, init_weights, moe_modules
-from moe_rl.moe.zoo import PRESETS, count_parameters
+from moe_rl.moe.spec import count_parameters
+from moe_rl.moe.zoo import PRESETS, preset
 
 TINY = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=5, num_dense_layers=2, num_attention_heads=4,
                    num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=2, sliding_window=4, route_scale=2., max_position_embeddings=128)
@@ -298,12 +299,14 @@ def test_transformers_reads_ours_and_we_read_theirs(monkeypatch, tmp_path):
 
 
 def test_parameters_are_those_that_transformers_counts():
-    from transformers import AfmoeConfig, AfmoeForCausalLM
-    for cfg in PRESETS.values():
-        with torch.device("meta"): theirs = AfmoeForCausalLM(AfmoeConfig(**to_hf_config(cfg)))
-        total = sum(p.numel() for p in theirs.parameters())
-        unchosen = sum(p.numel() for n, p in theirs.named_parameters() if ".experts." in n)*(cfg.num_experts-cfg.num_experts_per_tok)//cfg.num_experts
-        assert count_parameters(cfg) == (total, total-unchosen)
+    import transformers
+    for name, config in PRESETS.items():
+        spec, kind = preset(name), {"kimi_k2": "deepseek_v3"}.get(config["model_type"], config["model_type"])
+        theirs = transformers.AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
+        with torch.device("meta"): model = transformers.AutoModelForCausalLM.from_config(theirs)
+        total = sum(p.numel() for p in model.parameters())
+        unchosen = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)*(spec.num_experts-spec.num_experts_per_tok)//spec.num_experts
+        assert count_parameters(spec) == (total, total-unchosen), name
 
 
 def test_config_json_has_what_vllm_reads(tmp_path):

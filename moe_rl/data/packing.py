@@ -12,6 +12,7 @@ import heapq, math, warnings
 from bisect import bisect_left
 from dataclasses import dataclass
 import numpy as np
+from ..moe.spec import ModelSpec, forward_flops
 
 # %% ../../nbs/02_data/02_packing.ipynb #ee1db83a
 def lognormal_lengths(
@@ -162,19 +163,11 @@ def batch_token_budget(
 
 # %% ../../nbs/02_data/02_packing.ipynb #772e9540
 def sequence_flops(
-    cfg,     # a `ModelConfig`, or any object with its names
+    spec:ModelSpec,
     lengths  # [n] tokens
 )->np.ndarray: # [n] float64
-    "Training FLOPs (forward and backward) of sequences: linear in tokens, quadratic in the global attention layers (every `global_attn_every_n_layers`-th)."
-    n = np.asarray(lengths, np.float64)
-    D, a, kv = cfg.hidden_size, cfg.num_attention_heads*cfg.head_dim, cfg.num_key_value_heads*cfg.head_dim
-    L, dense, every = cfg.num_hidden_layers, cfg.num_dense_layers, cfg.global_attn_every_n_layers
-    experts = 3*D*cfg.moe_intermediate_size*(cfg.num_experts_per_tok + cfg.num_shared_experts) + D*cfg.num_experts
-    per_token = L*(3*D*a + 2*D*kv) + dense*3*D*cfg.intermediate_size + (L-dense)*experts + D*cfg.vocab_size
-    w = np.minimum(n, cfg.sliding_window)
-    pairs_global, pairs_local = n*(n+1)/2, w*(w+1)/2 + (n-w)*w
-    per_pair = 2*a
-    return 3*2*(n*per_token + per_pair*(L//every*pairs_global + (L - L//every)*pairs_local))
+    "Training FLOPs (forward and backward) of sequences: linear in tokens, and every pair of tokens that attend, layer by layer."
+    return 3*forward_flops(spec, lengths)
 
 # %% ../../nbs/02_data/02_packing.ipynb #8530669e
 def longest_first(
