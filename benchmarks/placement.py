@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from moe_rl.ep.eplb import balance, draw_routes, eplb, evenly, gpu_loads, gumbel, nodes_per_token, strengths, zipf
-from moe_rl.ep.placement import company, moved, place, rebalance, weigh
+from moe_rl.ep.placement import company, moved, place, place_ungrouped, rebalance, weigh
 from moe_rl.ep.replicas import realised
 
 E, GROUPS, K = 256, 8, 8
@@ -88,7 +88,37 @@ def measure(args:list[str])->dict:
     figures.update(moved_share=moved(kept, few), after_move_share=b/bf, after_move_nodes=n-nf)
     print(f"  balance {b/bf:.3f} of a fresh placement; nodes {n-nf:+.3f}")
     recorded(row)
+    figures.update(ungrouped(row))
     return dict(figures={k: round(float(v), 4) for k, v in figures.items()})
+
+
+def free_layer(seed, num_experts, k, topics, tokens):
+    "Loads [E] and routes [2*tokens,k] of a router without groups; with `topics`, each token has one and each topic its favourites."
+    rng = np.random.default_rng(seed)
+    loads, noise, free = zipf(rng, num_experts), gumbel(rng, 2*tokens, num_experts), dict(k=k, groups=1, topk_groups=1)
+    if topics: noise = noise + 1.2*rng.normal(size=(topics, num_experts))[rng.integers(0, topics, 2*tokens)]
+    return loads, draw_routes(strengths(loads, noise, **free), noise, **free)
+
+
+def ungrouped(row, layers=2, tokens=8192):
+    "Routers without groups (Trinity, Qwen3, Kimi): DeepSeek's global policy beside `place_ungrouped`, planned on one sample of tokens and counted on another."
+    print("no groups: experts, k, nodes of 8 GPUs, topics of the text; planned on half of the tokens, counted on the other half")
+    cases = [(E, k, N, topics) for E, k in ((128, 8), (160, 8), (256, 4), (384, 8)) for N in range(4, 10) for topics in (0, 8)]
+    worse, visits, better = 0, [], []
+    for E, k, N, topics in cases:
+        gpus = 8*N
+        slots = -(-E*5//4//gpus)*gpus
+        loads, routes = (np.stack(x, a) for x, a in zip(zip(*(free_layer(s, E, k, topics, tokens) for s in range(layers))), (0, 1)))
+        pair = []
+        for name, p in (("global", evenly(eplb(loads, slots, 1, 1, gpus), E, N, gpus)), ("ours", place_ungrouped(loads, slots, N, gpus, routes[:tokens]))):
+            pair.append((balance(gpu_loads(p, loads)), nodes_per_token(p, routes[tokens:])))
+            row(f"  {E} experts, {k} a token, {N} nodes, {topics} topics, {slots} slots, {name}", *pair[-1])
+        (b0, n0), (b1, n1) = pair
+        worse += b1 < b0 - 1e-4 or n1 > n0 + 1e-3
+        visits.append(n0 - n1); better.append(b1 - b0)
+    print(f"{len(cases)} cases, {worse} worse in balance or nodes; saved visits {min(visits):.4f} to {max(visits):.3f}, balance {min(better):+.4f} to {max(better):+.3f}")
+    return dict(ungrouped_cases=len(cases), ungrouped_worse=worse, ungrouped_visits_saved=max(visits), ungrouped_visits_saved_least=min(visits),
+                ungrouped_balance_gained=max(better), ungrouped_balance_gained_least=min(better))
 
 
 def recorded(row):

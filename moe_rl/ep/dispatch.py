@@ -189,13 +189,19 @@ class Hierarchical:
         try: a, problem = self.between.send(parts, idx, weights), ""
         except ExchangeError as e:  # heard on this rail only: the node must hear it too
             a, problem = Sent(tuple(p[:0] for p in parts), idx[:0], weights[:0], None), str(e)
+        kept, most = None, self.between.num_local
+        if idx.shape[1] > most:             # a token has at most that many choices on a node: the columns of the others are left out
+            kept = (a.idx < 0).sort(dim=1, stable=True).indices[:,:most]
+            a = a._replace(idx=a.idx.gather(1, kept), weights=a.weights.gather(1, kept))
         b = self.inside.send(a.parts, a.idx, a.weights, problem)
-        return b._replace(plan=(a.plan, b.plan))
+        return b._replace(plan=(a.plan, b.plan, kept, idx.shape[1]))
 
     def scatter(self, rows, plan): return self.inside.scatter(self.between.scatter(rows, plan[0]), plan[1])
 
     def gather(self, rows, plan, weights=None):
         rows, weights = self.inside.gather(rows, plan[1], weights)
+        if weights is not None and (kept := plan[2]) is not None:
+            weights = weights.new_zeros(len(weights), plan[3]).scatter(1, kept, weights)
         return self.between.gather(rows, plan[0], weights)
 
 # %% ../../nbs/12_ep/01_dispatch.ipynb #bc1e4caf
