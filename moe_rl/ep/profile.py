@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .dispatch import expected_places
 from .eplb import balance, gpu_loads, nodes_per_token
-from .placement import company, place, weigh
+from .placement import company, place, place_ungrouped, weigh
 
 # %% ../../nbs/12_ep/06_profile.ipynb #96df366a
 def count_routes(
@@ -101,8 +100,9 @@ def topologies(
         gpus = n*gpus_per_node
         slots = -(-round(E*(1+spare))//gpus)*gpus
         copies = int(np.ceil(freq.max()*gpus))
-        if E % n: out.append(Topology(n, gpus, slots, copies, 0., expected_places(E, E, k), f"{n} nodes do not divide {E} experts")); continue
-        p = weigh(place(freq, slots, groups, n, gpus, *known, k), freq)
-        limit = f"{n} nodes do not divide {groups} groups: groups are torn apart" if groups % n else f"the hottest expert needs {copies} copies, {slots-E} slots are spare" if copies > slots-E+1 else ""
+        torn = groups % n > 0
+        p = place_ungrouped(freq, slots, n, gpus, routes) if torn else weigh(place(freq, slots, groups, n, gpus, *known, k), freq)
+        limit = f"the hottest expert needs {copies} copies, {slots-E} slots are spare" if copies > slots-E+1 else ""
+        if torn and groups > 1: limit = f"{n} nodes do not divide {groups} groups: groups are torn apart"
         out.append(Topology(n, gpus, slots, copies, round(balance(gpu_loads(p, freq)), 3), round(nodes_per_token(p, routes), 2), limit))
     return out
