@@ -49,7 +49,7 @@ def sample(model, tokenizer, dtype, prompts, per_prompt, max_tokens) -> list[Rol
     engine = Engine(copy.deepcopy(model), kv_tokens=1 << 15, max_seqs=128, dtype=dtype)
     ids = [tokenizer.render_prompt(p) for p in prompts]
     for g, prompt in enumerate(ids):
-        for i in range(per_prompt): engine.add(Request(id=f'{g}-{i}', prompt=prompt, max_tokens=max_tokens, seed=g*per_prompt+i, stop_ids=(tokenizer.eos_id,)))
+        for i in range(per_prompt): engine.add(Request(id=f'{g}-{i}', prompt=prompt, max_tokens=max_tokens, seed=g*per_prompt+i, stop_ids=tokenizer.stop_ids))
     out = []
     while engine.has_work:
         for f in engine.step():

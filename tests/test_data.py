@@ -4,6 +4,7 @@ import json, math, warnings
 import msgspec, numpy as np, pytest, torch
 from hypothesis import HealthCheck, assume, example, given, settings, strategies as st
 
+from moe_rl.errors import UserError
 from moe_rl import records
 from moe_rl.data import batch, tokens
 from moe_rl.data.batch import micro_batch, micro_batches, per_rollout, plan_rounds, step_time, to_torch, verify
@@ -228,7 +229,7 @@ def test_bad_tokenizers_are_named(tmp_path):
     with pytest.raises(ValueError, match="eos_token '<end>' is not in the vocabulary"): load_tokenizer(tmp_path)
     (tmp_path/'tokenizer.json').write_text('{"half":')
     with pytest.raises(ValueError, match='tokenizer.json: not a tokenizer'): load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match='shows a message 0 times'): TextTokenizer(byte_tokenizer().core, dict(eos_token='<eos>'), 'hello').render_prompt('x')
+    with pytest.raises(UserError, match='shows a message 0 times'): TextTokenizer(byte_tokenizer().core, dict(eos_token='<eos>'), 'hello').render_prompt('x')
 
 # ---------------------------------------------------------------- packing
 

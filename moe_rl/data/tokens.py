@@ -11,6 +11,7 @@ import json, re
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 from tokenizers import AddedToken, Tokenizer as Core, decoders, models, pre_tokenizers, trainers
+from ..errors import UserError
 
 # %% ../../nbs/02_data/01_tokens.ipynb #4951d143
 SPECIALS = ['<pad>', '<bos>', '<eos>']  # ids 0, 1, 2
@@ -35,9 +36,10 @@ class Tokenizer(Protocol):
     vocab_size:int      # ids are below this
     pad_id:int
     bos_id:int|None
-    eos_id:int          # sampled at the end of an answer
+    eos_id:int          # written at the end of an answer
+    stop_ids:tuple[int,...] # each of them ends an answer that is sampled, `eos_id` first
     def encode(self, text:str)->list[int]: "Ids of `text`, adding nothing; special-token strings in it are plain text."
-    def decode(self, ids)->str: "Text of `ids`, special tokens left out."
+    def decode(self, ids)->str: "Text of `ids`; padding, beginning and end tokens are left out, and nothing else."
     def render_prompt(self, text:str)->list[int]: "Ids of a prompt that says `text`, ready to be answered."
     def render_reply(self, text:str)->list[int]: "Ids that follow a finished answer when the other side says `text`."
     def save(self, folder)->None: "Write files that transformers and vLLM load."
@@ -60,16 +62,28 @@ class TextTokenizer:
     def __init__(self,
         core:Core,             # tokenizer with pad and eos among its special tokens
         config:dict,           # contents of tokenizer_config.json
-        template:str|None=None # chat template
+        template:str|None=None,# chat template
+        stop_ids=()            # further ids that end an answer
     ):
         self.core, self.config, self.template = core, config, template
-        self.plain = Core.from_str(core.to_str())
-        self.plain.encode_special_tokens = True
         self.vocab_size = max(core.get_vocab().values()) + 1
         self.eos_id, self.bos_id = self._id('eos_token'), self._id('bos_token', None)
         self.pad_id = self._id('pad_token', self.eos_id)
-        special = sorted((t.content for t in core.get_added_tokens_decoder().values() if t.special), key=len, reverse=True)
+        self.stop_ids = tuple(dict.fromkeys((self.eos_id, *stop_ids)))
+        if bad := [i for i in self.stop_ids if core.id_to_token(i) is None]: raise ValueError(f'tokenizer: end token {bad[0]} is not in the vocabulary of {self.vocab_size}')
+        self._silent = {self.pad_id, self.bos_id, *self.stop_ids}
+        self.plain = self._deaf(core)
+        special = sorted((t.content for t in self.plain.get_added_tokens_decoder().values() if t.special), key=len, reverse=True)
         self._special = re.compile('(' + '|'.join(map(re.escape, special)) + ')')
+
+    def _deaf(self, core):
+        "A copy that takes special tokens in a text for text, cuts nothing and pads nothing."
+        plain = Core.from_str(core.to_str())
+        plain.add_special_tokens([core.id_to_token(i) for i in self._silent - {None}]) # some files do not flag them
+        plain.encode_special_tokens = True
+        plain.no_truncation()
+        plain.no_padding()
+        return plain
 
     def _name(self, key):
         v = self.config.get(key)
@@ -82,7 +96,7 @@ class TextTokenizer:
         return self.core.token_to_id(name)
 
     def encode(self, text): return self.plain.encode(text, add_special_tokens=False).ids
-    def decode(self, ids): return self.core.decode([int(i) for i in ids])
+    def decode(self, ids): return self.core.decode([i for i in map(int, ids) if i not in self._silent], skip_special_tokens=False)
 
     def _around(self, before, text, after):
         "Ids of `before+text+after`; special tokens count in `before` and `after` only. `re.split` alternates plain, special, plain, ..."
@@ -92,9 +106,10 @@ class TextTokenizer:
 
     def _render(self, messages):
         names = {k: self._name(k) for k in ('bos_token', 'eos_token', 'pad_token', 'unk_token') if self.config.get(k)}
-        s = render_template(self.template, names, messages)
+        try: s = render_template(self.template, names, messages)
+        except Exception as e: raise UserError(f'chat template: {e}: correct chat_template.jinja or tokenizer_config.json') from None # any code may be in it
         for slot in (m['content'] for m in messages):
-            if s.count(slot) != 1: raise ValueError(f'chat template: shows a message {s.count(slot)} times, expected once')
+            if s.count(slot) != 1: raise UserError(f'chat template: shows a message {s.count(slot)} times, expected once: correct chat_template.jinja or tokenizer_config.json')
         return re.split(f'[{"".join(SLOT)}]', s)
 
     def render_prompt(self, text):
@@ -113,6 +128,7 @@ class TextTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         self.core.save(str(folder/'tokenizer.json'))
         (folder/'tokenizer_config.json').write_text(json.dumps(self.config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+        (folder/'generation_config.json').write_text(json.dumps(dict(bos_token_id=self.bos_id, eos_token_id=list(self.stop_ids), pad_token_id=self.pad_id)) + '\n', encoding='utf-8')
         if self.template is not None: (folder/'chat_template.jinja').write_text(self.template, encoding='utf-8')
 
     def __repr__(self): return f'TextTokenizer({self.vocab_size} ids, eos {self.eos_id}, {"chat template" if self.template else "no chat template"})'
@@ -162,6 +178,30 @@ def wording_tokenizer(
     return _own(core)
 
 # %% ../../nbs/02_data/01_tokens.ipynb #a74ccdc0
+def _table(path:Path)->dict:
+    "A JSON file that holds a table; an empty one if there is no file."
+    if not path.is_file(): return {}
+    try: table = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e: raise ValueError(f'{path}: not JSON ({e})') from e
+    if not isinstance(table, dict): raise ValueError(f'{path}: not a table of settings')
+    return table
+
+def _template(folder:Path, config:dict)->str|None:
+    "The chat template of a folder: its own file, or the text or the `default` of a list in tokenizer_config.json."
+    jinja, found = folder/'chat_template.jinja', config.get('chat_template')
+    if jinja.is_file(): return jinja.read_text(encoding='utf-8')
+    if isinstance(found, list): found = {t.get('name'): t.get('template') for t in found if isinstance(t, dict)}.get('default', found)
+    if found is not None and not isinstance(found, str): raise ValueError(f"{folder/'tokenizer_config.json'}: chat_template is no text and has no template named 'default'")
+    return found
+
+def _ends(folder:Path)->list[int]:
+    "The end tokens that generation_config.json and config.json name."
+    found = [(path, _table(path).get('eos_token_id')) for path in (folder/'generation_config.json', folder/'config.json')]
+    found = [(path, i) for path, ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
+    if bad := [(path, i) for path, i in found if type(i) is not int or i < 0]: raise ValueError(f'{bad[0][0]}: eos_token_id {bad[0][1]!r} is no token id')
+    return [i for _, i in found]
+
+# %% ../../nbs/02_data/01_tokens.ipynb #7d0c1e55
 def load_tokenizer(
     folder # a checkpoint folder with tokenizer.json and tokenizer_config.json
 )->TextTokenizer:
@@ -171,6 +211,6 @@ def load_tokenizer(
         if not (folder/name).is_file(): raise ValueError(f'{folder/name}: no such file; expected a checkpoint folder with tokenizer.json and tokenizer_config.json')
     try: core = Core.from_file(str(folder/'tokenizer.json'))
     except Exception as e: raise ValueError(f'{folder/"tokenizer.json"}: not a tokenizer ({e})') from e # the library raises bare Exception
-    config = json.loads((folder/'tokenizer_config.json').read_text(encoding='utf-8'))
-    jinja = folder/'chat_template.jinja'
-    return TextTokenizer(core, config, jinja.read_text(encoding='utf-8') if jinja.is_file() else config.get('chat_template'))
+    config = _table(folder/'tokenizer_config.json')
+    try: return TextTokenizer(core, config, _template(folder, config), _ends(folder))
+    except ValueError as e: raise ValueError(f'{e}, says {folder}' if str(e).startswith('tokenizer') else str(e)) from e

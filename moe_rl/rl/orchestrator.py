@@ -270,7 +270,7 @@ class Orchestrator:
         def request(ids, turn):
             check_prompt(len(ids), task.env, self.s, self.longest)
             return Request(id=f'{lane}-{group}-{index}.{turn}', prompt=list(ids), max_tokens=e.max_tokens, temperature=temperature, top_k=e.top_k if temperature else 0,
-                           top_p=e.top_p if temperature else 1.0, seed=seed_of(self.s.seed, lane, group, index, turn), stop_ids=(self.tokenizer.eos_id,), lane='eval' if lane else 'train')
+                           top_p=e.top_p if temperature else 1.0, seed=seed_of(self.s.seed, lane, group, index, turn), stop_ids=self.tokenizer.stop_ids, lane='eval' if lane else 'train')
         return await play(self.judge if lane else self.guard, task, self.tokenizer, lambda ids, turn: self.pool.generate(request(ids, turn)), group, index, max_turns=self.s.rl.max_turns,
                           max_length=self.longest[0] - e.max_tokens)
 

@@ -186,7 +186,7 @@ async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder wi
     guard, tasks, done = Guard(env, s.schedule.env_timeout), env.held_out(s.eval.prompts), itertools.count(1)
     async def answer(i, j, task):
         async def generate(ids, turn):
-            request = Request(id=f'{i}-{j}.{turn}', prompt=list(ids), max_tokens=s.engine.max_tokens, temperature=s.eval.temperature, seed=seed_of(s.seed, i, j, turn), stop_ids=(tokenizer.eos_id,))
+            request = Request(id=f'{i}-{j}.{turn}', prompt=list(ids), max_tokens=s.engine.max_tokens, temperature=s.eval.temperature, seed=seed_of(s.seed, i, j, turn), stop_ids=tokenizer.stop_ids)
             return [part async for part in engine.generate([request])][0]
         try: rollout = await play(guard, task, tokenizer, generate, i, j, max_turns=s.rl.max_turns, max_length=limit - s.engine.max_tokens)
         except RolloutLost: return 0.0, 0.0

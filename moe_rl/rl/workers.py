@@ -43,10 +43,10 @@ def answers(model:Afmoe, tokenizer:Tokenizer, prompts:list[str], max_tokens:int,
     ids = [tokenizer.render_prompt(p) for p in prompts]
     room = max(len(i) for i in ids) + max_tokens
     engine = Engine(model, kv_tokens=max_seqs*(room + 16), max_seqs=max_seqs, record_routes=False)
-    for n, p in enumerate(ids): engine.add(Request(id=str(n), prompt=p, max_tokens=max_tokens, temperature=temperature, seed=seed + n, stop_ids=(tokenizer.eos_id,)))
+    for n, p in enumerate(ids): engine.add(Request(id=str(n), prompt=p, max_tokens=max_tokens, temperature=temperature, seed=seed + n, stop_ids=tokenizer.stop_ids))
     out = {}
     while engine.has_work:
-        for f in engine.step(): out[int(f.id)] = tokenizer.decode([t for t in f.token_ids if t != tokenizer.eos_id])
+        for f in engine.step(): out[int(f.id)] = tokenizer.decode(f.token_ids)
     return [out[n] for n in range(len(prompts))]
 
 # %% ../../nbs/05_rl/07_workers.ipynb #be55896f
