@@ -18,7 +18,7 @@ from moe_rl.display import Display, Ticker
 from moe_rl.errors import UserError
 from moe_rl.report import PICTURES, read_run, write_report
 from moe_rl.rl.log import RunLog, claim, read_lines
-from moe_rl.rl.run import run
+from moe_rl.rl.run import DONE, run
 from rich.console import Console
 
 TINY = {'model.hidden_size': 32, 'model.intermediate_size': 32, 'model.moe_intermediate_size': 16, 'model.num_hidden_layers': 2, 'model.num_attention_heads': 2, 'model.num_key_value_heads': 1,
@@ -55,6 +55,8 @@ def home(tmp_path_factory):
     "A folder with a user's own module, which is also the working directory."
     folder = tmp_path_factory.mktemp('home')
     (folder / 'my_task.py').write_text(MODULE)
+    (folder / 'broken.py').write_text('class Env(:\n')
+    (folder / 'fails.py').write_text('import math\nlimit = 1 / 0\n')
     old, path = os.getcwd(), list(sys.path)
     os.chdir(folder)
     sys.path.insert(0, str(folder))
@@ -185,8 +187,22 @@ def test_sft(home, capsys):
     (['--rl.loss_params', "{'eps': 1.0}"], "has no setting 'eps'"),
     (['--rl.advantage', 'gae'], "rl.advantage: 'gae'"),
     (['--rl.reward', 'f1'], "rl.reward: 'f1'"),
+    (['--rl.reward', 'exakt'], "did you mean 'exact'"),
+    (['--lr', '1e-3'], "did you mean 'warm_start.muon_lr' or"),
+    (['@', 'job.toml'], 'a settings file is given as --config FILE.toml'),
+    (['--seed', '20000000000000000000000'], 'less than 4294967296'),
+    (['--tokenizer.kind', 'bpe', '--tokenizer.vocab_size', '100'], 'vocab_size 100 does not hold all bytes'),
+    (['--env', 'spell_backward:inf,string_insertion:1'], 'env.0.weight: Input should be a finite number'),
+    (['--env', 'broken:Env'], 'broken.py, line 1: SyntaxError'),
+    (['--env', 'fails:Env'], 'fails.py, line 2: ZeroDivisionError'),
+    (['--env', '[{"name": "my_task:Letters", "params": {"x": NaN}}]'], 'env'),
+    (['--env', 'gcd,lcm', '--env.params.x', '3'], "'env.0.params.x' is the first"),
+    (['--rl', '5'], "'rl.steps' is inside 'rl', which is a value"),
+    (['--dir', '~nobody_at_all/x'], 'there is no such home folder'),
+    (['--dir', ''], 'dir'),
     (['--rl.reward', 'my_task:nothing'], 'my_task:nothing: cannot be imported'),
     (['--model.head_dim', '7'], 'head_dim=7 must be even'),
+    (['--model.head_dim', '8', '--model.num_experts', '1' * 30], 'model.num_experts: Input should be less than or equal to'),
     (['--model.checkpoint', 'nowhere'], 'nowhere'),
     (['--engine.kv_tokens', '32'], 'env letters: a prompt of 31 tokens and engine.max_tokens = 4 exceed engine.kv_tokens (32)'),
     (['--rl.tokens_per_batch', '20'], 'exceed rl.tokens_per_batch (21)'),
@@ -204,7 +220,94 @@ def test_bad_settings(home, capsys, args, words):
     assert not (home / 'runs' / 'bad').exists()                # nothing was begun
 
 
+def test_all_mistakes_at_once(capsys):
+    code, lines = said(capsys, 'run', '--rl.steps', 'many', '--rl.loss', 'dpo', '--rl.stepz', '3')
+    assert code == 2 and len(lines) == 3 and all(line.startswith('moe-rl: command line: ') for line in lines)
+
+
+def test_a_mistake_is_found_before_torch_is_imported(home):
+    "Settings, names and files are judged first; only then come the seconds that torch needs."
+    (home / 'slow').mkdir(exist_ok=True)
+    (home / 'slow' / 'torch.py').write_text('raise SystemExit("torch was imported")\n')
+    env = os.environ | dict(PYTHONPATH=f'{home}/slow:{Path(cli.__file__).parents[1]}')
+    (home / 'late.toml').write_text('rl.step = 3\n')
+    for args in (['--rl.stepz', '3'], ['--rl.loss', 'dpo'], ['--env', 'broken:Env'], ['--config', 'late.toml'], ['--resume', 'nowhere']):
+        for command in ('run', 'sft', 'eval'):
+            if command != 'run' and '--resume' in args: continue
+            out = subprocess.run([sys.executable, '-m', 'moe_rl.cli', command, *(['model'] if command == 'eval' else []), *args], capture_output=True, text=True, env=env, cwd=home)
+            assert out.returncode == 2 and 'torch' not in out.stderr and len(out.stderr.splitlines()) == 1, (args, out.stderr)
+
+
+def test_names_of_losses_advantages_and_rewards_are_those_of_the_code():
+    from moe_rl import config
+    from moe_rl.rl import advantage, loss
+    assert config.LOSSES == tuple(loss.LOSSES) and config.ADVANTAGES == tuple(advantage.ADVANTAGES)
+
+
+def test_dry_run_and_print_config(home, capsys):
+    "All checks, the settings as they would be, and nothing begun."
+    assert cli.main(['run', '--dry-run', *flags(dir='runs/dry', env='my_task:Letters')]) == 0
+    assert 'runs/dry: ready to start: 2 layers, 4 experts' in capsys.readouterr().out and not (home / 'runs' / 'dry').exists()
+    assert 'no reference answer' in refused(capsys, 'run', '--dry-run', *flags(dir='runs/dry', env='[{"name": "my_task:Letters", "params": {"bad": "no answer"}}]'))
+    assert cli.main(['run', '--print-config', *flags(dir='runs/dry', env='my_task:Letters')]) == 0
+    (home / 'printed.toml').write_text(capsys.readouterr().out)
+    assert load_settings(home / 'printed.toml') == load_settings(overrides=TINY | {'dir': 'runs/dry', 'env': 'my_task:Letters'})
+
+
+def test_files_environment_and_command_line(home, capsys, monkeypatch):
+    "Later layers win; a byte order mark is none of the contents; `~` is the home folder; a day is a name; `true` is a text where a text is wanted."
+    (home / 'one.toml').write_text('\ufeffdir = 2026-01-01\n[rl]\nsteps = 3\ngroup_size = 4\n', encoding='utf-8')
+    (home / 'two.toml').write_text('[rl]\nsteps = 5\n')
+    monkeypatch.setenv('MOE_RL_RL__GROUP_SIZE', '6')
+    monkeypatch.setenv('MOE_RL_TOKEN', 'a secret')
+    def printed(*args):
+        assert cli.main(['run', '--print-config', *args]) == 0
+        (home / 'printed.toml').write_text(capsys.readouterr().out)
+        return load_settings(home / 'printed.toml')
+    s = printed('--config', 'one.toml', '--config=two.toml')
+    assert (s.dir, s.rl.steps, s.rl.group_size) == ('2026-01-01', 5, 6)
+    assert printed('--rl.group-size=8').rl.group_size == 8
+    assert printed('--dir', '~/runs/a').dir == str(Path.home() / 'runs' / 'a') and printed('--dir', 'true').dir == 'true'
+    assert printed('--env', 'gcd', '--env.params.max_num', '9').env[0].params == {'max_num': 9}
+    monkeypatch.setenv('MOE_RL_RL__STEP', '6')
+    assert "MOE_RL_RL__STEP: unknown key 'rl.step'; did you mean MOE_RL_RL__STEPS?" in refused(capsys, 'run')
+
+
+def test_settings_of_every_type_come_back(home, capsys):
+    "What a task may be given, config.toml holds."
+    import datetime
+    params = dict(limit=None, since=datetime.date(2026, 1, 1), at=datetime.time(10, 30), sizes=(1, (2, None)), text='"a"\n\\\x00é', deep=[dict(of=None)], big=-1e300, none=dict(none=1))
+    from moe_rl.config import to_toml
+    s = load_settings(overrides={'env': [dict(name='my_task:Letters', params=params)]})
+    (home / 'types.toml').write_text(to_toml(s), encoding='utf-8')
+    back = load_settings(home / 'types.toml')
+    assert back == s and back.env[0].params['sizes'] == [1, [2, None]] and back.env[0].params['limit'] is None
+    for bad in ({1, 2}, b'x', object(), '\ud800', datetime.time(1, tzinfo=datetime.timezone.utc)):
+        with pytest.raises(UserError, match='env.0.params: .*config.toml'): load_settings(overrides={'env': [dict(name='a', params=dict(x=bad))]})
+
+
+def test_a_reader_who_goes_away(home):
+    "`moe-rl run --help | head -1` is no mistake."
+    code = f'{sys.executable} -m moe_rl.cli run --help | head -1; echo ${{PIPESTATUS[0]}}'
+    out = subprocess.run(['bash', '-c', code], cwd=home, capture_output=True, text=True)
+    assert out.stdout.splitlines()[-1] == '0' and not out.stderr, (out.stdout, out.stderr)
+
+
+def test_a_loop_is_running(finished, home):
+    "In a notebook's cell `run`, `evaluate` and `main` work as anywhere."
+    import asyncio
+    from moe_rl.rl.run import evaluate
+    async def cell():
+        one = evaluate(load_settings(overrides=TINY | {'env': 'my_task:Letters'}), finished[0] / 'model')
+        two = cli.main(['eval', str(finished[0] / 'model'), *flags(env='my_task:Letters')])
+        last = run(load_settings(overrides=TINY | {'dir': str(home / 'runs' / 'cell'), 'env': 'my_task:Letters', 'rl.steps': 1, 'warm_start.steps': 1}))
+        return one['prompts'], two, last['step']
+    assert asyncio.run(cell()) == (8, 0, 1)
+
+
 def test_bad_command(capsys):
+    assert 'doctor takes one folder' in refused(capsys, 'doctor', 'the', 'house')
+    assert 'completion needs the name of a shell' in refused(capsys, 'completion')
     assert "no command 'rum'" in refused(capsys, 'rum')
     assert 'eval needs a model folder' in refused(capsys, 'eval')
     assert 'no bench' in refused(capsys, 'bench', 'no_such_bench')
@@ -239,7 +342,7 @@ def test_bad_checkpoint(finished, capsys, damage, words):
 
 def test_known_failure_nothing_is_overwritten(finished, capsys):
     "A second run in the folder of the first is refused, and so is a resume with settings or beside a live owner."
-    folder, _ = finished
+    folder = damaged(finished[0], 'unfinished', lambda c: (c / DONE).unlink())
     before = {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
     assert 'exists and is not empty' in refused(capsys, 'run', *flags(dir=folder, env='my_task:Letters'))
     assert 'takes one run folder and no settings' in refused(capsys, 'run', '--resume', folder, '--rl.steps', '9')
@@ -253,7 +356,7 @@ def test_known_failure_nothing_is_overwritten(finished, capsys):
 
 
 def test_damaged_run_is_not_resumed(finished, capsys):
-    folder = damaged(finished[0], 'damaged', lambda c: truncate(c / 'checkpoints' / 'step_2'))
+    folder = damaged(finished[0], 'damaged', lambda c: (truncate(c / 'checkpoints' / 'step_2'), (c / DONE).unlink()))
     assert 'step_2/model.safetensors has' in refused(capsys, 'run', '--resume', folder)
     (folder / 'config.toml').write_text('rl = [')
     assert 'not valid TOML' in refused(capsys, 'run', '--resume', folder)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DONE', 'EXTENDS', 'tokenizer_at', 'keep_tokenizer', 'make_tokenizer', 'check', 'start', 'end', 'stop', 'state_at',
-           'finished', 'extend', 'first_version', 'run_async', 'run', 'evaluate_async', 'evaluate']
+           'finished', 'extend', 'complete', 'first_version', 'run_async', 'run', 'evaluate_async', 'evaluate']
 
 # %% ../../nbs/05_rl/09_run.ipynb #c87043bf
 import asyncio, itertools, json, os, secrets, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 import msgspec
@@ -113,6 +114,22 @@ def extend(folder:Path, overrides:dict[str, Any]) -> Settings: # of the longer r
         (folder/DONE).unlink(missing_ok=True)
     return settings
 
+# %% ../../nbs/05_rl/09_run.ipynb #05b1888a
+def complete(work): # a coroutine -> what it returns
+    "Run a coroutine to its end, also where a loop is running already."
+    try: asyncio.get_running_loop()
+    except RuntimeError: return asyncio.run(work)
+    inside = {}
+    async def known():
+        inside.update(loop=asyncio.get_running_loop(), task=asyncio.current_task())
+        return await work
+    with ThreadPoolExecutor(1) as beside:
+        ended = beside.submit(asyncio.run, known())
+        try: return ended.result()
+        except KeyboardInterrupt:
+            inside["loop"].call_soon_threadsafe(inside["task"].cancel)
+            raise
+
 # %% ../../nbs/05_rl/09_run.ipynb #d150d961
 async def first_version(loop:Orchestrator, checkpoint:Path|None) -> dict: # what the warm start reports
     "Wait for the trainer's first version, give it to the engines, and commit or restore the state that belongs to it."
@@ -169,8 +186,8 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None) -> dic
         for part in (server, log, lock): part.close()
 
 def run(s:Settings, resume:bool=False, show=lambda row: None) -> dict:
-    "`run_async` for scripts and the command line."
-    return asyncio.run(run_async(s, resume, show))
+    "`run_async` for scripts, cells and the command line."
+    return complete(run_async(s, resume, show))
 
 # %% ../../nbs/05_rl/09_run.ipynb #b20bf585
 async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder with a tokenizer
@@ -196,5 +213,5 @@ async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder wi
     return grade(got, k) | dict(failures=dict(guard.failures))
 
 def evaluate(s:Settings, folder:str|Path, show=lambda done, total: None) -> dict:
-    "`evaluate_async` for scripts and the command line."
-    return asyncio.run(evaluate_async(s, folder, show))
+    "`evaluate_async` for scripts, cells and the command line."
+    return complete(evaluate_async(s, folder, show))
