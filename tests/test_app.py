@@ -430,6 +430,54 @@ def test_commands_without_torch(tmp_path):
         assert out.returncode == (2 if args == ['doctor'] else 0)
 
 
+def screen(home, args, seconds, until):
+    "What a terminal of 24 lines and 80 columns gets to see of a command, until a text has come."
+    import fcntl, pty, select, struct, termios, time
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.chdir(home)
+        os.environ |= dict(TERM='xterm-256color', LINES='24', COLUMNS='80', OMP_NUM_THREADS='1')
+        os.execv(sys.executable, [sys.executable, '-m', 'moe_rl.cli', *args])
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))
+    seen, limit = [], time.monotonic() + seconds
+    while time.monotonic() < limit and not any(until in text for _, text in seen):
+        if not select.select([fd], [], [], .2)[0]: continue
+        try: part = os.read(fd, 1 << 16)
+        except OSError: break
+        if not part: break
+        seen.append((time.monotonic(), re.sub(r'\x1b\[[0-9;?]*[a-zA-Z]', '', part.decode(errors='replace'))))
+    os.kill(pid, 9)
+    os.close(fd)
+    os.waitpid(pid, 0)
+    return seen
+
+
+def test_the_screen_moves_through_a_warm_start(home):
+    "On 24 lines of 80 columns, something changes every few seconds from the first second on, and no line is cut in two."
+    seen = screen(home, ['run', *flags(dir='runs/screen', env='my_task:Letters', warm_start__steps=400)], 90, 'step 1 of')
+    text = ''.join(t for _, t in seen)
+    assert 'warm start: ' in text and 'step 1 of 2' in text, text[-2000:]
+    times = [at for at, _ in seen]
+    assert max(b - a for a, b in zip(times, times[1:])) < 5
+    assert max(len(line.rstrip()) for line in re.split(r'[\r\n]+', text)) <= 80
+
+
+def test_a_run_goes_on_without_its_screen(home):
+    "`moe-rl run | head -1`: the reader has gone, the run ends as it should."
+    args = ' '.join(f"'{a}'" for a in flags(dir='runs/unseen', env='my_task:Letters'))
+    out = subprocess.run(['bash', '-c', f'{sys.executable} -m moe_rl.cli run {args} | head -1; echo ${{PIPESTATUS[0]}}'], cwd=home, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert out.stdout.splitlines()[-1] == '0' and not out.stderr and (home / 'runs' / 'unseen' / 'model' / 'config.json').exists(), (out.stdout, out.stderr)
+
+
+def test_a_locale_without_utf8(home):
+    "Files are UTF-8 whatever the machine's locale says."
+    (home / 'accents.py').write_text(MODULE.replace("'Say the first letter of '", "'Première lettre: '"), encoding='utf-8')
+    out = subprocess.run([sys.executable, '-m', 'moe_rl.cli', 'run', *flags(dir='runs/ascii', env='accents:Letters')], cwd=home, capture_output=True,
+                         env=os.environ | dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', OMP_NUM_THREADS='1'))
+    assert out.returncode == 0 and not out.stderr, out.stderr
+    assert (home / 'runs' / 'ascii' / 'report' / 'report.md').exists()
+
+
 def test_display_of_every_row():
     "Rows of a run, with numbers that are missing or not finite, on a terminal and off."
     for terminal in (True, False):

@@ -455,7 +455,9 @@ async def receive(loop:Orchestrator):
         worker.heard = time.monotonic()
         match message:
             case Hello(): worker.ready.set()
-            case Beat(doing=doing): worker.doing = doing
+            case Beat(doing=doing):
+                worker.doing = doing
+                if worker is loop.trainer and loop.trained and not loop.trained.done(): loop.show(dict(doing=doing)) # what a screen shows of the warm start
             case Failure(line=line, trace=trace, final=final): worker.failure, worker.final = line, final; loop.log.event(trace)
             case Generated(): await pool.finished(name, message)
             case Missing(version=version): loop.spawn(pool.missing(name, version))
