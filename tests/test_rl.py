@@ -8,15 +8,18 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 import moe_rl.rl.loss as loss_module
+from moe_rl.config import load_settings
 from moe_rl.errors import UserError
-from moe_rl.data.batch import micro_batch, to_torch
+from moe_rl.data.batch import micro_batch, micro_batches, to_torch
 from moe_rl.moe.attention import packed_attend
 from moe_rl.moe.model import Afmoe, ModelConfig, init_weights, moe_modules
-from moe_rl.records import Rollout
+from moe_rl.records import Rollout, replace
 from moe_rl.rl import advantage
 from moe_rl.rl.buffer import Buffer, BufferBroken
 from moe_rl.rl.loss import BOUND, LOSSES, LossOut, Ratio, loss_means, loss_sums, policy_loss
 from moe_rl.rl.replay import (ReplayError, check_plausible, check_routes, disagreement, live_choice, replay_of, require_routes, verify_replay)
+from moe_rl.rl.trainer import Trainer, rl_loss
+from moe_rl.train.weights import fingerprint
 from moe_rl.rollout.engine import Engine, Request
 from moe_rl.train.objective import global_mean, token_logprobs
 
@@ -41,7 +44,7 @@ def test_advantages_do_not_depend_on_the_order_of_the_group(r, random):
 
 @given(st.floats(-10, 10), st.integers(2, 16))
 def test_equal_rewards_teach_nothing(r, n):
-    for f in advantage.ADVANTAGES.values(): np.testing.assert_allclose(f([r]*n), 0, atol=1e-6)
+    for f in advantage.ADVANTAGES.values(): assert not f([r]*n).any() # exactly: the trainer asks whether anything is to be learned
 
 @pytest.mark.parametrize('bad', [[float('nan'), 1.], [], [[1.], [2.]], [float('inf'), 0.]])
 def test_bad_rewards_are_errors(bad):
@@ -52,7 +55,7 @@ def test_advantage_by_import_path(tmp_path, monkeypatch):
     (tmp_path/'my_adv.py').write_text('def best(r): return [1. if x == max(r) else 0. for x in r]\ndef broken(r): return [float("nan")]*len(r)\n')
     monkeypatch.syspath_prepend(tmp_path)
     assert advantage.resolve('my_adv:best')([0, 2, 1]).tolist() == [0, 1, 0]
-    with pytest.raises(ValueError, match='my_adv:broken'): advantage.resolve('my_adv:broken')([1, 2])
+    with pytest.raises(UserError, match='my_adv:broken'): advantage.resolve('my_adv:broken')([1, 2])
 
 
 # ---- losses
@@ -127,7 +130,47 @@ def test_known_failure_21_micro_batches_of_different_sizes():
 @given(batches(values=st.floats(-8, 0, width=32)))
 def test_on_policy_every_loss_is_the_policy_gradient(batch):
     logp, _, adv, mask, cu = batch
-    for name in LOSSES: torch.testing.assert_close(run(name, logp, logp, adv, mask, cu)[1], torch.as_tensor(-adv*mask), rtol=1e-4, atol=1e-4)
+    lengths = np.add.reduceat(mask, cu[:-1]).astype(float)
+    weight = np.repeat(mask.sum()/max(1, (lengths > 0).sum())/np.maximum(lengths, 1), np.diff(cu)) # gspo: every sequence weighs the same
+    for name in LOSSES:
+        want = torch.as_tensor(-adv*mask*(weight if name == 'gspo' else 1), dtype=torch.float32)
+        torch.testing.assert_close(run(name, logp, logp, adv, mask, cu)[1], want, rtol=1e-4, atol=1e-4)
+
+def plain_gspo(logp, old, adv, mask, cu, low=3e-4, high=4e-4):
+    "The paper's objective in float64, as verl computes it: mean over sequences of the mean over their tokens, one ratio per sequence."
+    x, losses = logp.double().clone().requires_grad_(), []
+    for a, b in zip(cu[:-1], cu[1:]):
+        at = [i for i in range(a, b) if mask[i]]
+        if not at: continue
+        s = (sum(x[i] - old[i].double() for i in at)/len(at)).exp()
+        losses.append(sum(-torch.minimum(s*adv[i].double(), s.clamp(1-low, 1+high)*adv[i].double()) for i in at)/len(at))
+    (sum(losses)/len(losses)).backward()
+    return x.grad
+
+@pytest.mark.parametrize('cuts', [[], [2], [1, 3]])
+def test_gspo_is_the_papers(cuts):
+    "Very uneven sequences, one advantage each, packed into one micro-batch or several."
+    g = torch.Generator().manual_seed(3)
+    lengths = [2, 40, 7, 90]
+    cu, n = np.cumsum([0, *lengths]), sum(lengths)
+    old, mask = -3*torch.rand(n, generator=g), torch.rand(n, generator=g) < .8
+    logp = old + 2e-4*torch.randn(n, generator=g)                                  # some sequences clipped, some not
+    adv = torch.tensor([1., -.5, .7, -1.]).repeat_interleave(torch.tensor(lengths))
+    whole, grads = loss_module.mean_length(mask, torch.as_tensor(cu)), []
+    for a, b in zip([0, *cuts], [*cuts, len(lengths)]):
+        rows, x = slice(cu[a], cu[b]), logp[cu[a]:cu[b]].clone().requires_grad_()
+        out = policy_loss('gspo', x, old[rows], adv[rows], mask[rows], torch.as_tensor(cu[a:b+1] - cu[a]), length=whole)
+        (out.per_token.sum()/mask.sum()).backward()
+        grads.append(x.grad)
+    got, want = torch.cat(grads).double(), plain_gspo(logp, old, adv, mask, cu)
+    assert torch.cosine_similarity(got, want, dim=0) > .99999 and (got - want).abs().max() < 1e-4*want.abs().max()
+    by_tokens = policy_loss('gspo', x := logp.clone().requires_grad_(), old, adv, mask, torch.as_tensor(cu)).per_token # the bug: weighed by tokens
+    (by_tokens*loss_module.sequence_lengths(mask, torch.as_tensor(cu)).repeat_interleave(torch.tensor(lengths))).sum().backward()
+    assert torch.cosine_similarity(x.grad.double(), want, dim=0) < .98
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=2, max_size=8))
+def test_no_finite_reward_makes_an_advantage_that_is_not(r):
+    for f in advantage.ADVANTAGES.values(): assert np.abs(f(r)).max() <= advantage.LIMIT
 
 @settings(max_examples=30, deadline=None)
 @given(batches(values=st.floats(-8, 0, width=32)), st.sampled_from(['dppo', 'ipo', 'icepop', 'grpo']))
@@ -162,9 +205,10 @@ def test_sums_add_up_to_means():
     g = torch.Generator().manual_seed(1)
     logp, old, mask = -torch.rand(20, generator=g), -torch.rand(20, generator=g), torch.rand(20, generator=g) < 0.6
     out = policy_loss('ipo', logp, old, torch.ones(20), mask, torch.tensor([0, 20]))
-    whole = loss_means(loss_sums(out, logp, old, mask))
-    halves = [loss_sums(LossOut(*(t[s] for t in out)), logp[s], old[s], mask[s]) for s in (slice(0, 7), slice(7, 20))]
-    assert loss_means({k: halves[0][k] + halves[1][k] for k in halves[0]}) == pytest.approx(whole)
+    n = int(mask.sum())
+    whole = loss_means(loss_sums(out, logp, old, mask), n)
+    halves = [loss_sums(LossOut(*(t[s] for t in out[:3])), logp[s], old[s], mask[s]) for s in (slice(0, 7), slice(7, 20))]
+    assert loss_means({k: halves[0][k] + halves[1][k] for k in halves[0]}, n) == pytest.approx(whole)
     lr = (logp - old)[mask].double()
     assert whole['mismatch_kl'] == pytest.approx(float((lr.exp() - lr - 1).mean()), rel=1e-4)
 
@@ -417,3 +461,74 @@ def test_hundreds_of_groups_a_second():
             b.ready(32, 1)
         if b.ready(32, 1): b.take(32, 1)
     assert time.process_time() - start < 2.5 # 200 groups/s on a slow, shared core
+
+
+# ---- the trainer's step
+
+def rl_settings(**more):
+    sizes = dict(hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=4, num_dense_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                 head_dim=16, num_experts=16, num_experts_per_tok=2, sliding_window=16, max_position_embeddings=128)
+    return load_settings(overrides={f'model.{k}': v for k, v in sizes.items()} | {'optim.warmup_steps': 0} | more)
+
+def trainer_of(model=None, **more): return Trainer(copy.deepcopy(model) if model else tiny_model(), rl_settings(**more))
+
+def full_state(t): return fingerprint(t.model.state_dict() | t.optimizers.state_dict())
+
+def played(n=8, advantages=None, model=None, ranks=1, **change):
+    "A step of rollouts that an engine made with this very model."
+    rollouts = engine_rollouts(model or tiny_model(), n)
+    batches = micro_batches(rollouts, [1., -1.]*(n//2) if advantages is None else advantages, 512, ranks)
+    return [[replace(b, **{k: f(b) for k, f in change.items()}) for b in rank] for rank in batches]
+
+def test_steps_without_signal_keep_every_bit():
+    t = trainer_of()
+    t.step(played())
+    before, silent = full_state(t), played(advantages=[0.]*8)
+    for _ in range(6): row = t.step(silent)
+    assert full_state(t) == before and (row['idle'], row['skipped'], row['signal'], row['informative']) == (6, 0, 0, 0) and t.step_number == 7
+    assert row['entropy'] > 0 and row['loss_aux'] == 0
+    t.step(played())
+    assert full_state(t) != before
+
+def test_tokens_that_the_loss_does_not_believe_are_no_signal():
+    far = played(logprobs=lambda b: np.where(b.loss_mask, -30., 0.).astype(np.float32), advantages=[1.]*8) # masked by every rule: moved far in the direction of the advantage
+    t = trainer_of(**{'rl.loss': 'icepop', 'rl.replay': False})
+    before = full_state(t)
+    row = t.step(far)
+    assert row['masked'] == 1 and row['idle'] == 1 and full_state(t) == before
+
+@pytest.mark.parametrize('loss, reward', [('dppo', 1e30), ('gspo', 1e300), ('tis', -1e308)])
+def test_a_huge_reward_is_a_step_like_another(loss, reward):
+    t = trainer_of(**{'rl.loss': loss})
+    a = advantage.grpo([reward] + [0.]*7)
+    for batches in [played(advantages=list(a))]*3: row = t.step(batches)
+    assert row['skipped'] == 0 and math.isfinite(row['loss']) and math.isfinite(row['grad_norm'])
+    assert all(v.isfinite().all() for v in t.model.state_dict().values())
+
+def test_a_broken_model_is_not_taken_for_an_idle_one():
+    t = trainer_of(**{'balance.aux_coef': 0, 'balance.head_z_coef': 0, 'rl.replay': False})
+    with torch.no_grad(): t.model.norm.weight.fill_(math.nan)
+    for advantages in ([1., -1.]*4, [0.]*8):
+        t.counted.skipped_in_a_row = 0
+        for _ in range(2): assert t.step(played(advantages=advantages))['idle'] == 0
+        with pytest.raises(UserError, match='not finite in 3 steps in a row'): t.step(played(advantages=advantages))
+
+def test_misaligned_routes_end_by_name():
+    t = trainer_of()
+    assert t.step(played(12))['route_disagreement'] < .01
+    for axis, by, said in ((0, 1, 'the token before'), (0, -1, 'the token after'), (1, 1, 'the layer before'), (1, -1, 'the layer after')):
+        with pytest.raises(UserError, match=f'those of {said}'): trainer_of().step(played(12, routes=lambda b: np.roll(b.routes, by, axis)))
+    with pytest.raises(UserError, match='belong to other tokens, layers or weights'): trainer_of(tiny_model(1)).step(played(12))
+
+@pytest.mark.parametrize('ranks', [1, 2, 3])
+def test_ranks_share_one_loss(ranks):
+    "Every part of the loss, and the gradient, added up over ranks."
+    s, model = rl_settings(**{'balance.aux_coef': .1, 'balance.z_coef': .1, 'balance.head_z_coef': .1, 'rl.loss': 'gspo'}), tiny_model()
+    got = [rl_loss(model, to_torch(b), s, loss_module.resolve('gspo')) for rank in played(ranks=ranks) for b in rank]
+    parts = {k: sum(float(p.parts[k].detach()) for p in got) for k in got[0].parts}
+    sum(sum(p.parts.values()) for p in got).backward()
+    grad = torch.cat([p.grad.flatten() for p in model.parameters()])
+    if ranks == 1: test_ranks_share_one_loss.whole = parts, grad
+    else:
+        for k, v in parts.items(): assert v == pytest.approx(test_ranks_share_one_loss.whole[0][k], rel=1e-4, abs=1e-6), k
+        assert torch.cosine_similarity(grad, test_ranks_share_one_loss.whole[1], dim=0) > .999

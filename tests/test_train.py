@@ -3,14 +3,17 @@ import math, os, shutil, signal, subprocess, sys
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from moe_rl.config import BalanceSection
 from moe_rl.errors import StorageError, UserError
-from moe_rl.data.batch import micro_batches, to_torch
+from moe_rl.data.batch import packed_batches, to_torch
 from moe_rl.moe.model import Afmoe, ModelConfig, init_weights, moe_modules
-from moe_rl.records import Rollout
+from moe_rl.records import Example, replace, total
 from moe_rl.train import checkpoint as ck, objective as ob, sft, weights as wt
+from moe_rl.train.step import LossParts, optimizer_step
 from moe_rl.train.optim import Muon, build_optimizer, clip_grads, matrices, orthogonalise
 
 quick = settings(max_examples=60, deadline=None)
+SMALL = BalanceSection(aux_coef=0, head_z_coef=.01)
 FLOATS = st.one_of(st.floats(-50, 50), st.sampled_from([math.inf, -math.inf, math.nan, 1e38, -1e38, 0.]))
 
 def tiny(seed=0, **kw):
@@ -98,9 +101,13 @@ def test_chunks_change_neither_values_nor_gradients(n, chunk, how, seed):
 def cut_gradient(rollouts, cuts, share):
     "Gradient of a model on `rollouts`, cut into micro-batches after `cuts`."
     model, parts = tiny(), [p for p in np.split(np.arange(len(rollouts)), cuts) if len(p)]
-    batches = [micro_batches([rollouts[i] for i in p], [0.]*len(p), 10_000)[0][0] for p in parts]
-    tokens = sum(b.loss_tokens for b in batches)
-    for b in batches: sft.sft_loss(model, to_torch(b), share(b, tokens, len(batches)), z_weight=.01)[0].backward()
+    batches = [packed_batches([rollouts[i] for i in p], 10_000)[0][0] for p in parts]
+    step = total([r.loss_mask[1:] for r in rollouts])
+    for b in batches:
+        divided_by = share(b, step.loss_tokens, len(batches))
+        whole = replace(step, loss_tokens=max(divided_by, b.loss_tokens)) # a record refuses less
+        scale = whole.loss_tokens/divided_by
+        (sum(sft.sft_loss(model, to_torch(replace(b, step=whole)), SMALL).parts.values())*scale).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 @settings(max_examples=12, deadline=None)
@@ -164,7 +171,7 @@ def test_warm_start_resumes_bit_for_bit(tmp_path, cut):
         order = sft.index_batches(30, 8, seed=3)
         for i in range(n):
             batch = [data[j] for j in next(order)]
-            if i >= skip: sft.sft_step(model, opt, micro_batches(batch, [0.]*8, 64)[0])
+            if i >= skip: optimizer_step(model, opt, packed_batches(batch, 64), sft.sft_loss)
     data = examples(30)
     a = tiny(); oa = build_optimizer(a); steps(a, oa, 5)
     b = tiny(); obj = build_optimizer(b); steps(b, obj, cut)
@@ -182,7 +189,7 @@ def test_known_failure_24_forgotten_bias_momentum_is_caught(tmp_path):
         m = tiny(); o = build_optimizer(m)
         for i in range(4):
             if i == 2 and lose: moe_modules(m)[0].bias_momentum.zero_()
-            sft.sft_step(m, o, micro_batches(data, [0.]*16, 4096)[0])
+            optimizer_step(m, o, packed_batches(data, 4096), sft.sft_loss)
         return wt.fingerprint(m.state_dict())
     assert run(False) == run(False) != run(True)
     assert {n.split('.')[-1] for n in tiny().state_dict()} >= {'expert_bias', 'bias_momentum'}
@@ -359,15 +366,16 @@ def test_keep_last_and_rollouts_in_a_state(tmp_path):
     ck.keep_last(tmp_path, 2)
     assert ck.committed_steps(tmp_path) == [2, 10]
     ck.save_state(tmp_path/'buffer', examples(3))
-    assert ck.load_state(tmp_path/'buffer', list[Rollout]) == examples(3)
+    assert ck.load_state(tmp_path/'buffer', list[Example]) == examples(3)
 
 # ---- warm start
 
 def test_loss_is_cross_entropy_of_the_answers():
     model, data = tiny(), examples(6)
-    [batch] = micro_batches(data, [0.]*6, 4096)[0]
+    [[batch]] = packed_batches(data, 4096)
     b = to_torch(batch)
-    loss, counts = sft.sft_loss(model, b, batch.loss_tokens)
+    got = sft.sft_loss(model, b)
+    loss, counts = got.parts['answers'], got.counts
     logits = model.logits(model(b.token_ids, b.positions, sft.packed_attend(b.cu_seqlens)).hidden)
     assert torch.allclose(loss, nn.functional.cross_entropy(logits[b.loss_mask], b.targets[b.loss_mask]), atol=1e-5)
     assert int(counts.sum()) == 2*batch.tokens
@@ -384,9 +392,58 @@ def test_fillers_change_nothing():
     data = examples(5)
     def run(multiple):
         m = tiny()
-        [b] = micro_batches(data, [0.]*5, 512, pad_multiple=multiple)[0]
-        loss, counts = sft.sft_loss(m, to_torch(b), b.loss_tokens)
-        loss.backward()
-        return len(b), counts, torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None])
+        [[b]] = packed_batches(data, 512, pad_multiple=multiple)
+        got = sft.sft_loss(m, to_torch(b))
+        sum(got.parts.values()).backward()
+        return len(b), got.counts, torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None])
     (n, c, g), (n2, c2, g2) = run(1), run(64)
     assert n2 > n and torch.equal(c, c2) and torch.allclose(g, g2, atol=1e-6)
+
+# ---- the one step
+
+def whole_state(model, opt): return wt.fingerprint(model.state_dict() | opt.state_dict())
+
+def step_with(teaching=1, size=1., strength=1., steps=1, seed=0, **balance):
+    "Steps whose main part has gradients of `size` and whose small parts have `strength`; returns state before and after, and the last report."
+    model, s = tiny(seed), BalanceSection(rate=.05, **balance)
+    opt = build_optimizer(model, muon_lr=.01, adamw_lr=.01)
+    batches = packed_batches(examples(12), 64)
+    optimizer_step(model, opt, batches, sft.sft_loss, s)         # moments are not zero
+    before = whole_state(model, opt)
+    def loss(model, b):
+        p = sft.sft_loss(model, b, s)
+        small = {k: v*strength for k, v in p.parts.items() if k != 'answers'}
+        return p._replace(parts=dict(answers=p.parts['answers']*size, **small), teaching=teaching)
+    for _ in range(steps): report = optimizer_step(model, opt, batches, loss, s)
+    return before, whole_state(model, opt), report
+
+def test_a_step_without_signal_moves_nothing():
+    before, after, report = step_with(teaching=0, size=0., steps=10)
+    assert report.outcome == 'idle' and report.grad_norm > 0 and before == after
+    before, after, report = step_with(teaching=1, size=0.)       # the bug: the small parts at full speed
+    assert report.outcome == 'moved' and report.loss < 1e-2 and before != after
+
+def test_balance_rules_differ_and_none_is_none():
+    def biases(rule):
+        model = tiny()
+        sft.run_sft(model, build_optimizer(model), examples(20), batch=6, steps=3, balance=BalanceSection(rule=rule, rate=.01))
+        return moe_modules(model)[0].expert_bias
+    none, sign, smebu = map(biases, ('none', 'sign', 'smebu'))
+    assert not none.any() and sign.any() and smebu.any() and not torch.allclose(sign, smebu, atol=1e-4)
+
+@pytest.mark.parametrize('ranks', [1, 2, 4])
+def test_shares_of_every_part_sum_to_one_over_ranks(ranks):
+    data, s = examples(16), BalanceSection(aux_coef=.1, z_coef=.1, head_z_coef=.1)
+    def parts(batches):
+        got = [sft.sft_loss(tiny(), to_torch(b), s).parts for rank in batches for b in rank]
+        return {k: sum(float(p[k].detach()) for p in got) for k in got[0]}
+    whole, split = parts(packed_batches(data, 4096)), parts(packed_batches(data, 64, ranks, pad_multiple=4))
+    for k in whole: assert split[k] == pytest.approx(whole[k], rel=1e-5), k
+
+def test_weights_of_16_bits_are_not_trained():
+    with pytest.raises(ValueError, match='embed_tokens.weight is torch.bfloat16'): build_optimizer(tiny().bfloat16())
+
+def test_skill_is_measured_against_the_best_constant_answer():
+    answers = ['1']*361 + [str(i) for i in range(2, 641)]
+    assert sft.majority(answers) == .361 and sft.skill(.361, answers) == 0 and .05 < sft.skill(.4, answers) < .07
+    assert sft.skill(1., ['7']*9) == 1 and sft.skill(.9, ['7']*9) == 0

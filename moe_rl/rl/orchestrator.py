@@ -303,7 +303,7 @@ class Orchestrator:
         target = stage(self.folder, step) if save else ''
         self.trained = asyncio.get_running_loop().create_future()
         sent = time.monotonic()
-        await self.server.send(self.trainer.name, Train(step, micro_batches(rollouts, list(advantages), self.s.rl.tokens_per_batch)[0], self.pool.oldest(), str(target)))
+        await self.server.send(self.trainer.name, Train(step, micro_batches(rollouts, list(advantages), self.s.rl.tokens_per_batch), self.pool.oldest(), str(target)))
         metrics = (await self.trained) | summary(rollouts) | dict(step_seconds=time.monotonic() - sent)
         if self.s.schedule.deterministic: await self.quiet()    # the line of a step, and its checkpoint, are written when nothing is in the air
         self.state.step = step

@@ -60,7 +60,7 @@ class Updated(msgspec.Struct, tag=True):
 class Train(msgspec.Struct, tag=True):
     "Step number `step` on these micro-batches; `checkpoint` is the folder to save the trainer's state in, or empty; versions from `oldest` on may still be read."
     step: int
-    batches: list[MicroBatch]
+    batches: list[list[MicroBatch]] # per rank of the trainer
     oldest: int
     checkpoint: str = ''
 

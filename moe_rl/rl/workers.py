@@ -21,7 +21,7 @@ from ..rollout.engine import Engine, Request
 from ..rollout.environments import Environment, load_envs
 from ..train.checkpoint import stage
 from ..train.optim import build_optimizer
-from ..train.sft import example, run_sft
+from ..train.sft import example, majority, run_sft, skill
 from ..train.weights import WeightsGone, load_version, prune, publish
 
 # %% ../../nbs/05_rl/07_workers.ipynb #d15056af
@@ -67,15 +67,15 @@ def warm_start(model:Afmoe, tokenizer:Tokenizer, env:Environment, s:Settings, al
         alive(f'probing the warm start after {n} steps')
         got = answers(model, tokenizer, [p for p, _ in probes], s.engine.max_tokens, s.engine.temperature, seed=n)
         best = sum(g.strip() == a.strip() for g, (_, a) in zip(got, probes)) / len(probes)
-        return best >= w.stop_at
+        return skill(best, [a.strip() for _, a in probes]) >= w.stop_at
     threads = torch.get_num_threads()
     if not s.schedule.deterministic: torch.set_num_threads(s.warm_start.threads or max(threads, len(os.sched_getaffinity(0))))
     try:
         report = run_sft(model, build_optimizer(model, muon_lr=w.muon_lr, adamw_lr=w.adamw_lr), examples, batch=batch, budget=w.tokens_per_step, steps=w.steps,
                          seconds=0 if w.steps else max(1.0, w.seconds - (time.monotonic() - started)), stop_when=None if w.steps else solved, probe_every=w.probe_every,
-                         seed=s.seed, z_weight=s.balance.head_z_coef, on_step=lambda n, x: alive(f'warm start, step {n}, loss {x.loss:.2f}'))
+                         seed=s.seed, balance=s.balance, on_step=lambda n, x: alive(f'warm start, step {n}, loss {x.loss:.2f}'))
     finally: torch.set_num_threads(threads)
-    return dict(sft_steps=len(report.steps), sft_seconds=time.monotonic() - started, sft_loss=report.loss, sft_probe=best)
+    return dict(sft_steps=len(report.steps), sft_seconds=time.monotonic() - started, sft_loss=report.loss, sft_probe=best, sft_majority=majority([a.strip() for _, a in probes]))
 
 # %% ../../nbs/05_rl/07_workers.ipynb #fe2fb763
 def train_worker(folder:Path, checkpoint:str, client:Client):

@@ -138,6 +138,8 @@ def build_optimizer(
 )->Optimizers:
     "Muon for the parameters that `uses_muon` names, AdamW for all others."
     names = {p: n for n,p in model.named_parameters() if p.requires_grad}
+    for p,n in names.items():
+        if p.dtype != torch.float32: raise ValueError(f'{n} is {p.dtype}: steps are smaller than its last digit; train float32 weights (`model.float()`)')
     groups = {}
     for p,n in names.items():
         key = ('muon', stacked_parts(n)) if uses_muon(n, p) else ('adamw', p.ndim >= 2)
