@@ -9,6 +9,7 @@ __all__ = ['LIMIT', 'HIGHEST', 'ADVANTAGES', 'group_rewards', 'mean_reward', 'bo
 # %% ../../nbs/05_rl/00_advantage.ipynb #5586cf21
 from typing import Callable
 import numpy as np
+from ..errors import UserError
 from ..plugins import choose_by_name
 
 # %% ../../nbs/05_rl/00_advantage.ipynb #fc6cf3ef
