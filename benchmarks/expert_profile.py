@@ -44,38 +44,43 @@ def prose()->str:
     return "\n\n".join(dict.fromkeys(out))[:1_500_000]
 
 
+class Trained:
+    "A small AFMoE trained on bytes of code, maths and prose, six rows a step."
+    def __init__(self, steps:int):
+        self.texts = {name: torch.frombuffer(bytearray(make().encode("ascii", "ignore")), dtype=torch.uint8).long()
+                      for name, make in (("code", code), ("maths", maths), ("prose", prose))}
+        print({n: len(t) for n, t in self.texts.items()}, "bytes")
+        self.gen = torch.Generator().manual_seed(0)
+        self.model = init_weights(Afmoe(CFG, grouped_experts), 0)
+        opt, start = torch.optim.AdamW(self.model.parameters(), lr=3e-3, betas=(.9, .95), weight_decay=.01), time.time()
+        for s in range(steps):
+            for g in opt.param_groups: g["lr"] = 3e-3*min(1, (s+1)/20)*(1 - .9*s/steps)
+            out, loss = self.forward(torch.cat([self.batch(d, 2) for d in self.texts]))
+            opt.zero_grad(); loss.backward(); opt.step()
+            for m, c in zip(moe_modules(self.model), out.counts()): smebu_update(m.expert_bias, m.bias_momentum, c, rate=2e-3)
+            if s % 50 == 0 or s == steps-1: print(f"step {s}: loss {loss.item():.3f}, {time.time()-start:.0f} s", flush=True)
+
+    def batch(self, domain:str, rows:int, held:bool=False)->torch.Tensor: # [rows,LENGTH+1]
+        t = self.texts[domain]; cut = len(t)*9//10
+        lo, hi = (cut, len(t)) if held else (0, cut)
+        at = torch.randint(lo, hi-LENGTH-1, (rows,), generator=self.gen)
+        return torch.stack([t[i:i+LENGTH+1] for i in at])
+
+    def forward(self, x:torch.Tensor):
+        rows = len(x)
+        out = self.model(x[:,:-1].flatten(), torch.arange(LENGTH).repeat(rows), packed_attend(torch.arange(rows+1)*LENGTH))
+        return out, F.cross_entropy(self.model.logits(out.hidden), x[:,1:].flatten())
+
+
 def measure(args:list[str])->dict:
     p = argparse.ArgumentParser("expert_profile")
     p.add_argument("--steps", type=int, default=300)
     a = p.parse_args(args)
-    texts = {name: torch.frombuffer(bytearray(make().encode("ascii", "ignore")), dtype=torch.uint8).long() for name, make in (("code", code), ("maths", maths), ("prose", prose))}
-    print({n: len(t) for n, t in texts.items()}, "bytes")
-    gen = torch.Generator().manual_seed(0)
-    model = init_weights(Afmoe(CFG, grouped_experts), 0)
-    opt = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(.9, .95), weight_decay=.01)
-
-    def batch(domain, rows, held=False):
-        t = texts[domain]; cut = len(t)*9//10
-        lo, hi = (cut, len(t)) if held else (0, cut)
-        at = torch.randint(lo, hi-LENGTH-1, (rows,), generator=gen)
-        return torch.stack([t[i:i+LENGTH+1] for i in at])
-
-    def forward(x):
-        rows = len(x)
-        out = model(x[:,:-1].flatten(), torch.arange(LENGTH).repeat(rows), packed_attend(torch.arange(rows+1)*LENGTH))
-        return out, F.cross_entropy(model.logits(out.hidden), x[:,1:].flatten())
-
-    start = time.time()
-    for s in range(a.steps):
-        for g in opt.param_groups: g["lr"] = 3e-3*min(1, (s+1)/20)*(1 - .9*s/a.steps)
-        out, loss = forward(torch.cat([batch(d, 2) for d in texts]))
-        opt.zero_grad(); loss.backward(); opt.step()
-        for m, c in zip(moe_modules(model), out.counts()): smebu_update(m.expert_bias, m.bias_momentum, c, rate=2e-3)
-        if s % 50 == 0 or s == a.steps-1: print(f"step {s}: loss {loss.item():.3f}, {time.time()-start:.0f} s")
+    trained = Trained(a.steps)
     profile, routes, losses = ExpertProfile(CFG.num_experts), {}, {}
     with torch.no_grad():
-        for d in texts:
-            outs = [forward(batch(d, 8, held=True)) for _ in range(2)]
+        for d in trained.texts:
+            outs = [trained.forward(trained.batch(d, 8, held=True)) for _ in range(2)]
             routes[d] = torch.cat([o.routes for o, _ in outs]).numpy().astype(np.uint8)
             losses[d] = sum(l.item() for _, l in outs)/2
             profile.add(d, routes[d])
