@@ -11,7 +11,7 @@ from time import perf_counter
 
 import numpy as np
 
-from moe_rl.data.batch import plan_rounds, step_time
+from moe_rl.data.rounds import plan_rounds, step_time
 from moe_rl.data.packing import (LengthProfile, balance, fewest_bins, first_fit_decreasing, imbalance, lognormal_lengths, longest_first, next_fit_decreasing, pack, sequence_flops)
 from moe_rl.moe.zoo import preset
 

@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, assume, example, given, settings, strategies
 from moe_rl.errors import UserError
 from moe_rl import records
 from moe_rl.data import batch, tokens
-from moe_rl.data.batch import micro_batch, micro_batches, per_rollout, plan_rounds, step_time, to_torch, verify
+from moe_rl.data.batch import micro_batch, micro_batches, per_rollout, to_torch, verify
+from moe_rl.data.rounds import plan_rounds, step_time
 from moe_rl.data.packing import (LengthProfile, balance, batch_token_budget, best_subset, fewest_bins, fill_bins, first_fit_decreasing, imbalance, lognormal_lengths,
                                  longest_first, next_fit_decreasing, pack, refine, sequence_flops, utilisation)
 from moe_rl.data.tokens import TextTokenizer, Tokenizer, byte_tokenizer, find_wording, load_tokenizer, train_bpe, wording_tokenizer
