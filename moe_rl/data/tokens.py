@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'SLOT', 'Tokenizer', 'render_template', 'TextTokenizer', 'byte_tokenizer', 'train_bpe', 'find_wording',
-           'wording_tokenizer', 'load_tokenizer']
+           'with_phrases', 'wording_tokenizer', 'load_tokenizer']
 
 # %% ../../nbs/02_data/01_tokens.ipynb #da0bc89b
 import json, re
@@ -168,14 +168,18 @@ def find_wording(
     return sorted((p for p in phrases if len(p) > 1 and p.isascii()), key=lambda p: (-len(p), p))
 
 # %% ../../nbs/02_data/01_tokens.ipynb #95f3e592
+def with_phrases(phrases:list[str])->TextTokenizer:
+    "Bytes, plus one token for each of `phrases`."
+    core = _train([], len(SPECIALS)+256, 0)
+    core.add_tokens([AddedToken(p, normalized=False, special=False) for p in phrases])
+    return _own(core)
+
 def wording_tokenizer(
     texts:list[str], # prompts of a task
     share:float=0.9  # a phrase must occur in this share of them
 )->TextTokenizer:
     "Bytes, plus one token for each constant phrase of `texts` (see `find_wording`); everything else stays in single bytes."
-    core = _train([], len(SPECIALS)+256, 0)
-    core.add_tokens([AddedToken(p, normalized=False, special=False) for p in find_wording(texts, share)])
-    return _own(core)
+    return with_phrases(find_wording(texts, share))
 
 # %% ../../nbs/02_data/01_tokens.ipynb #a74ccdc0
 def _table(path:Path)->dict:
