@@ -74,15 +74,15 @@ def run_settings(args:list[str]) -> tuple[Settings, bool, dict]: # settings, whe
 # %% ../nbs/06_app/04_cli.ipynb #1ca817a1
 def rehearse(s:Settings, resume:bool) -> int:
     "Everything that a run checks before it starts; nothing is written."
-    from moe_rl.rl.run import check, make_tokenizer, tokenizer_at
-    from moe_rl.rollout.environments import Guard, load_envs
+    from moe_rl.rl.run import get_ready
+    from moe_rl.rollout.environments import Guard
     from moe_rl.train.checkpoint import latest, verify
     folder = Path(s.dir)
     if not resume and folder.exists() and any(folder.iterdir()): raise UserError(f"{folder} exists and is not empty: use --resume to go on, or --dir for another folder")
-    env = load_envs([e.model_dump() for e in s.env], s.seed)
-    Guard(env, s.schedule.env_timeout, s.rl.reward)
-    tokenizer = tokenizer_at(folder/"tokenizer") if resume and (folder/"tokenizer").exists() else make_tokenizer(s, env)
-    model = check(s, env, tokenizer)
+    ready = get_ready(s, resume)
+    Guard(ready.env, ready.settings.schedule.env_timeout, s.rl.reward)
+    for line in ready.lines: say(line)
+    model, tokenizer = ready.model, ready.tokenizer
     checkpoint = latest(folder) if resume else None
     if checkpoint: verify(checkpoint)
     say(f"{folder}: ready to {'go on from ' + checkpoint.name if checkpoint else 'start'}: {model.num_hidden_layers} layers, {model.num_experts} experts, {tokenizer.vocab_size} token ids; nothing was started")
@@ -124,15 +124,13 @@ def cmd_sft(args:list[str]) -> int:
     from moe_rl.moe.checkpoint import save_pretrained
     from moe_rl.rl.log import claim
     from moe_rl.display import Ticker
-    from moe_rl.rl.run import check, make_tokenizer
+    from moe_rl.rl.run import make_ready
     from moe_rl.rl.trainer import build_model
     from moe_rl.rl.workers import prepare, warm_start
-    from moe_rl.rollout.environments import load_envs
-    env, folder = load_envs([e.model_dump() for e in s.env], s.seed), Path(s.dir)
-    tokenizer = make_tokenizer(s, env)
-    check(s, env, tokenizer)
+    ready = make_ready(s)
+    s, tokenizer, folder = ready.settings, ready.tokenizer, Path(s.dir)
     lock = claim(folder, s, resume=False)
-    with lock, Ticker(s.dir) as alive: report = warm_start(model := build_model(s, tokenizer.vocab_size).to(prepare(s)), tokenizer, env, s, alive)
+    with lock, Ticker(s.dir) as alive: report = warm_start(model := build_model(s, tokenizer.vocab_size).to(prepare(s)), tokenizer, ready.env, s, alive)
     save_pretrained(model, folder/"model", extra_files=tokenizer.save)
     say(json.dumps(report))
     return 0

@@ -36,6 +36,7 @@ class Letters(Environment):
     def __init__(self, wording='Say the first letter of ', bad='', length=3): self.wording, self.bad, self.length = wording, bad, length
     def problem(self, key):
         word = ''.join(chr(97 + (key >> 5*i) % 26) for i in range(self.length))
+        if self.bad == 'one text': word = 'abc'
         return Task(env=self.name, prompt=self.wording + word + ': ', answer=None if self.bad == 'no answer' else word[0])
     async def score(self, task, turns):
         if self.bad == 'nan': return float('nan')
@@ -207,8 +208,7 @@ def test_sft(home, capsys):
     (['--engine.kv_tokens', '32'], 'env letters: a prompt of 31 tokens and engine.max_tokens = 4 exceed engine.kv_tokens (32)'),
     (['--rl.tokens_per_batch', '20'], 'exceed rl.tokens_per_batch (21)'),
     (['--model.max_position_embeddings', '30'], 'exceed model.max_position_embeddings (30)'),
-    (['--eval.prompts', '100000'], 'letters: only'),
-    (['--env', '[{"name": "my_task:Letters", "params": {"bad": "no answer"}}]'], 'no reference answer, so a warm start is impossible'),
+    (['--env', '[{"name": "my_task:Letters", "params": {"bad": "one text"}}]'], '1 different prompts'),
     (['--env', '[{"name": "my_task:Letters", "params": {"size": 3}}]'], 'params refused'),
     (['--schedule.device', 'tpu'], 'schedule.device'),
     (['--schedule.port', '99999'], 'schedule.port'),

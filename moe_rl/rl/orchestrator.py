@@ -20,7 +20,7 @@ from .buffer import Buffer, Group
 from .gate import room
 from .wire import Beat, Failure, Generate, Generated, Hello, Missing, Save, Server, Train, Trained, Update, Updated
 from ..rollout.engine import Finished, Request
-from ..rollout.environments import Guard, RolloutLost, play
+from ..rollout.environments import Guard, RolloutLost, Task, play
 from ..train.checkpoint import commit, keep_last, latest, replace_file, save_state, stage, step_path
 
 # %% ../../nbs/05_rl/08_orchestrator.ipynb #e65aa117
@@ -193,9 +193,10 @@ def check_prompt(tokens:int, env:str, s:Settings, limit:tuple[int, str]):
 class Orchestrator:
     "The asynchronous loop of one run."
     def __init__(self, s:Settings, guard:Guard, tokenizer, server:Server, pool:EnginePool, trainer:Worker, log, folder:Path, show=lambda row: None,
-                 positions:int=1 << 30):    # tokens that the model's positions allow
+                 positions:int=1 << 30,     # tokens that the model's positions allow
+                 held_out:list[Task]=()):   # problems of every evaluation
         self.s, self.guard, self.tokenizer, self.server, self.pool, self.trainer = s, guard, tokenizer, server, pool, trainer
-        self.log, self.folder, self.show, self.longest = log, Path(folder), show, longest(s, positions)
+        self.log, self.folder, self.show, self.longest, self.held_out = log, Path(folder), show, longest(s, positions), list(held_out)
         self.state, self.started, self.advantage = State(), 0, resolve(s.rl.advantage)
         self.judge = guard.beside('score')  # evaluation has threads of its own: neither starves the other
         self.buffer = Buffer(max_staleness=s.rl.max_staleness, group_size=s.rl.group_size, zero_variance=s.rl.zero_variance, overlong=s.rl.overlong,
@@ -235,7 +236,10 @@ class Orchestrator:
 
     async def play_group(self, group:int, indices:list[int]):
         "Draw the problem once, then play its rollouts side by side."
-        try: task = await self.guard.sample(group)
+        try:
+            task = await self.guard.sample(group)
+            if (tokens := len(self.tokenizer.render_prompt(task.prompt))) + self.s.engine.max_tokens > self.longest[0]:
+                raise RolloutLost('too_long', f'{task.env}: a prompt of {tokens} tokens leaves no room for an answer in {self.longest[1]} ({self.longest[0]})')
         except RolloutLost as e: task = e
         for i in indices: self.spawn(self.roll(group, i, task))
 
@@ -421,7 +425,7 @@ class Orchestrator:
     async def evaluate(self) -> dict[str, float]:
         "Held-out problems; share of exact answers with a 95 % interval. A problem whose environment fails counts as not solved."
         started, step, k = time.monotonic(), self.state.step, self.s.eval.samples
-        tasks = await asyncio.to_thread(self.guard.env.held_out, self.s.eval.prompts)
+        tasks = self.held_out
         self.state.rounds += 1
         self.pool.playing += len(tasks) * k
         lane = self.state.rounds

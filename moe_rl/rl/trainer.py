@@ -30,6 +30,7 @@ from ..train.step import LossParts, Outcomes, StepReport, optimizer_step, regula
 def model_config(settings:Settings, vocab_size:int) -> ModelConfig:
     "The architecture that the settings ask for, with the tokenizer's vocabulary. Raises `UserError` for sizes that do not fit together."
     sizes = settings.model.model_dump(exclude={'checkpoint'})
+    if sizes['max_position_embeddings'] == 'auto': sizes['max_position_embeddings'] = 2048 # nothing was measured: a model outside a run
     try: return ModelConfig(vocab_size=vocab_size, **sizes)
     except ValueError as e: raise UserError(f'model: {e}') from None
 

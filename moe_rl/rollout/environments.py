@@ -203,7 +203,7 @@ class Calculator(Environment):
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #acfe3f53
 def load_env(
-    section:dict|str, # {name, params} or a name
+    section:dict|str, # {name, params, held_out} or a name
     seed:int=0        # of the training stream
 )->Environment:
     "The environment that a section of the settings describes. `UserError` in one line for anything the user can mend."
@@ -216,6 +216,7 @@ def load_env(
     missing = [f for f in ('problem', 'sample', 'held_out', 'reply', 'score') if not hasattr(env, f)]
     if missing: raise UserError(f'env {name}: {type(env).__name__} has no {missing[0]}; derive it from moe_rl.rollout.environments.Environment')
     env.seed = seed
+    if section.get('held_out', 'auto') != 'auto': env.held_out_share = section['held_out']
     return env
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #35448969
@@ -241,9 +242,11 @@ class Mixture(Environment):
         self.parts = list(envs)
     def sample(self, i): return self.draw('train', i)
     def draw(self, stream, i): return self.parts[choose(i, self.weights)].draw(stream, i)
-    def held_out(self, n):
+    def portions(self, n:int)->list[int]: # one for each part
+        "`n` divided by the weights; every part has at least one."
         ends = np.rint(np.cumsum(self.weights)/np.sum(self.weights)*n).astype(int)
-        return [t for env, m in zip(self.parts, np.diff(ends, prepend=0)) for t in env.held_out(int(m))]
+        return [max(1, int(m)) for m in np.diff(ends, prepend=0)]
+    def held_out(self, n): return [t for env, m in zip(self.parts, self.portions(n)) for t in env.held_out(m)]
     def single_turn(self, task): return self.envs[task.env].single_turn(task)
     def reply(self, task, turns): return self.envs[task.env].reply(task, turns)
     def score(self, task, turns): return self.envs[task.env].score(task, turns)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'ENOUGH', 'LONG', 'LETTERS', 'LONGEST_ANSWER', 'LONGEST_PROMPT', 'STEP_TOKENS', 'Profile', 'choose_share',
-           'Drawing', 'draw_profile', 'Lengths', 'lengths', 'profile_phrases', 'profile_tokenizer', 'best_constant',
-           'up', 'answer_limit', 'groups_for', 'task_lines', 'warnings', 'fit']
+           'Drawing', 'own_list', 'own_profile', 'recall', 'draw_profile', 'Lengths', 'lengths', 'profile_phrases',
+           'profile_tokenizer', 'best_constant', 'up', 'answer_limit', 'groups_for', 'task_lines', 'warnings', 'fit']
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f00004
 import math, time
@@ -81,20 +81,42 @@ class Drawing:
                        seconds=self.seconds/self.drawn, slowest=self.slowest, conversation=not self.env.single_turn(tasks[0]))
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f0000f
+def own_list(env)->bool:
+    "Whether `env` says itself which problems are held out."
+    return getattr(type(env), 'held_out', None) is not Environment.held_out
+
+def own_profile(env, wanted:int)->Profile:
+    "The profile of an environment with a list of its own."
+    began = time.monotonic()
+    held, tasks = env.held_out(wanted)[:wanted], [env.sample(i) for i in range(400)]
+    if not held: raise UserError(f'env {env.name}: held_out({wanted}) gave no problem')
+    spent, count = time.monotonic() - began, len(held) + len(tasks)
+    return Profile(env=env.name, share=getattr(env, 'held_out_share', SHARES[0]), tasks=tasks, held_out=held, numbers=list(range(len(held))), drawn=count, seconds=spent/count, slowest=spent/count,
+                   conversation=not (hasattr(env, 'single_turn') and env.single_turn(tasks[0])))
+
+def recall(env, numbers:list[int])->list[Task]:
+    "Held-out problems by the numbers that a profile gave them."
+    if not own_list(env): return [env.problem(Drawing(env).key(n)) for n in numbers]
+    held = env.held_out(max(numbers) + 1)
+    return [held[n] for n in numbers]
+
+# %% ../../nbs/04_rollout/07_profile.ipynb #70f00011
 def draw_profile(
     env:Environment,
     wanted:int=512,          # held-out problems
-    share:float|None=None,   # of all texts that is held out; None: chosen from what was drawn
+    share:float|None=None,   # of all texts that is held out; None: the environment's own, or chosen from what was drawn
     seconds:float=math.inf,  # after which the drawing ends
 )->Profile:
     "Draw problems of `env` one after another."
+    if own_list(env): return own_profile(env, wanted)
+    if not share and env.held_out_share != Environment.held_out_share: share = env.held_out_share
     drawing, started = Drawing(env, wanted, share), time.monotonic()
     while True:
         began = time.monotonic()
         drawing.add(drawing.drawn, env.problem(drawing.key(drawing.drawn)), time.monotonic() - began)
         if drawing.enough() or time.monotonic() - started > seconds: return drawing.profile()
 
-# %% ../../nbs/04_rollout/07_profile.ipynb #70f00015
+# %% ../../nbs/04_rollout/07_profile.ipynb #70f00017
 class Lengths(NamedTuple):
     "Tokens of prompts and of reference answers, end token included."
     prompts:np.ndarray # [n]
@@ -109,7 +131,7 @@ def lengths(
     tasks = profile.tasks[:most]
     return Lengths(np.array([len(tokenizer.render_prompt(t.prompt)) for t in tasks]), np.array([len(tokenizer.encode(t.answer)) + 1 for t in tasks if t.answer is not None], dtype=int))
 
-# %% ../../nbs/04_rollout/07_profile.ipynb #70f00017
+# %% ../../nbs/04_rollout/07_profile.ipynb #70f00019
 LONG, LETTERS = 96, 300_000 # tokens of a prompt that is long; characters that are looked at
 
 def profile_phrases(prompts:list[str])->list[str]:
@@ -126,13 +148,13 @@ def profile_tokenizer(profiles:list[Profile])->TextTokenizer:
     "Bytes and the phrases of every task."
     return with_phrases(sorted({p for profile in profiles for p in profile_phrases([t.prompt for t in profile.tasks])}))
 
-# %% ../../nbs/04_rollout/07_profile.ipynb #70f0001d
+# %% ../../nbs/04_rollout/07_profile.ipynb #70f0001f
 def best_constant(tasks:list[Task])->tuple[str, float]: # an answer, the share of problems that it solves
     "The answer that is right most often without a look at the problem; `('', 0.)` where there are no reference answers."
     answers = Counter(t.answer.strip() for t in tasks if t.answer is not None)
     return (lambda a, n: (a, n/len(tasks)))(*answers.most_common(1)[0]) if answers else ('', 0.)
 
-# %% ../../nbs/04_rollout/07_profile.ipynb #70f00021
+# %% ../../nbs/04_rollout/07_profile.ipynb #70f00023
 LONGEST_ANSWER, LONGEST_PROMPT, STEP_TOKENS = 1024, 4096, 4096  # ceilings of what is chosen, not of what may be given
 
 def up(x:float, multiple:int)->int: return multiple*math.ceil(x/multiple)
@@ -148,7 +170,7 @@ def groups_for(mean:float, group_size:int)->int: # mean: tokens of a conversatio
     "Groups of a step of some `STEP_TOKENS` tokens: a power of two from 4 to 32."
     return int(min(32, max(4, 2**math.floor(math.log2(STEP_TOKENS/(mean*group_size) + 1e-9)))))
 
-# %% ../../nbs/04_rollout/07_profile.ipynb #70f00025
+# %% ../../nbs/04_rollout/07_profile.ipynb #70f00027
 def _share(x:float)->str: return f'{100*x:.0f} %' if .01 <= x <= .99 or x in (0, 1) else f'{100*x:.2g} %'
 
 def task_lines(profile:Profile, size:Lengths)->list[str]:
@@ -163,10 +185,11 @@ def warnings(s:Settings, profile:Profile, size:Lengths, room:int)->list[str]: # 
     out, fits = [], float(np.mean(size.prompts + s.engine.max_tokens <= room))
     if len(size.answers) and (share := float(np.mean(size.answers <= s.engine.max_tokens))) < .95:
         out.append(f'{profile.env}: only {_share(share)} of the reference answers fit engine.max_tokens = {s.engine.max_tokens}')
+    if not profile.answered: out.append(f'{profile.env}: without reference answers there is no warm start')
     if fits < 1: out.append(f'{profile.env}: {_share(1-fits)} of the problems leave no room for an answer in {room} tokens, and are left out')
     return out
 
-# %% ../../nbs/04_rollout/07_profile.ipynb #70f00026
+# %% ../../nbs/04_rollout/07_profile.ipynb #70f00028
 def fit(
     s:Settings,
     profiles:list[Profile],   # one for each environment, in order
@@ -190,4 +213,5 @@ def fit(
     auto(s.schedule, 'env_timeout', max(10.0, math.ceil(20*max(p.slowest for p in profiles))))
     auto(s.eval, 'prompts', sum(len(p.held_out) for p in profiles))
     for section, p in zip(s.env, profiles): auto(section, 'held_out', p.share)
+    if not all(p.answered for p in profiles): s.warm_start.seconds, s.warm_start.steps = 0.0, 0
     return s, sizes
