@@ -1335,6 +1335,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'moe_rl.rl.run.finished': ('05_rl/run.html#finished', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.first_version': ('05_rl/run.html#first_version', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.get_ready': ('05_rl/run.html#get_ready', 'moe_rl/rl/run.py'),
+                               'moe_rl.rl.run.keep_ready': ('05_rl/run.html#keep_ready', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.keep_tokenizer': ('05_rl/run.html#keep_tokenizer', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.make_ready': ('05_rl/run.html#make_ready', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.make_tokenizer': ('05_rl/run.html#make_tokenizer', 'moe_rl/rl/run.py'),

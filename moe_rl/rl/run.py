@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DONE', 'DRAW_SECONDS', 'EXTENDS', 'tokenizer_at', 'keep_tokenizer', 'make_tokenizer', 'check_first', 'check', 'Ready',
-           'draw_profiles', 'make_ready', 'ready_again', 'get_ready', 'start', 'end', 'stop', 'state_at', 'finished',
-           'extend', 'complete', 'first_version', 'run_async', 'run', 'evaluate_async', 'evaluate']
+           'draw_profiles', 'make_ready', 'ready_again', 'get_ready', 'keep_ready', 'start', 'end', 'stop', 'state_at',
+           'finished', 'extend', 'complete', 'first_version', 'run_async', 'run', 'evaluate_async', 'evaluate']
 
 # %% ../../nbs/05_rl/09_run.ipynb #c87043bf
 import asyncio, itertools, json, math, os, secrets, subprocess, sys, time
@@ -119,6 +119,13 @@ def get_ready(s:Settings, resume:bool=False, show=lambda row: None) -> Ready:
     "`ready_again` for a run that knows its numbers, else `make_ready`."
     return ready_again(s) if resume and (Path(s.dir)/'held_out.json').exists() else make_ready(s, show)
 
+def keep_ready(ready:Ready, folder:Path):
+    "Leave in the run folder what a resume needs; the list of held-out problems comes last."
+    if (folder/'held_out.json').exists(): return
+    keep_tokenizer(ready.tokenizer, folder/'tokenizer')
+    replace_file(folder/'config.toml', to_toml(ready.settings).encode())
+    replace_file(folder/'held_out.json', json.dumps(ready.numbers).encode())
+
 # %% ../../nbs/05_rl/09_run.ipynb #36b8c1a1
 def start(role:str, name:str, folder:Path, server:Server, extra:str='', threads:int=1) -> Worker:
     "Start a worker process; its output goes to `FOLDER/logs/NAME.log`, its secret through the environment."
@@ -205,8 +212,8 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None) -> dic
     began, folder = time.monotonic(), Path(s.dir)
     if resume and (done := finished(folder)): return done | dict(total_seconds=0.0)
     ready = get_ready(s, resume, show)
-    s, env, tokenizer, model = ready.settings, ready.env, ready.tokenizer, ready.model
-    guard = Guard(env, s.schedule.env_timeout, s.rl.reward)
+    s, tokenizer, model = ready.settings, ready.tokenizer, ready.model
+    guard = Guard(ready.env, s.schedule.env_timeout, s.rl.reward)
     server, workers = Server(secrets.token_hex(16), port=s.schedule.port), []
     try: lock = claim(folder, s, resume)
     except UserError: server.close(); raise
@@ -214,10 +221,7 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None) -> dic
     try:
         checkpoint = latest(folder) if resume else None
         if checkpoint: verify(checkpoint)
-        if not (folder/'held_out.json').exists():
-            keep_tokenizer(tokenizer, folder/'tokenizer')
-            replace_file(folder/'config.toml', to_toml(s).encode())
-            replace_file(folder/'held_out.json', json.dumps(ready.numbers).encode())
+        keep_ready(ready, folder)
         for line in ready.lines: log.event(line); show(dict(note=line))
         log.event(f'{"resumed from " + checkpoint.name if checkpoint else "started"} (pid {os.getpid()})')
         trainer = start('trainer', 'trainer', folder, server, str(checkpoint or ''), s.schedule.threads)
