@@ -68,7 +68,7 @@ def read_run(folder:str|Path) -> RunData:
     rows, ledger = read_lines(folder/'metrics.jsonl'), read_lines(folder/'ledger.jsonl')
     dropped = Counter()
     for line in ledger: dropped.update({reason: len(ids) for reason, ids in line['dropped'].items()})
-    return RunData(folder, tomllib.loads((folder/'config.toml').read_text()), state_of(folder), np.array([r['step'] for r in rows], int), columns_of(rows),
+    return RunData(folder, tomllib.loads((folder/'config.toml').read_text(encoding='utf-8')), state_of(folder), np.array([r['step'] for r in rows], int), columns_of(rows),
                    read_lines(folder/'evals.jsonl'), sum(len(line['trained']) for line in ledger), dropped, read_lines(folder/'samples.jsonl'))
 
 # %% ../nbs/06_app/02_report.ipynb #ed34b6e1
@@ -264,7 +264,7 @@ def changed(settings:dict) -> list[tuple[str, str, str]]: # key, value, default
     flat = lambda tree, prefix='': {k2: v2 for k, v in tree.items() for k2, v2 in (flat(v, f'{prefix}{k}.') if isinstance(v, dict) and f'{prefix}{k}' not in keys else {prefix + k: v}).items()}
     keys = all_keys()
     default = flat(Settings().model_dump())
-    return [(k, json.dumps(v), json.dumps(default.get(k))) for k, v in flat(settings).items() if k != 'dir' and v != default.get(k)]
+    return [(k, json.dumps(v, default=str), json.dumps(default.get(k), default=str)) for k, v in flat(settings).items() if k != 'dir' and v != default.get(k)]
 
 def page(run:RunData) -> str:
     "The whole report in markdown; pictures are beside it."
@@ -294,6 +294,6 @@ def write_report(folder:str|Path, # of a run: finished, running or killed
         target.mkdir(exist_ok=True)
         with rc_context(STYLE):
             for name, draw in PICTURES.items(): draw(run).savefig(target/f'{name}.png')
-        (target/'report.md').write_text(page(run))
+        (target/'report.md').write_text(page(run), encoding='utf-8')
     except OSError as e: raise UserError(f'cannot write {target}: {e.strerror}: free space; the run itself is complete') from None
     return target/'report.md'

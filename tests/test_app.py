@@ -248,7 +248,7 @@ def test_dry_run_and_print_config(home, capsys):
     "All checks, the settings as they would be, and nothing begun."
     assert cli.main(['run', '--dry-run', *flags(dir='runs/dry', env='my_task:Letters')]) == 0
     assert 'runs/dry: ready to start: 2 layers, 4 experts' in capsys.readouterr().out and not (home / 'runs' / 'dry').exists()
-    assert 'no reference answer' in refused(capsys, 'run', '--dry-run', *flags(dir='runs/dry', env='[{"name": "my_task:Letters", "params": {"bad": "no answer"}}]'))
+    assert 'params refused' in refused(capsys, 'run', '--dry-run', *flags(dir='runs/dry', env='my_task:Letters'), '--env.params.size', '3')
     assert cli.main(['run', '--print-config', *flags(dir='runs/dry', env='my_task:Letters')]) == 0
     (home / 'printed.toml').write_text(capsys.readouterr().out)
     assert load_settings(home / 'printed.toml') == load_settings(overrides=TINY | {'dir': 'runs/dry', 'env': 'my_task:Letters'})
@@ -278,7 +278,9 @@ def test_settings_of_every_type_come_back(home, capsys):
     import datetime
     params = dict(limit=None, since=datetime.date(2026, 1, 1), at=datetime.time(10, 30), sizes=(1, (2, None)), text='"a"\n\\\x00é', deep=[dict(of=None)], big=-1e300, none=dict(none=1))
     from moe_rl.config import to_toml
+    from moe_rl.report import changed
     s = load_settings(overrides={'env': [dict(name='my_task:Letters', params=params)]})
+    assert '2026-01-01' in str(changed(s.model_dump()))
     (home / 'types.toml').write_text(to_toml(s), encoding='utf-8')
     back = load_settings(home / 'types.toml')
     assert back == s and back.env[0].params['sizes'] == [1, [2, None]] and back.env[0].params['limit'] is None
