@@ -252,7 +252,7 @@ class Settings(Section):
         if not self.env: raise ValueError("env is empty: name at least one environment")
         if "auto" not in (self.engine.max_tokens, self.engine.kv_tokens) and self.engine.max_tokens >= self.engine.kv_tokens:
             raise ValueError(f"engine.max_tokens {self.engine.max_tokens} does not fit engine.kv_tokens {self.engine.kv_tokens}: raise kv_tokens")
-        if self.rl.replay and self.model.num_experts > 65535: raise ValueError("rl.replay stores routes in 16 bits: at most 65535 experts")
+        if self.rl.replay and self.model.num_experts > 65536: raise ValueError("rl.replay stores routes in 16 bits: at most 65536 experts")
         if self.schedule.deterministic and self.rl.seconds: raise ValueError("schedule.deterministic excludes rl.seconds: set rl.steps instead")
         if self.schedule.deterministic and self.warm_start.seconds and not self.warm_start.steps:
             raise ValueError("schedule.deterministic excludes warm_start.seconds: set warm_start.steps (or warm_start.seconds = 0)")

@@ -236,7 +236,7 @@ def table(rows:list[tuple], # cells, first row is the head
 
 # %% ../nbs/06_app/02_report.ipynb #badc49cc
 NUMBERS = (('reward', '.3f', 'mean reward of the trained rollouts'), ('exact', '.3f', 'share of them that is exactly right'), ('solved', '.3f', 'the same of all that was played'),
-           ('loss', '.4f', 'policy loss per token'), ('entropy', '.3f', 'nats per token'), ('grad_norm', '.3f', 'gradient norm before clipping'),
+           ('loss', '.4f', 'all that is minimised, per token'), ('entropy', '.3f', 'nats per token'), ('grad_norm', '.3f', 'gradient norm before clipping'),
            ('masked', '.2%', 'trained tokens left out of the loss'), ('mismatch_kl', '.2e', 'trainer to engine, nats per token'), ('staleness', '.2f', 'age of trained tokens in versions'),
            ('max_vio', '.2f', 'busiest expert above the mean'), ('utilisation', '.0%', 'of the token budget'), ('tokens_per_s', ',.0f', 'trained tokens per second'),
            ('engine_tokens_per_s', ',.0f', 'sampled tokens per second'), ('trainer_waits', '.0%', 'of the time'), ('engine_waits', '.0%', 'of the time'), ('step_seconds', '.2f', 'seconds of an optimizer step'))

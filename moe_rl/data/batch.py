@@ -9,8 +9,7 @@ __all__ = ['FILL', 'micro_batch', 'verify', 'micro_batches', 'packed_batches', '
 from types import SimpleNamespace
 import numpy as np
 import torch
-from torch import Tensor
-from ..records import Example, MicroBatch, Packed, Rollout, replace, signal, total
+from ..records import Example, MicroBatch, Packed, Rollout, signal, total
 from .rounds import plan_rounds
 
 # %% ../../nbs/02_data/03_batch.ipynb #6b6c9183

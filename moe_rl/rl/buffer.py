@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from ..errors import UserError
 from ..records import Rollout, decode, encode, min_version
+from .advantage import group_rewards
 
 # %% ../../nbs/05_rl/03_buffer.ipynb #3d7534da
 IN_FLIGHT, PENDING, TAKEN, FIRST_REASON = 0, 1, 2, 3
@@ -82,7 +83,7 @@ def judge(
     if len(members) < 2: return drop_all('group_too_small')
     cut = np.array([r.stop_reason == 'length' for r in members])
     rewards = np.array([r.reward for r in members]) - penalty*(cut & (overlong == 'penalise'))
-    if zero_variance == 'filter' and np.ptp(rewards) == 0: return drop_all('zero_variance')
+    if zero_variance == 'filter' and np.ptp(group_rewards(rewards)) == 0: return drop_all('zero_variance')
     keep = ~cut | (overlong != 'mask')
     if not keep.any(): return drop_all('overlong')
     rollouts = [r for r, k in zip(members, keep) if k]

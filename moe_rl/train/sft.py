@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from ..config import BalanceSection
 from ..records import Example
-from ..data.batch import TensorBatch, packed_batches, to_torch
+from ..data.batch import TensorBatch, packed_batches
 from ..moe.attention import packed_attend
 from ..moe.model import Afmoe
 from .objective import global_mean, token_logprobs

@@ -19,7 +19,7 @@ from ..moe.balance import max_vio, router_z_loss, sequence_aux_loss, sign_update
 from ..moe.model import Afmoe, ModelOutput, moe_modules
 from ..records import Packed
 from .mesh import Mesh
-from .objective import global_mean, head_z_loss, token_logprobs
+from .objective import head_z_loss
 from .optim import Optimizers, clip_grads
 
 # %% ../../nbs/03_train/05_step.ipynb #54e19d65
