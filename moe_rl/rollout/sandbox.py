@@ -13,6 +13,7 @@ import ast, ctypes, functools, inspect, os, re, resource, signal, subprocess, sy
 from collections.abc import Callable
 from pathlib import Path
 import msgspec
+import moe_rl
 
 # %% ../../nbs/04_rollout/05_sandbox.ipynb #sb000006
 @functools.cache
@@ -51,7 +52,7 @@ def plan_for(
 )->Plan:
     "A plan for code that is imported from this process's `sys.path`."
     home, here = Path.home(), os.getcwd()
-    python = [sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path, str(Path(__file__).resolve().parents[2])]
+    python = [sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path, str(Path(moe_rl.__file__).resolve().parents[1])]
     shown = [os.path.abspath(p) for p in [*SYSTEM, *python, here, *reads] if p and os.path.exists(p)]
     shown = [p for p in shown if p != '/' and p != str(home)]
     hidden = [os.path.abspath(p) for p in [*hides, *(home/s for s in SECRETS)]]
