@@ -75,7 +75,7 @@ def run_settings(args:list[str]) -> tuple[Settings, bool, dict]: # settings, whe
 def rehearse(s:Settings, resume:bool) -> int:
     "Everything that a run checks before it starts; nothing is written."
     from moe_rl.rl.run import get_ready
-    from moe_rl.rollout.environments import Guard
+    from moe_rl.rollout.guard import Guard
     from moe_rl.train.checkpoint import latest, verify
     folder = Path(s.dir)
     if not resume and folder.exists() and any(folder.iterdir()): raise UserError(f"{folder} exists and is not empty: use --resume to go on, or --dir for another folder")

@@ -7,7 +7,9 @@ from hypothesis import given, settings, strategies as st
 import moe_rl.rollout.environments as environments
 from moe_rl.errors import UserError
 from moe_rl.data.tokens import byte_tokenizer
-from moe_rl.rollout.environments import (Calculator, EnvError, Environment, Guard, Mixture, ReasoningGym, RolloutLost, Task, calculate, choose, load_env, load_envs, play, text_hash)
+from moe_rl.rollout.environments import Calculator, Environment, Mixture, ReasoningGym, Task, calculate, choose, load_env, load_envs, text_hash
+from moe_rl.rollout.episode import play
+from moe_rl.rollout.guard import EnvError, Guard, RolloutLost
 
 
 class Words(Environment):
@@ -150,20 +152,23 @@ def test_a_generator_that_fails_is_an_env_error_too():
         def problem(self, key): raise KeyError('no data file')
     with pytest.raises(EnvError, match='sample.3. failed: KeyError'): asyncio.run(Guard(Broken()).sample(3))
 
-async def eval_beside_hanging_training(make_eval_guard):
-    guard = Guard(Faulty(), timeout=1., threads=2)
-    hanging = [asyncio.create_task(guard.score(guard.env.sample(0), ['block'])) for _ in range(6)]
-    await asyncio.sleep(0)
-    try: return await make_eval_guard(guard).score(guard.env.sample(0), ['fine'])
-    finally: await asyncio.gather(*hanging, return_exceptions=True)
-
-def test_known_failure_32_eval_does_not_share_threads_with_training():
-    assert asyncio.run(eval_beside_hanging_training(lambda guard: guard.beside())) == 1.0
-    with pytest.raises(EnvError, match='no answer within'): asyncio.run(eval_beside_hanging_training(lambda guard: guard))
+def test_known_failure_32_an_evaluation_waits_for_no_call_of_training():
+    async def main(judge_of):
+        guard = Guard(Faulty(), timeout=5., width=2)
+        hanging = [asyncio.create_task(guard.score(guard.env.sample(0), ['block'])) for _ in range(6)]
+        await asyncio.sleep(.1)
+        try: return await asyncio.wait_for(judge_of(guard).score(guard.env.sample(0), ['fine']), 1)
+        finally:
+            for h in hanging: h.cancel()
+            await asyncio.gather(*hanging, return_exceptions=True)
+    assert asyncio.run(main(lambda guard: guard.beside())) == 1.0
+    with pytest.raises(TimeoutError): asyncio.run(main(lambda guard: guard))
 
 def test_hanging_calls_do_not_delay_the_end_of_the_process():
-    code = "import asyncio, time\nfrom moe_rl.rollout.environments import Calls\nasync def f(): time.sleep(600)\nasync def main():\n    try: await Calls().run(f, 0.1)\n    except TimeoutError: print('late')\nasyncio.run(main())"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60).stdout == 'late\n'
+    code = ("import asyncio, time\nfrom moe_rl.rollout.environments import Environment, Task\nfrom moe_rl.rollout.guard import EnvError, Guard\n"
+            "class Hangs(Environment):\n    def problem(self, key): time.sleep(600)\n"
+            "async def main():\n    try: await Guard(Hangs(), timeout=.1).sample(0)\n    except EnvError as e: print(e.reason)\nasyncio.run(main())")
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60).stdout == 'env_timeout\n'
 
 
 # ---- conversations in tokens
@@ -222,7 +227,7 @@ def test_calculator_survives_any_text(text): assert calculate(text) == 'error' o
 
 def test_an_exit_in_one_call_does_not_fall_on_the_next():
     async def main():
-        guard = Guard(Faulty(), timeout=5., threads=1)
+        guard = Guard(Faulty(), timeout=5., width=1)
         got = await asyncio.gather(*[guard.score(guard.env.sample(0), [f]) for f in ('exit', 'fine')*20], return_exceptions=True)
         assert [getattr(g, 'reason', g) for g in got] == ['env_error', 1.0]*20
     asyncio.run(main())

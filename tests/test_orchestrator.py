@@ -31,7 +31,8 @@ from moe_rl.rl.run import stop
 from moe_rl.rl.trainer import model_config
 from moe_rl.rl.wire import Beat, Client, Failure, Generate, Generated, Hello, Missing, Server, Stop, Trained, Update, Updated
 from moe_rl.rollout.engine import Engine, Finished, Request
-from moe_rl.rollout.environments import Environment, Guard, Task
+from moe_rl.rollout.environments import Environment, Task
+from moe_rl.rollout.guard import Guard
 from moe_rl.train import weights
 from moe_rl.train.checkpoint import CheckpointError, commit, latest, load_state, stage, verify
 
@@ -152,7 +153,7 @@ def make_loop(tmp_path, env=None, **settings):
     s, server = load_settings(overrides=TINY | {k.replace('__', '.'): v for k, v in settings.items()}), Wire()
     pool = EnginePool(server)
     pool.engines = {'engine-0.0': Worker('engine-0.0', Alive())}
-    return Orchestrator(s, Guard(env or Letters(), timeout=20, threads=2), byte_tokenizer(), server, pool, Worker('trainer', Alive()), RunLog(tmp_path, tensorboard=False), tmp_path)
+    return Orchestrator(s, Guard(env or Letters(), timeout=20, width=2), byte_tokenizer(), server, pool, Worker('trainer', Alive()), RunLog(tmp_path, tensorboard=False), tmp_path)
 
 def answer(r): return Finished(id=r.id, token_ids=[65, 2], logprobs=[-1.0, -1.0], versions=[0, 0], routes=None, stop_reason='stop')
 

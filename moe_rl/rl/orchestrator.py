@@ -20,7 +20,9 @@ from .buffer import Buffer, Group
 from .gate import room
 from .wire import Beat, Failure, Generate, Generated, Hello, Missing, Save, Server, Train, Trained, Update, Updated
 from ..rollout.engine import Finished, Request
-from ..rollout.environments import Guard, RolloutLost, Task, play
+from ..rollout.environments import Task
+from ..rollout.episode import play
+from ..rollout.guard import Guard, RolloutLost
 from ..train.checkpoint import commit, keep_last, latest, replace_file, save_state, stage, step_path
 
 # %% ../../nbs/05_rl/08_orchestrator.ipynb #e65aa117
@@ -261,10 +263,9 @@ class Orchestrator:
         self.changed.set()
 
     def miss(self, e:RolloutLost):
-        "A failure costs its own rollout; but a reward that is no number, or a step's worth of failures in a row, would go on for ever: that ends the run by name."
+        "A failure costs its own rollout; but a step's worth of failures in a row would go on for ever: that ends the run by name."
         self.log.event(str(e))
         self.missed += 1
-        if e.reason == 'env_reward': raise UserError(f'{e}: a reward must be one finite number: mend the environment, then --resume')
         if self.missed >= max(16, self.s.rl.groups_per_step * self.s.rl.group_size):
             raise UserError(f'{self.missed} rollouts in a row were lost, the last: {e}: mend the environment, then --resume')
 

@@ -25,7 +25,9 @@ from .trainer import model_config
 from .wire import Server, Stop
 from .workers import device_of, prepare
 from ..rollout.engine import Engine, Request
-from ..rollout.environments import Guard, Mixture, RolloutLost, Task, load_envs, play
+from ..rollout.environments import Mixture, Task, load_envs
+from ..rollout.episode import play
+from ..rollout.guard import Guard, RolloutLost
 from ..rollout.profile import Lengths, Profile, draw_profile, fit, profile_tokenizer, recall, task_lines, warnings
 from ..records import encode
 from ..train.checkpoint import latest, load_state, replace_file, verify
@@ -213,7 +215,7 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None) -> dic
     if resume and (done := finished(folder)): return done | dict(total_seconds=0.0)
     ready = get_ready(s, resume, show)
     s, tokenizer, model = ready.settings, ready.tokenizer, ready.model
-    guard = Guard(ready.env, s.schedule.env_timeout, s.rl.reward)
+    guard = Guard(ready.env, s.schedule.env_timeout, s.rl.reward, hides=[s.dir])
     server, workers = Server(secrets.token_hex(16), port=s.schedule.port), []
     try: lock = claim(folder, s, resume)
     except UserError: server.close(); raise
@@ -248,7 +250,7 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None) -> dic
         return last | dict(total_seconds=time.monotonic() - began, warm_start=log_warm)
     finally:
         end(workers)
-        for part in (server, log, lock): part.close()
+        for part in (guard, server, log, lock): part.close()
 
 def run(s:Settings, resume:bool=False, show=lambda row: None) -> dict:
     "`run_async` for scripts, cells and the command line."
@@ -265,7 +267,7 @@ async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder wi
     s, env, tokenizer, model, tasks, _, _ = make_ready(s)
     limit = longest(s, model.max_position_embeddings)[0]
     engine = Engine(load_pretrained(folder).to(prepare(s)), kv_tokens=s.engine.kv_tokens, block_size=s.engine.block_size, max_seqs=s.engine.max_seqs, record_routes=False)
-    guard, done = Guard(env, s.schedule.env_timeout), itertools.count(1)
+    guard, done = Guard(env, s.schedule.env_timeout, hides=[s.dir, str(folder)]), itertools.count(1)
     async def answer(i, j, task):
         async def generate(ids, turn):
             request = Request(id=f'{i}-{j}.{turn}', prompt=list(ids), max_tokens=s.engine.max_tokens, temperature=s.eval.temperature, seed=seed_of(s.seed, i, j, turn), stop_ids=tokenizer.stop_ids)
@@ -275,6 +277,7 @@ async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder wi
         finally: show(next(done), len(tasks) * k)
         return rollout.metrics.get('exact', rollout.reward), rollout.reward
     got = await asyncio.gather(*(answer(i, j, t) for i, t in enumerate(tasks) for j in range(k)))
+    guard.close()
     return grade(got, k) | dict(failures=dict(guard.failures))
 
 def evaluate(s:Settings, folder:str|Path, show=lambda done, total: None) -> dict:

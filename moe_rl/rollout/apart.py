@@ -121,15 +121,16 @@ class Section(msgspec.Struct):
     label:str
     name:str
     params:bytes                    # packed
-    held_out_share:float=0.         # 0: the environment's own
+    held_out:float=0.               # share; 0: the environment's own
     def load(self, seed:int)->Environment:
-        return load_env(dict(name=self.name, params=unpack(msgspec.msgpack.decode(self.params)), held_out_share=self.held_out_share), seed)
+        return load_env(dict(name=self.name, params=unpack(msgspec.msgpack.decode(self.params)), held_out=self.held_out or 'auto'), seed)
 
 def section_of(label:str, section:dict)->Section:
     "A section of the settings for the wire. `UserError` for a parameter that is no plain data."
     try: params = msgspec.msgpack.encode(pack(dict(section.get('params') or {})))
     except TypeError as e: raise UserError(f'env {section["name"]}: params: {e}') from None
-    return Section(label, section['name'], params, section.get('held_out_share') or 0.)
+    share = section.get('held_out', 'auto')
+    return Section(label, section['name'], params, 0. if share == 'auto' else share)
 
 class Setup(msgspec.Struct):
     "What a nursery is told: the environments, the reward function, the sandbox."

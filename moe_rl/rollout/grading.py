@@ -40,14 +40,13 @@ def grade(
     got:list[tuple[float|None, float|None]], # exact and score of k answers per problem, in order
     k:int
 )->dict:
-    """What an evaluation reports. `exact` with `interval`, over the problems that have a reference answer; `score` with `score_interval`, over problems;
-    `pass_at_k` where every outcome is 0 or 1; and the numbers of problems, of answers per problem, and of lost answers."""
+    """What an evaluation reports: `exact` with `interval` over the problems that have a reference answer (None without any), `score` with `score_interval` over problems,
+    `pass_at_k` where every outcome is 0 or 1, and the numbers of problems, of answers per problem, and of lost answers."""
     exact = np.array([[math.nan if e is None else e for e, _ in got[i:i+k]] for i in range(0, len(got), k)], float).reshape(-1, k)
     score = np.array([[math.nan if s is None else s for _, s in got[i:i+k]] for i in range(0, len(got), k)], float).reshape(-1, k)
-    known, report = exact[~np.isnan(exact).any(1)], dict(prompts=len(exact), samples=k, lost=int(np.isnan(score).sum()))
-    if len(known): report |= dict(exact=float(known.mean()), interval=interval(float(known.mean()), len(known)))
+    known = exact[~np.isnan(exact).any(1)]
+    share = float(known.mean()) if len(known) else None
     means = np.array([row[~np.isnan(row)].mean() for row in score if not np.isnan(row).all()])
-    if len(means): report |= dict(score=float(means.mean()), score_interval=mean_interval(means))
     outcomes = known if len(known) == len(exact) else score
-    if len(outcomes) and np.isin(outcomes, (0., 1.)).all(): report['pass_at_k'] = pass_at_k(outcomes)
-    return report
+    return dict(exact=share, interval=interval(share, len(known)) if len(known) else None, pass_at_k=pass_at_k(outcomes) if np.isin(outcomes, (0., 1.)).all() else {},
+                score=float(means.mean()) if len(means) else None, score_interval=mean_interval(means), prompts=len(exact), samples=k, lost=int(np.isnan(score).sum()))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PASSED', 'FIXED', 'RolloutLost', 'EnvError', 'HereDesk', 'Here', 'Remote', 'variables', 'NotIsolated', 'Prints',
-           'kill', 'Nurse', 'Staff', 'Crew', 'Apart', 'Local', 'Outage', 'Guard', 'Draws', 'held_out', 'train_examples']
+           'kill', 'Nurse', 'Staff', 'Crew', 'Apart', 'Local', 'Outage', 'recipe_of', 'Guard', 'Draws', 'held_out',
+           'train_examples']
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000003
 import asyncio, copy, itertools, os, signal, socket, struct, subprocess, sys, time, weakref
@@ -15,7 +16,7 @@ from ..errors import UserError
 from ..plugins import load_attribute
 from .apart import FRAME, Desk, Facts, Parcel, Section, Setup, facts_of, framed, sealed, section_of, stock
 from .calls import Caller
-from .environments import (Environment, HeldOut, Mixture, Task, choose, complaint, exact_match, labelled, labels, parts, solved, usable_reward, usable_text)
+from .environments import (Environment, HeldOut, Mixture, Task, choose, complaint, exact_match, labelled, labels, portions, solved, usable_reward, usable_text)
 from .sandbox import Plan, plan_for
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000006
@@ -336,7 +337,6 @@ class Apart:
             if f.executes: self.close(); raise UserError(f'env {f.name}: its scorer executes what the model writes, and this system isolates no process ({why}): allow user namespaces, or take another task')
         return found
     async def call(self, op, label, args, limit): return await self.crew(self.numbers[label], op).call(op, self.numbers[label], args, limit)
-    def number(self, label:str)->str: return self.numbers[label]
     def close(self):
         for crew in self.crews.values(): crew.close()
 
@@ -383,18 +383,25 @@ class Outage:
         self.note(began, kind in ('ok', 'env_reward'), str(value))
         return kind, value
 
+# %% ../../nbs/04_rollout/08_guard.ipynb #gu000023b
+def recipe_of(env:Environment)->list[dict]:
+    "Sections of the settings that make `env` again, with the share that it holds out now."
+    envs, weights = (list(env.envs.values()), env.weights) if hasattr(env, 'envs') else ([env], [1.])
+    return [{**e.recipe[0], 'weight': w, 'held_out': e.held_out_share} for e, w in zip(envs, weights)]
+
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000024
 class Guard:
-    """The calls of environments: of `Apart`, or of an object. One that was made by name goes to processes of its own, any other is called in this one.
+    """The calls of environments: of `Apart`, or of an object. One that was made by name goes to processes of its own, any other is called in this one. What else `Apart` takes (`hides`, `workers`, `memory`, `log`) is passed on.
 
     `reward='exact'` scores every task by `exact_match` instead of the environment's own score, `'module:attribute'` by a
     function `(task, turns) -> float`, `async def` or `def`. `width` calls are open at a time; the clock of a call starts when it does."""
-    def __init__(self, env:Environment|Apart, timeout:float=10., reward:str='score', width:int=64, patience:float=300., say:Callable[[str], None]=lambda line: None):
+    def __init__(self, env:Environment|Apart, timeout:float=10., reward:str='score', width:int=64, patience:float=300., say:Callable[[str], None]=lambda line: None, **apart):
         if reward not in ('score', 'exact') and ':' not in reward: raise UserError(f"rl.reward: {reward!r}, expected 'score', 'exact' or \"module:attribute\"")
         own = reward if ':' in reward else ''
+        if own: load_attribute(own)        # a wrong name is said now
         if isinstance(env, Apart) and own and env.reward != own: raise UserError(f'rl.reward: the processes were made for {env.reward or "no reward function"}, not for {own}')
         self.env, self.timeout, self.reward = env, timeout, reward
-        self.host = env if isinstance(env, Apart) else Apart(env.recipe, env.seed, own, say=say) if env.recipe else Local(env, own)
+        self.host = env if isinstance(env, Apart) else Apart(recipe_of(env), env.seed, own, say=say, **apart) if env.recipe else Local(env, own)
         self.width, self.patience, self.say, self.failures, self.outages, self.seats, self.held, self.draws = width, patience, say, Counter(), {}, {}, {}, {}
     def beside(self, reward:str|None=None)->'Guard':
         "The same environments and the same count of failures, with a width of its own: for an evaluation that must not wait for training's calls."
@@ -435,6 +442,7 @@ class Guard:
         if self.reward == 'exact':
             if task.answer is None: raise UserError(f"{task.env}: its tasks have no reference answer, so rl.reward = 'exact' is impossible: use 'score'")
             return exact_match(task, turns)      # our own and quick: no process
+        await self.host.facts()
         return usable_reward(await self._call('reward' if ':' in self.reward else 'score', task.env, (self._sent(task), turns)))
     def _task(self, value, label:str)->Task:
         if isinstance(value, Task): return value
@@ -442,7 +450,7 @@ class Guard:
         return Task(env=label, prompt=p.prompt, answer=p.answer, data=p)
     def _sent(self, task:Task):
         if isinstance(self.host, Local): return task
-        return task.data if isinstance(task.data, Parcel) else sealed(task, self.host.number(task.env), [])
+        return task.data if isinstance(task.data, Parcel) else sealed(task, self.host.numbers[task.env], [])
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000025
 class Draws:
@@ -511,7 +519,7 @@ class Draws:
 async def held_out(guard:Guard, n:int, alive:Callable[[str], None]=lambda doing: None)->list[Task]:
     "`n` distinct problems for evaluation, each environment with its share; drawn once."
     draws, _ = Draws(guard, alive), await guard.host.facts()
-    return [t for label, m in zip(guard.host.labels, parts(n, guard.host.weights)) for t in await draws.held_out(label, m)]
+    return [t for label, m in zip(guard.host.labels, portions(n, guard.host.weights)) for t in await draws.held_out(label, m)]
 
 async def train_examples(guard:Guard, n:int, start:int=0, alive:Callable[[str], None]=lambda doing: None)->list[tuple[str, str]]: # (prompt, answer)
     "Solved problems for a supervised warm start, none of them held out, less those that can't be drawn."
