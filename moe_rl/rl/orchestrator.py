@@ -383,7 +383,7 @@ class Orchestrator:
             await self.until(self.spawn(self.train(groups)))
             update = self.spawn(self.pool.update(self.state.step, str(self.folder/'weights')))
             if self.s.schedule.deterministic: await self.until(update)
-            else: update.add_done_callback(lambda _: self.changed.set())
+            else: update.add_done_callback(self.told)
         await self.until(self.spawn(self.save()))
         await self.until(self.spawn(self.pool.update(self.state.step, str(self.folder/'weights'))))
         self.close(why)
@@ -395,6 +395,11 @@ class Orchestrator:
         self.state.ended = why
         replace_file(self.folder/END, encode(self.snapshot()))
         self.log.event(f'over after step {self.state.step}: {why}')
+
+    def told(self, update):
+        "New weights are in the engines: the gate has opened, though the trainer may be in the middle of a step."
+        if not update.cancelled() and not update.exception(): self.feed()
+        self.changed.set()
 
     async def until(self, task):
         "Wait for a task, or for the error that makes waiting senseless."
