@@ -7,8 +7,10 @@ __all__ = ['PLAIN_NORMS', 'GATE_NAMES', 'ARCHITECTURES', 'MODEL_TYPES', 'Fields'
            'read_sigmoid_moe', 'dense_first', 'mixtral', 'qwen3_moe', 'glm4_moe', 'deepseek_v3', 'afmoe', 'llama',
            'architecture', 'from_hf', 'new_afmoe']
 
-# %% ../../nbs/01_moe/06_families.ipynb #544df518
-from .spec import Glu, Gqa, LayerSpec, Mla, Moe, ModelSpec, Rope, Yarn
+# %% ../../nbs/01_moe/06_families.ipynb #dfa83cfd
+import math
+
+from .spec import Glu, Gqa, LayerSpec, Mixture, Mla, ModelSpec, Rope, Yarn
 
 # %% ../../nbs/01_moe/06_families.ipynb #fc8e11e5
 class Fields:
@@ -79,11 +81,11 @@ def read_model(
 
 def depth(f:Fields)->int: return f.count("num_hidden_layers", most=10_000)
 
-# %% ../../nbs/01_moe/06_families.ipynb #5e71ac4e
-def read_sigmoid_moe(f:Fields)->Moe: # GLM-4.5, DeepSeek-V3, Kimi K2
+# %% ../../nbs/01_moe/06_families.ipynb #5fbac56e
+def read_sigmoid_moe(f:Fields)->Mixture: # GLM-4.5, DeepSeek-V3, Kimi K2
     "Sigmoid scores with a balancing bias, groups, and shared experts."
     width = f.count("moe_intermediate_size")
-    return Moe(f.count("n_routed_experts num_local_experts", most=2**16), f.count("num_experts_per_tok", most=2**16), width, "sigmoid", width*f.count("n_shared_experts", 1, least=0, most=2**16),
+    return Mixture(f.count("n_routed_experts num_local_experts", most=2**16), f.count("num_experts_per_tok", most=2**16), width, "sigmoid", width*f.count("n_shared_experts", 1, least=0, most=2**16),
                f.flag("norm_topk_prob", True), f.number("routed_scaling_factor", 1.), f.count("n_group", 1), f.count("topk_group", 1), bias=True)
 
 def dense_first(dense:LayerSpec, mixed:LayerSpec, first:int, layers:int)->tuple[LayerSpec,...]:
@@ -91,22 +93,22 @@ def dense_first(dense:LayerSpec, mixed:LayerSpec, first:int, layers:int)->tuple[
     if not first < layers: raise ValueError(f"{first} dense layers must be fewer than num_hidden_layers={layers}: one at least has experts")
     return (dense,)*first + (mixed,)*(layers-first)
 
-# %% ../../nbs/01_moe/06_families.ipynb #387743a8
+# %% ../../nbs/01_moe/06_families.ipynb #3401177e
 def mixtral(f:Fields)->ModelSpec:
     "Mixtral (arXiv 2401.04088)."
-    moe = Moe(f.count("num_local_experts num_experts", most=2**16), f.count("num_experts_per_tok", most=2**16), f.count("intermediate_size"), "softmax")
+    moe = Mixture(f.count("num_local_experts num_experts", most=2**16), f.count("num_experts_per_tok", most=2**16), f.count("intermediate_size"), "softmax")
     return read_model("mixtral", f, (LayerSpec(read_gqa(f, window=f.count("sliding_window", None)), moe),)*depth(f), renames=(*PLAIN_NORMS,
         ("mlp.router.weight", "block_sparse_moe.gate.weight"), ("mlp.experts.{e}.gate_proj.weight", "block_sparse_moe.experts.{e}.w1.weight"),
         ("mlp.experts.{e}.up_proj.weight", "block_sparse_moe.experts.{e}.w3.weight"), ("mlp.experts.{e}.down_proj.weight", "block_sparse_moe.experts.{e}.w2.weight")))
 
 PLAIN_NORMS = (("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),) # a layer of two norms calls its second so
 
-# %% ../../nbs/01_moe/06_families.ipynb #8df8230f
+# %% ../../nbs/01_moe/06_families.ipynb #5243589c
 def qwen3_moe(f:Fields)->ModelSpec:
     "Qwen3-MoE (arXiv 2505.09388)."
     attention = read_gqa(f, qk_norm=True, bias=f.flag("attention_bias", False), out_bias=f.flag("attention_bias", False),
                          window=f.count("sliding_window", None) if f.flag("use_sliding_window", False) else None)
-    moe = Moe(f.count("num_experts num_local_experts", most=2**16), f.count("num_experts_per_tok", most=2**16), f.count("moe_intermediate_size"), "softmax", norm=f.flag("norm_topk_prob", False))
+    moe = Mixture(f.count("num_experts num_local_experts", most=2**16), f.count("num_experts_per_tok", most=2**16), f.count("moe_intermediate_size"), "softmax", norm=f.flag("norm_topk_prob", False))
     dense, every, layers = f.get("mlp_only_layers", [], list, "a list of layers"), f.count("decoder_sparse_step", 1), depth(f)
     mixed = lambda l: l not in dense and (l+1) % every == 0
     names = (("mlp.router.weight", "mlp.gate.weight"),)*any(map(mixed, range(layers)))
@@ -129,7 +131,7 @@ def deepseek_v3(f:Fields)->ModelSpec:
     layers = dense_first(LayerSpec(attention, Glu(f.count("intermediate_size"))), LayerSpec(attention, read_sigmoid_moe(f)), f.count("first_k_dense_replace", 3, least=0), depth(f))
     return read_model("deepseek_v3", f, layers, renames=PLAIN_NORMS+GATE_NAMES)
 
-# %% ../../nbs/01_moe/06_families.ipynb #c52b9de1
+# %% ../../nbs/01_moe/06_families.ipynb #ac07bddb
 def afmoe(f:Fields)->ModelSpec:
     "AFMoE, Arcee's Trinity."
     f.require(attention_bias=False)
@@ -138,12 +140,12 @@ def afmoe(f:Fields)->ModelSpec:
     if len(kinds) != L or not set(kinds) <= {"full_attention", "sliding_attention"}: raise ValueError(f"layer_types must say full_attention or sliding_attention for each of the {L} layers")
     local, world = (read_gqa(f, qk_norm=True, gate=True, **own) for own in (dict(window=f.count("sliding_window")), dict(rope=None)))
     width = f.count("moe_intermediate_size")
-    moe = Moe(f.count("num_experts", most=2**16), f.count("num_experts_per_tok", most=2**16), width, f.get("score_func", "sigmoid", str, "'sigmoid' or 'softmax'"),
+    moe = Mixture(f.count("num_experts", most=2**16), f.count("num_experts_per_tok", most=2**16), width, f.get("score_func", "sigmoid", str, "'sigmoid' or 'softmax'"),
               width*f.count("num_shared_experts", most=2**16), f.flag("route_norm", True), f.number("route_scale", 1.), f.count("n_group", 1), f.count("topk_group", 1), bias=True, bias_counted=True)
     dense = f.count("num_dense_layers", least=0)
     if not dense < L: raise ValueError(f"num_dense_layers={dense} must be 0 to {L-1}: one of num_hidden_layers={L} at least has experts")
     layers = tuple(LayerSpec(local if kind == "sliding_attention" else world, Glu(f.count("intermediate_size")) if l < dense else moe, sandwich=True) for l, kind in enumerate(kinds))
-    return read_model("afmoe", f, layers, embed_scale=f.count("hidden_size")**0.5 if f.flag("mup_enabled", False) else 1., renames=(("mlp.router.weight", "mlp.router.gate.weight"),))
+    return read_model("afmoe", f, layers, embed_scale=math.sqrt(f.count("hidden_size")) if f.flag("mup_enabled", False) else 1., renames=(("mlp.router.weight", "mlp.router.gate.weight"),))
 
 def llama(f:Fields)->ModelSpec:
     "Llama and what is built like it: no experts; the beginning of an upcycled mixture."

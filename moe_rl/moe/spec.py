@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDING', 'HEAD', 'MATRIX', 'EXPERTS', 'ROUTER', 'NORM', 'POST_NORM', 'BIAS', 'BALANCE', 'TIED', 'Role',
-           'TensorSpec', 'linear', 'gain', 'Yarn', 'Rope', 'KvShape', 'Gqa', 'Mla', 'Glu', 'Moe', 'LayerSpec',
+           'TensorSpec', 'linear', 'gain', 'Yarn', 'Rope', 'KvShape', 'Gqa', 'Mla', 'Glu', 'Mixture', 'LayerSpec',
            'ModelSpec', 'count_parameters', 'expert_parameters', 'weight_bytes', 'pairs', 'token_flops',
            'forward_flops', 'kv_bytes']
 
@@ -198,9 +198,9 @@ class Glu:
     def tensors(self, dim:int)->list[TensorSpec]:
         return linear("gate_proj", self.hidden, dim) + linear("up_proj", self.hidden, dim) + linear("down_proj", dim, self.hidden)
 
-# %% ../../nbs/01_moe/05_spec.ipynb #6718f29b
+# %% ../../nbs/01_moe/05_spec.ipynb #3333dd62
 @dataclass(frozen=True)
-class Moe:
+class Mixture:
     "A mixture of experts. Raises `ValueError` for what cannot be routed."
     num_experts:int         # E
     per_token:int           # k
@@ -237,12 +237,12 @@ def _under(at:str, t:TensorSpec)->TensorSpec:
     "The same tensor as part of something larger."
     return TensorSpec(f"{at}.{t.name}", t.shape, t.role, tuple(f"{at}.{d}" for d in t.disk), t.experts, t.counted)
 
-# %% ../../nbs/01_moe/05_spec.ipynb #c6b10283
+# %% ../../nbs/01_moe/05_spec.ipynb #c8c6257b
 @dataclass(frozen=True)
 class LayerSpec:
     "One layer: attention, then a feed-forward net or a mixture, each behind a norm."
     attention:Gqa|Mla
-    ffn:Glu|Moe
+    ffn:Glu|Mixture
     sandwich:bool=False # a norm after each block too
 
     def tensors(self, dim:int)->list[TensorSpec]:
@@ -253,9 +253,9 @@ class LayerSpec:
     def flops(self, dim:int)->int: # of one token, without the pairs: two for every number of a matrix that it meets
         "Forward FLOPs of one token in this layer, whatever it attends to."
         used = sum(t.numel for t in self.tensors(dim) if t.role in (MATRIX, ROUTER))
-        return 2*(used + (self.ffn.per_token*self.ffn.expert(dim) if isinstance(self.ffn, Moe) else 0))
+        return 2*(used + (self.ffn.per_token*self.ffn.expert(dim) if isinstance(self.ffn, Mixture) else 0))
 
-# %% ../../nbs/01_moe/05_spec.ipynb #4fa091ea
+# %% ../../nbs/01_moe/05_spec.ipynb #0281fbdd
 @dataclass(frozen=True)
 class ModelSpec:
     "A model: sizes, layers, and the names of its tensors on disk. Raises `ValueError` for layers that no cache or route can hold together."
@@ -280,9 +280,9 @@ class ModelSpec:
     def num_hidden_layers(self)->int: return len(self.layers)
     @cached_property
     def moe_layers(self)->list[int]: # absolute indices of the layers with experts
-        return [l for l, layer in enumerate(self.layers) if isinstance(layer.ffn, Moe)]
+        return [l for l, layer in enumerate(self.layers) if isinstance(layer.ffn, Mixture)]
     @property
-    def mixtures(self)->list[Moe]: return [self.layers[l].ffn for l in self.moe_layers] # L_moe of them
+    def mixtures(self)->list[Mixture]: return [self.layers[l].ffn for l in self.moe_layers] # L_moe of them
     @property
     def num_moe_layers(self)->int: return len(self.moe_layers)
     @property
@@ -297,12 +297,11 @@ class ModelSpec:
         "Every tensor of the model."
         embedding = TensorSpec("embed_tokens.weight", (self.vocab_size, self.hidden_size), EMBEDDING, ("model.embed_tokens.weight",))
         head = TensorSpec("lm_head.weight", (self.vocab_size, self.hidden_size), HEAD, ("lm_head.weight",))
-        if self.tied: embedding, head = replace(embedding, role=TIED), replace(head, role=TIED, disk=(), counted=False)
-        norm, new, out = gain("norm", self.hidden_size), dict(self.renames), [embedding]
+        norm, new, out = gain("norm", self.hidden_size), dict(self.renames), [replace(embedding, role=TIED) if self.tied else embedding]
         for l, layer in enumerate(self.layers):
             for t in layer.tensors(self.hidden_size):
                 out.append(replace(t, name=f"layers.{l}.{t.name}", disk=tuple(f"model.layers.{l}.{new.get(d, d)}" for d in t.disk)))
-        return {t.name: t for t in [*out, replace(norm, disk=("model.norm.weight",)), head]}
+        return {t.name: t for t in [*out, replace(norm, disk=("model.norm.weight",)), *[head][:1-self.tied]]}
 
     def __repr__(self):
         experts = f", {self.num_experts_per_tok} of {self.num_experts} experts" if self.moe_layers else ""
