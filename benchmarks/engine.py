@@ -10,18 +10,19 @@ import torch
 
 from moe_rl.bench import NeedsHardware
 from moe_rl.moe.checkpoint import save_pretrained
-from moe_rl.moe.model import Afmoe, ModelConfig, moe_modules
+from moe_rl.moe.families import new_afmoe
+from moe_rl.moe.model import Model, moe_modules
 from moe_rl.rollout.engine import Engine, Request
 
-CONFIG = ModelConfig(vocab_size=512, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=4, num_dense_layers=1, num_attention_heads=4,
+CONFIG = new_afmoe(vocab_size=512, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=4, num_dense_layers=1, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=32, num_experts=8, num_experts_per_tok=2, num_shared_experts=1, route_scale=1.5, global_attn_every_n_layers=2,
                      sliding_window=16, max_position_embeddings=512)
 
 
 @torch.no_grad()
-def small_model(seed:int=0) -> Afmoe:
+def small_model(seed:int=0) -> Model:
     "Random weights with some contrast: text that does not repeat itself, experts that are all in use."
-    model, gen = Afmoe(CONFIG).requires_grad_(False), torch.Generator().manual_seed(seed)
+    model, gen = Model(CONFIG).requires_grad_(False), torch.Generator().manual_seed(seed)
     for p in model.parameters(): p.copy_(torch.randn(p.shape, generator=gen)*.12 if p.ndim > 1 else 1+.1*torch.randn(p.shape, generator=gen))
     for m in moe_modules(model): m.expert_bias.copy_(.05*torch.randn(CONFIG.num_experts, generator=gen))
     return model

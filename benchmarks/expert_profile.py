@@ -16,10 +16,11 @@ from moe_rl.ep.profile import ExpertProfile, alike, busiest
 from moe_rl.moe.attention import packed_attend
 from moe_rl.moe.balance import smebu_update
 from moe_rl.moe.experts import grouped_experts
-from moe_rl.moe.model import Afmoe, ModelConfig, init_weights, moe_modules
+from moe_rl.moe.families import new_afmoe
+from moe_rl.moe.model import Model, init_weights, moe_modules
 
 LENGTH = 256
-CFG = ModelConfig(vocab_size=256, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=5, num_dense_layers=1, num_attention_heads=4, num_key_value_heads=2,
+CFG = new_afmoe(vocab_size=256, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=5, num_dense_layers=1, num_attention_heads=4, num_key_value_heads=2,
                   head_dim=16, num_experts=64, num_experts_per_tok=8, n_group=8, topk_group=4, sliding_window=64)
 
 
@@ -51,7 +52,7 @@ class Trained:
                       for name, make in (("code", code), ("maths", maths), ("prose", prose))}
         print({n: len(t) for n, t in self.texts.items()}, "bytes")
         self.gen = torch.Generator().manual_seed(0)
-        self.model = init_weights(Afmoe(CFG, grouped_experts), 0)
+        self.model = init_weights(Model(CFG, grouped_experts), 0)
         opt, start = torch.optim.AdamW(self.model.parameters(), lr=3e-3, betas=(.9, .95), weight_decay=.01), time.time()
         for s in range(steps):
             for g in opt.param_groups: g["lr"] = 3e-3*min(1, (s+1)/20)*(1 - .9*s/steps)
@@ -86,7 +87,7 @@ def measure(args:list[str])->dict:
             profile.add(d, routes[d])
     path = repository()/"benchmarks/results/expert_profile/routes.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, domains=np.array(list(routes)), num_experts=CFG.num_experts, groups=CFG.n_group, **routes)
+    np.savez_compressed(path, domains=np.array(list(routes)), num_experts=CFG.num_experts, groups=CFG.mixtures[0].n_group, **routes)
     print(f"held-out loss {({d: round(v, 3) for d, v in losses.items()})}; wrote {path.name}, {path.stat().st_size/1024:.0f} KiB")
     share = {d: float(busiest(profile[d])[1].mean()) for d in routes}
     both = {f"{x}_{y}": float(alike(profile[x], profile[y]).mean()) for i, x in enumerate(routes) for y in list(routes)[i+1:]}

@@ -62,11 +62,12 @@ def build(kind, device, seed):
     from moe_rl.fp8.linear import to_fp8
     from moe_rl.moe.experts import grouped_experts
     from moe_rl.gpu.fused import fused_experts
-    from moe_rl.moe.model import Afmoe, ModelConfig, init_weights, lower_precision
-    cfg = ModelConfig(vocab_size=VOCAB, hidden_size=768, intermediate_size=2048, moe_intermediate_size=256, num_hidden_layers=8, num_dense_layers=1, num_attention_heads=6, num_key_value_heads=2,
+    from moe_rl.moe.families import new_afmoe
+    from moe_rl.moe.model import Model, init_weights, lower_precision
+    cfg = new_afmoe(vocab_size=VOCAB, hidden_size=768, intermediate_size=2048, moe_intermediate_size=256, num_hidden_layers=8, num_dense_layers=1, num_attention_heads=6, num_key_value_heads=2,
                       head_dim=128, num_experts=32, num_experts_per_tok=4, sliding_window=256, route_scale=2.)
     fused, backend = ("quack", "deep_gemm") if device == "cuda" else ("plain", "reference")
-    model = Afmoe(cfg, {"bf16": partial(fused_experts, backend=fused), "bf16 again": grouped_experts, "fp8": Fp8Experts(backend)}[kind])
+    model = Model(cfg, {"bf16": partial(fused_experts, backend=fused), "bf16 again": grouped_experts, "fp8": Fp8Experts(backend)}[kind])
     model = lower_precision(init_weights(model, seed), torch.bfloat16).to(device)
     return model, to_fp8(model, backend=backend) if kind == "fp8" else []
 

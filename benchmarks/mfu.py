@@ -23,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 
@@ -35,17 +36,22 @@ BF16 = torch.bfloat16
 
 
 def config(layers, afmoe):
-    from moe_rl.moe.model import ModelConfig
-    return ModelConfig(vocab_size=V, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=layers, num_dense_layers=1, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+    from moe_rl.moe.families import new_afmoe
+    return new_afmoe(vocab_size=V, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=layers, num_dense_layers=1, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
                        num_experts=64, num_experts_per_tok=8, route_scale=2.826, rope_theta=1e6, rms_norm_eps=1e-6, mup_enabled=afmoe, max_position_embeddings=T,
                        global_attn_every_n_layers=4 if afmoe else 10**6, sliding_window=WINDOW if afmoe else T)
 
 
+def sizes(spec):
+    "The numbers of its config.json, by name."
+    return SimpleNamespace(**spec.config)
+
+
 def build(layers, afmoe, masters):
     "The plain model in bf16; float32 norms and routers where parameters have masters."
-    from moe_rl.moe.model import Afmoe
+    from moe_rl.moe.model import Model
     torch.manual_seed(0)
-    with torch.device("meta"): model = Afmoe(config(layers, afmoe)).bfloat16()
+    with torch.device("meta"): model = Model(config(layers, afmoe)).bfloat16()
     if not afmoe:
         for l in model.layers: del l.self_attn.gate_proj, l.post_attention_layernorm, l.post_mlp_layernorm
     model = model.to_empty(device="cuda")
@@ -86,7 +92,7 @@ def flops(cfg, gate):
     dense, moe = 3*D*cfg.intermediate_size, 3*D*I*(cfg.num_experts_per_tok+cfg.num_shared_experts) + D*cfg.num_experts
     total = 6*(cfg.vocab_size*D + sum(attn + (dense if l < cfg.num_dense_layers else moe) for l in range(cfg.num_hidden_layers)))
     for l in range(cfg.num_hidden_layers):
-        w = min(T, cfg.sliding_window) if cfg.is_local(l) else T
+        w = min(T, cfg.sliding_window) if cfg.layer_types[l] == "sliding_attention" else T
         keys = w - w*(w-1)/2/T     # of the mean query
         total += 12*keys*H*hd
     return total
@@ -181,9 +187,9 @@ def fused(part, layers, folder, attention="flash4", experts=None, stream=None, l
     if part == "a": torch.save({n: p.detach().cpu() for n, p in model.state_dict().items()}, Path(folder)/"weights.pt")
     result = timed(lambda: step(work), repeats=12 if count == 1 else 5, settle=4 if count == 1 else 2)
     optimizer = timed_optimizer(step, work)
-    tokens, cost = T*count, flops(model.cfg, afmoe)
+    tokens, cost = T*count, flops(sizes(model.spec), afmoe)
     result |= dict(loss=loss, layers=layers, tokens_per_s=tokens/result["ms"]*1e3, mfu=cost*tokens/result["ms"]*1e3/PEAK, optimizer_ms=optimizer, optimizer_share=optimizer/result["ms"], max_vio=max(vio))
-    if look: result["profile"] = profile(lambda: step(work), model.cfg, 2 if count == 1 else 1)
+    if look: result["profile"] = profile(lambda: step(work), sizes(model.spec), 2 if count == 1 else 1)
     return result
 
 
@@ -250,7 +256,7 @@ def titan_load(model, w, cfg):
 def titan(layers, folder):
     "torchtitan's step: blocks and loss compiled, fused AdamW, bf16 parameters."
     import torch.nn.functional as F
-    cfg = config(layers, afmoe=False)
+    cfg = sizes(config(layers, afmoe=False))
     with torch.device("meta"): model = titan_model(cfg).build()
     model = model.to(BF16).to_empty(device="cuda")
     for name, b in model.named_buffers(): b.data = torch.zeros(b.shape, device="cuda")
@@ -282,13 +288,14 @@ def check():
     from moe_rl.gpu.step import Batch, FusedModel, FusedStep, documents
     from moe_rl.moe.attention import packed_attend, packed_positions
     from moe_rl.moe.experts import grouped_experts
-    from moe_rl.moe.model import Afmoe, ModelConfig, init_weights
+    from moe_rl.moe.families import new_afmoe
+    from moe_rl.moe.model import Model, init_weights
     from moe_rl.train.objective import token_logprobs
-    cfg = ModelConfig(vocab_size=2048, hidden_size=512, intermediate_size=1024, moe_intermediate_size=256, num_hidden_layers=4, num_dense_layers=1, num_attention_heads=8, num_key_value_heads=2, head_dim=128,
+    cfg = new_afmoe(vocab_size=2048, hidden_size=512, intermediate_size=1024, moe_intermediate_size=256, num_hidden_layers=4, num_dense_layers=1, num_attention_heads=8, num_key_value_heads=2, head_dim=128,
                       num_experts=16, num_experts_per_tok=4, sliding_window=256, route_scale=2.)
-    half = init_weights(Afmoe(cfg, grouped_experts), 0).bfloat16().cuda()
+    half = init_weights(Model(cfg, grouped_experts), 0).bfloat16().cuda()
     for n, b in half.named_buffers(): b.data = b.data.float()
-    full = init_weights(Afmoe(cfg, grouped_experts), 0).cuda()
+    full = init_weights(Model(cfg, grouped_experts), 0).cuda()
     full.load_state_dict({n: t.float() for n, t in half.state_dict().items()})
     docs = documents([1500, 548], half)
     ids, targets = torch.randint(2048, (2, 2048), device="cuda")

@@ -9,16 +9,18 @@ from torch import Tensor
 
 from moe_rl.moe.attention import masked_attend, packed_attend, packed_positions
 from moe_rl.moe.checkpoint import load_pretrained, save_pretrained, to_hf_config
-from moe_rl.moe.model import Afmoe, ModelConfig, init_weights
+from moe_rl.moe.families import new_afmoe
+from moe_rl.moe.model import Model, init_weights
+from moe_rl.moe.spec import ModelSpec
 from moe_rl.rollout.engine import Engine, Finished, Request
 from moe_rl.train.objective import sampling_logprobs
 
 
-def draw_config(rng:random.Random) -> ModelConfig:
+def draw_config(rng:random.Random) -> ModelSpec:
     "A small model with everything that can differ drawn at random; windows are shorter than the documents."
     kv, dense = rng.choice([1, 2, 3]), rng.randint(1, 3)
     experts = rng.randint(4, 16)
-    return ModelConfig(vocab_size=rng.randint(60, 200), hidden_size=rng.choice([24, 32, 48, 64]), intermediate_size=rng.choice([40, 64, 96]),
+    return new_afmoe(vocab_size=rng.randint(60, 200), hidden_size=rng.choice([24, 32, 48, 64]), intermediate_size=rng.choice([40, 64, 96]),
         moe_intermediate_size=rng.choice([8, 16, 24]), num_hidden_layers=dense+rng.randint(1, 4), num_dense_layers=dense,
         num_attention_heads=kv*rng.choice([1, 2, 3, 4]), num_key_value_heads=kv, head_dim=rng.choice([8, 16, 24]),
         num_experts=experts, num_experts_per_tok=rng.randint(1, min(8, experts)), num_shared_experts=rng.randint(1, 2), route_scale=rng.choice([1., 2.448, 2.826]),
@@ -34,14 +36,14 @@ def stir(tensors:dict[str, Tensor], gen:torch.Generator) -> None:
         elif "expert_bias" in name: t.copy_(0.2*torch.randn(t.shape, generator=gen))
 
 
-def draw_documents(rng:random.Random, gen:torch.Generator, cfg:ModelConfig) -> tuple[list[Tensor], Tensor]:
+def draw_documents(rng:random.Random, gen:torch.Generator, cfg:ModelSpec) -> tuple[list[Tensor], Tensor]:
     "Documents longer than the window, and their cumulative lengths."
-    docs = [torch.randint(0, cfg.vocab_size, (rng.randint(cfg.sliding_window+3, 48),), generator=gen) for _ in range(3)]
+    docs = [torch.randint(0, cfg.vocab_size, (rng.randint(cfg.config["sliding_window"]+3, 48),), generator=gen) for _ in range(3)]
     return docs, torch.tensor([0]+[len(d) for d in docs]).cumsum(0)
 
 
 @torch.no_grad()
-def our_logits(model:Afmoe, docs:list[Tensor], cu:Tensor) -> Tensor: # [N,V], documents packed in one row
+def our_logits(model:Model, docs:list[Tensor], cu:Tensor) -> Tensor: # [N,V], documents packed in one row
     return model.logits(model(torch.cat(docs), packed_positions(cu), packed_attend(cu)).hidden)
 
 
@@ -50,14 +52,14 @@ def their_logits(model, docs:list[Tensor]) -> Tensor: # [N,V], documents one by 
     return torch.cat([model(d[None]).logits[0] for d in docs])
 
 
-def hf_parity(seed:int, home:Path) -> tuple[ModelConfig, float, float]:
+def hf_parity(seed:int, home:Path) -> tuple[ModelSpec, float, float]:
     "One drawn configuration both ways: largest difference of logits when transformers reads our files, and when we read theirs."
     from transformers import AfmoeConfig, AfmoeForCausalLM
     rng, gen = random.Random(seed), torch.Generator().manual_seed(seed)
     cfg = draw_config(rng)
     docs, cu = draw_documents(rng, gen, cfg)
 
-    ours = init_weights(Afmoe(cfg), seed)
+    ours = init_weights(Model(cfg), seed)
     stir(ours.state_dict(), gen)
     save_pretrained(ours, home/f"ours-{seed}", shard_bytes=rng.choice([1 << 14, 1 << 30]))
     there = (their_logits(AfmoeForCausalLM.from_pretrained(home/f"ours-{seed}"), docs) - our_logits(ours, docs, cu)).abs().max().item()
@@ -69,12 +71,12 @@ def hf_parity(seed:int, home:Path) -> tuple[ModelConfig, float, float]:
     stir({n: p.data for n, p in theirs.named_parameters()}, gen)
     theirs.save_pretrained(home/f"theirs-{seed}", max_shard_size=rng.choice(["20KB", "1GB"]))
     loaded = load_pretrained(home/f"theirs-{seed}")
-    if loaded.cfg != cfg: raise AssertionError(f"configuration changed on the way: {cfg} became {loaded.cfg}")
+    if loaded.spec != cfg: raise AssertionError(f"configuration changed on the way: {cfg} became {loaded.spec}")
     back = (their_logits(theirs, docs) - our_logits(loaded, docs, cu)).abs().max().item()
     return cfg, there, back
 
 
-def hf_parities(count:int, first_seed:int) -> list[tuple[ModelConfig, float, float]]:
+def hf_parities(count:int, first_seed:int) -> list[tuple[ModelSpec, float, float]]:
     import transformers
     transformers.logging.set_verbosity_error(), transformers.logging.disable_progress_bar()
     home, rows = Path(tempfile.mkdtemp(prefix="parity-")), []
@@ -83,7 +85,8 @@ def hf_parities(count:int, first_seed:int) -> list[tuple[ModelConfig, float, flo
         for seed in range(first_seed, first_seed+count):
             cfg, there, back = hf_parity(seed, home)
             rows.append((cfg, there, back))
-            print(f"{cfg.num_hidden_layers:>3}{cfg.num_dense_layers:>6}{cfg.num_attention_heads:>4}/{cfg.num_key_value_heads}{cfg.sliding_window:>4}{cfg.num_experts:>4}"
+            c = cfg.config
+            print(f"{c['num_hidden_layers']:>3}{c['num_dense_layers']:>6}{c['num_attention_heads']:>4}/{c['num_key_value_heads']}{c['sliding_window']:>4}{cfg.num_experts:>4}"
                   f"{cfg.num_experts_per_tok:>3}  {there:>17.1e}  {back:>17.1e}", flush=True)
     finally: shutil.rmtree(home)
     return rows
@@ -103,7 +106,7 @@ class Growing:
 
 
 @torch.no_grad()
-def forward_of_versions(models:list[Afmoe], ids:Tensor, made:np.ndarray) -> tuple[Tensor, Tensor]: # logits [T,V], routes [T,L_moe,k]
+def forward_of_versions(models:list[Model], ids:Tensor, made:np.ndarray) -> tuple[Tensor, Tensor]: # logits [T,V], routes [T,L_moe,k]
     "One pass over a text whose inputs were computed by different versions: `made[t]` is that of input t, never falling."
     attend, parts = Growing(), []
     for version in np.unique(made):
@@ -114,7 +117,7 @@ def forward_of_versions(models:list[Afmoe], ids:Tensor, made:np.ndarray) -> tupl
 
 
 @torch.no_grad()
-def forward_of_one(model:Afmoe, ids:Tensor) -> tuple[Tensor, Tensor]: # logits [T,V], routes [T,L_moe,k]
+def forward_of_one(model:Model, ids:Tensor) -> tuple[Tensor, Tensor]: # logits [T,V], routes [T,L_moe,k]
     "One packed pass over a text."
     out = model(ids, torch.arange(len(ids)), packed_attend(torch.tensor([0, len(ids)])))
     return model.logits(out.hidden), out.routes
@@ -142,7 +145,7 @@ def decode_parity(seed:int) -> tuple[dict[str, float], Counter]:
     "One drawn configuration: differences per situation, and what really happened in them."
     rng, gen = random.Random(seed), torch.Generator().manual_seed(seed)
     cfg = draw_config(rng)
-    models = [init_weights(Afmoe(cfg), 2*seed+v).requires_grad_(False) for v in (0, 1)]
+    models = [init_weights(Model(cfg), 2*seed+v).requires_grad_(False) for v in (0, 1)]
     for m in models: stir(m.state_dict(), gen)
     news = {n: t.clone() for n, t in models[1].state_dict().items()}
     prompts = [torch.randint(0, cfg.vocab_size, (rng.randint(1, 40),), generator=gen).tolist() for _ in range(4)]

@@ -62,7 +62,7 @@ def sample(model, tokenizer, dtype, prompts, per_prompt, max_tokens) -> list[Rol
 
 def compare(model, rollouts, budget=8192) -> dict:
     "Forward passes of the trainer without and with replay: routes, mismatch KL, gradient of the gate."
-    require_routes(rollouts, model.cfg)
+    require_routes(rollouts, model.spec)
     sums, differ, layers, tokens, loss_tokens, exact = dict(off=0., on=0.), 0, 0, 0, 0, 0
     model.zero_grad()
     for mb in micro_batches(rollouts, [0.]*len(rollouts), budget)[0]:

@@ -9,7 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from moe_rl.moe.attention import packed_attend
-from moe_rl.moe.model import Afmoe, ModelConfig, lower_precision, moe_modules
+from moe_rl.moe.families import new_afmoe
+from moe_rl.moe.model import Model, lower_precision, moe_modules
+from moe_rl.moe.spec import KvShape
 from moe_rl.records import decode, encode
 from moe_rl.rollout import engine as engine_module, kvcache, scheduler
 from moe_rl.rollout.engine import Engine, Finished, Request, draw, uniform
@@ -17,14 +19,14 @@ from moe_rl.rollout.kvcache import PagedCache, plain_attend
 from moe_rl.train.objective import sampling_logprobs
 from moe_rl.train.weights import WeightError, describe
 
-CONFIG = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=4, num_dense_layers=1, num_attention_heads=4,
+CONFIG = new_afmoe(vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=4, num_dense_layers=1, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=2, route_scale=1.5, global_attn_every_n_layers=2, sliding_window=6,
                      max_position_embeddings=256)
 
 
 def make_model(seed=0, cfg=CONFIG):
     "Weights large enough that texts, versions and routes differ visibly."
-    model, gen = Afmoe(cfg).requires_grad_(False), torch.Generator().manual_seed(seed)
+    model, gen = Model(cfg).requires_grad_(False), torch.Generator().manual_seed(seed)
     for p in model.parameters(): p.copy_(torch.randn(p.shape, generator=gen)*.2 if p.ndim > 1 else 1+torch.randn(p.shape, generator=gen)*.1)
     for l in model.layers:
         if hasattr(l.mlp, 'expert_bias'): l.mlp.expert_bias.copy_(torch.randn(cfg.num_experts, generator=gen)*.05)
@@ -34,7 +36,7 @@ MODELS = [make_model(seed) for seed in range(3)]
 STATES = [{n: t.clone() for n,t in m.state_dict().items()} for m in MODELS]
 
 def fresh(version=0):
-    model = Afmoe(CONFIG).requires_grad_(False)
+    model = Model(CONFIG).requires_grad_(False)
     model.load_state_dict(STATES[version])
     return model
 
@@ -111,7 +113,7 @@ def test_a_group_computes_its_prompt_once():
 
 def test_attention_over_pages_equals_its_definition_in_the_whole_model():
     ids = torch.tensor(list(range(30)))
-    cache = PagedCache(4, 2, 8, 10, 4, 3, 2, 8)
+    cache = PagedCache(4, KvShape(2, 8, 8), 10, 4, 3, 2, 8)
     table = np.array([[9, 1, 4, 0, 7, 3, 2, 5]])
     with torch.no_grad():
         out = [MODELS[0](ids[a:b], torch.arange(a, b), plain_attend(cache, table, np.array([a]), np.array([b-a]))).hidden for a,b in ((0, 11), (11, 12), (12, 30))]
@@ -231,7 +233,7 @@ def two_version_reference(request, finished):
     ids = torch.tensor(request.prompt + finished.token_ids)
     P = len(request.prompt)
     made = np.r_[np.full(P-1, finished.versions[0]), finished.versions]    # version that computed input p
-    cache = PagedCache(4, 2, 8, 64, 4, 3, 2, 8)
+    cache = PagedCache(4, KvShape(2, 8, 8), 64, 4, 3, 2, 8)
     hidden, routes = [], []
     for v in np.unique(made):
         a, b = int((made < v).sum()), int((made <= v).sum())

@@ -20,7 +20,8 @@ from moe_rl.fp8.linear import KeptCasts, fp8_linear, to_fp8
 from moe_rl.fp8.quant import E4M3, Quantised, dequantise, expand_scale, quantise, tile_amax, to_ue8m0
 from moe_rl.moe.checkpoint import CheckpointError, save_pretrained
 from moe_rl.gpu.experts import layouts, permute, weighted_swiglu, weighted_swiglu_backward
-from moe_rl.moe.model import Afmoe, ModelConfig, init_weights
+from moe_rl.moe.families import new_afmoe
+from moe_rl.moe.model import Model, init_weights
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 BLOCKS = st.sampled_from([(1, 128), (128, 128), (128, 1), None])
@@ -271,13 +272,13 @@ def test_experts_refuse():
 
 # ---- calibration and export
 
-CFG = ModelConfig(vocab_size=128, hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=3, num_dense_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=64,
+CFG = new_afmoe(vocab_size=128, hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=3, num_dense_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=64,
                   num_experts=4, num_experts_per_tok=2, sliding_window=16, max_position_embeddings=256)
 
 
 @pytest.fixture(scope="module")
 def model():
-    m = init_weights(Afmoe(CFG), 0).requires_grad_(False)
+    m = init_weights(Model(CFG), 0).requires_grad_(False)
     for p in m.parameters():
         if p.ndim > 1: p.mul_(3)
     return m
@@ -347,6 +348,6 @@ def test_vllm_serves_the_export(model, tmp_path):
     assert child.returncode == 0, child.stderr[-3000:]
     got = torch.tensor(json.loads(next(l for l in child.stdout.splitlines() if l.startswith("LOGPROBS"))[9:]))
     logp = lambda m: torch.stack([m.logits(run(m, [s]).hidden).log_softmax(-1)[range(39),s.ids[1:]] for s in text])
-    twin, untrained = logp(load_fp8(folder)), logp(init_weights(Afmoe(CFG), 1).requires_grad_(False))
+    twin, untrained = logp(load_fp8(folder)), logp(init_weights(Model(CFG), 1).requires_grad_(False))
     print(f"mean difference from the twin {(got-twin).abs().mean():.4f}, from another model {(got-untrained).abs().mean():.4f}")
     assert (got-twin).abs().mean() < .1 < (got-untrained).abs().mean()

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from moe_rl.config import load_settings
 from moe_rl.errors import UserError
 from moe_rl.data.tokens import byte_tokenizer
-from moe_rl.moe.model import Afmoe, init_weights
+from moe_rl.moe.model import Model, init_weights
 from moe_rl.records import decode
 from moe_rl.rl import wire, workers
 from moe_rl.rl.buffer import BufferState
@@ -497,7 +497,7 @@ def test_known_failure_32_judging_has_threads_of_its_own(tmp_path, bug):
 def test_known_failure_32_both_lanes_get_seats(first, second, bug):
     "A crowd of one kind is in the engine when one request of the other kind comes. Bug: one queue for both, first come, first served."
     s = load_settings(overrides=TINY)
-    engine = Engine(init_weights(Afmoe(model_config(s, 64)), 0), kv_tokens=4096, max_seqs=4, eval_share=.25, record_routes=False)
+    engine = Engine(init_weights(Model(model_config(s, 64)), 0), kv_tokens=4096, max_seqs=4, eval_share=.25, record_routes=False)
     for i in range(40): engine.add(Request(id=f'{first}-{i}', prompt=[1, 2, i], max_tokens=6, lane=first))
     for _ in range(3): engine.step()
     engine.add(Request(id='late', prompt=[7], max_tokens=6, lane=first if bug else second))

@@ -12,7 +12,8 @@ from moe_rl.config import load_settings
 from moe_rl.errors import UserError
 from moe_rl.data.batch import micro_batch, micro_batches, to_torch
 from moe_rl.moe.attention import packed_attend
-from moe_rl.moe.model import Afmoe, ModelConfig, init_weights, moe_modules
+from moe_rl.moe.families import new_afmoe
+from moe_rl.moe.model import Model, init_weights, moe_modules
 from moe_rl.records import Rollout, replace
 from moe_rl.rl import advantage
 from moe_rl.rl.buffer import Buffer, BufferBroken
@@ -221,11 +222,11 @@ def test_unknown_losses_and_settings_are_user_errors():
 
 # ---- replay
 
-CFG = ModelConfig(vocab_size=40, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=4, num_dense_layers=1, num_attention_heads=2,
+CFG = new_afmoe(vocab_size=40, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=4, num_dense_layers=1, num_attention_heads=2,
                   num_key_value_heads=1, head_dim=16, num_experts=16, num_experts_per_tok=2, sliding_window=16, max_position_embeddings=128)
 
 def tiny_model(seed=0):
-    model = init_weights(Afmoe(CFG), seed)
+    model = init_weights(Model(CFG), seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if '.experts.' in name or 'lm_head' in name: p.mul_(6.)
@@ -241,7 +242,7 @@ def engine_rollouts(model, n=4, record_routes=True, dtype=None):
 
 def trainer_forward(model, rollouts, replay=True):
     "What a trainer does with routes: ask for them, replay them, verify."
-    require_routes(rollouts, model.cfg) if replay else None
+    require_routes(rollouts, model.spec) if replay else None
     b = to_torch(micro_batch(rollouts, [1.]*len(rollouts), pad_multiple=8))
     out = model(b.token_ids, b.positions, packed_attend(b.cu_seqlens), replay=replay_of(b, replay), token_mask=b.token_mask)
     if replay: verify_replay(out.routes, b.routes, b.token_mask)

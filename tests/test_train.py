@@ -6,7 +6,8 @@ from torch import nn
 from moe_rl.config import BalanceSection
 from moe_rl.errors import StorageError, UserError
 from moe_rl.data.batch import packed_batches, to_torch
-from moe_rl.moe.model import Afmoe, ModelConfig, init_weights, moe_modules
+from moe_rl.moe.families import new_afmoe
+from moe_rl.moe.model import Model, init_weights, moe_modules
 from moe_rl.records import Example, replace, total
 from moe_rl.train import checkpoint as ck, objective as ob, sft, weights as wt
 from moe_rl.train.step import LossParts, optimizer_step
@@ -19,7 +20,7 @@ FLOATS = st.one_of(st.floats(-50, 50), st.sampled_from([math.inf, -math.inf, mat
 def tiny(seed=0, **kw):
     cfg = dict(vocab_size=20, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=2, num_dense_layers=1, num_attention_heads=2,
                num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2, sliding_window=8) | kw
-    return init_weights(Afmoe(ModelConfig(**cfg)), seed)
+    return init_weights(Model(new_afmoe(**cfg)), seed)
 
 def examples(n, seed=0, longest=9):
     rng = np.random.default_rng(seed)

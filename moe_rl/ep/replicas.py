@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..moe.experts import ExpertsFn, grouped_experts
-from ..moe.model import Afmoe, moe_modules
+from ..moe.model import Model, moe_modules
 from .dispatch import Exchange, ExpertParallel
 from .eplb import Placement
 from .ranks import ExchangeError, exchange_rows
@@ -192,7 +192,7 @@ def expert_state(
 
 @torch.no_grad()
 def move_experts(
-    model:Afmoe,
+    model:Model,
     old:Placement|None, # None: the model holds all experts, in order, on every rank
     new:Placement,
     exchange:Exchange, # over the slots of `new`
@@ -215,7 +215,7 @@ def move_experts(
 # %% ../../nbs/12_ep/05_replicas.ipynb #8ce1de8e
 @torch.no_grad()
 def sum_replica_grads(
-    model:Afmoe,
+    model:Model,
     place:Placement,
     group:dist.ProcessGroup|None=None, # of the expert-parallel ranks; None: one rank holds everything
 ):

@@ -20,7 +20,7 @@ from .linear import to_fp8
 from .quant import E4M3_MAX, MIN_AMAX, dequantise, quantise
 from ..moe.attention import packed_attend, packed_positions
 from ..moe.experts import ExpertsFn, swiglu
-from ..moe.model import Afmoe, ModelOutput, moe_modules
+from ..moe.model import Model, ModelOutput, moe_modules
 
 # %% ../../nbs/11_fp8/05_calibrate.ipynb #68bd6568
 class Sample(NamedTuple):
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
     answer: int    # where the answer begins, at least 1
 
 def run(
-    model:Afmoe,
+    model:Model,
     samples:Sequence[Sample],
 )->ModelOutput:
     "One packed forward pass over all samples."
@@ -41,7 +41,7 @@ def run(
 # %% ../../nbs/11_fp8/05_calibrate.ipynb #9f344607
 @torch.no_grad()
 def answer_logprobs(
-    model:Afmoe,
+    model:Model,
     samples:Sequence[Sample],
     batch:int=64, # samples per forward pass
 )->tuple[Tensor,Tensor]: # [A,V] float32 log-probabilities at every answer token; [S] bool, answered exactly
@@ -75,8 +75,8 @@ class Verdict(NamedTuple):
     def __repr__(self): return f"{'passed' if self.ok else 'REFUSED'}: KL {self.kl:.2e}, exact {self.exact_original:.3f} -> {self.exact:.3f} on {self.prompts} prompts"
 
 def held_out_check(
-    original:Afmoe,
-    candidate:Afmoe, # the same model with other arithmetic
+    original:Model,
+    candidate:Model, # the same model with other arithmetic
     samples:Sequence[Sample], # not used for calibration
     max_kl:float=.01, # nats per answer token
     max_drop:float=.01, # of exact accuracy
@@ -119,9 +119,9 @@ class ExpertStats:
 
 # %% ../../nbs/11_fp8/05_calibrate.ipynb #dec10ec3
 def with_experts(
-    model:Afmoe,
+    model:Model,
     experts:Sequence[ExpertsFn], # one per MoE layer
-)->Afmoe: # a copy
+)->Model: # a copy
     "A copy of a model whose routed experts are computed by other functions."
     out = copy.deepcopy(model)
     for moe, f in zip(moe_modules(out), experts, strict=True): moe.experts.compute = f
@@ -141,12 +141,12 @@ def loop_experts(prepare_x, prepare_h, prepare_w)->ExpertsFn: # functions of (ex
 
 @torch.no_grad()
 def record(
-    model:Afmoe,
+    model:Model,
     samples:Sequence[Sample], # calibration prompts; 512 to 2048 for a real model
     batch:int=64,
 )->list[ExpertStats]: # one per MoE layer
     "Run the prompts and keep what every expert saw."
-    stats = [ExpertStats(model.cfg.num_experts) for _ in moe_modules(model)]
+    stats = [ExpertStats(model.spec.num_experts) for _ in moe_modules(model)]
     def recorder(s):
         def x(e, t): s.tokens[e] += len(t); s.add(e, 0, t); return t
         def h(e, t): s.add(e, 1, t); return t
@@ -173,17 +173,17 @@ def static_experts(
     return loop_experts(cast(0), cast(1), lambda e, w: dequantise(quantise(w, None), w.dtype))
 
 def static_model(
-    model:Afmoe,
+    model:Model,
     stats:Sequence[ExpertStats], # from `record`
     **kwargs, # of `static_experts`
-)->Afmoe: # a copy
+)->Model: # a copy
     "The model with its experts in FP8 by static scales."
     return with_experts(model, [static_experts(s, layer=l, **kwargs) for l, s in enumerate(stats)])
 
 def dynamic_model(
-    model:Afmoe,
+    model:Model,
     linears:bool=True, # attention, dense layers and shared experts too, as `export_fp8` writes them
-)->Afmoe: # a copy
+)->Model: # a copy
     "The model in FP8 with a scale per 1x128 tile of activations, found as they come, and per 128x128 block of weights."
     out = with_experts(model, [fp8_experts_plain]*len(moe_modules(model)))
     if linears: to_fp8(out, backend="reference")
@@ -192,8 +192,8 @@ def dynamic_model(
 # %% ../../nbs/11_fp8/05_calibrate.ipynb #fc404948
 @torch.no_grad()
 def depth_error(
-    original:Afmoe,
-    candidate:Afmoe,
+    original:Model,
+    candidate:Model,
     samples:Sequence[Sample],
 )->list[float]: # one per layer
     "Relative error of the residual stream after every layer."

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .kernels import INTERPRETED, on_device, tl, triton
-from ..train.optim import NS_COEFFS, Optimizers, matrices, orthogonalise, stacked_parts, uses_muon
+from ..train.optim import NS_COEFFS, Optimizers, matrices, optimiser_of, orthogonalise
 
 # %% ../../nbs/10_gpu/06_optimizers.ipynb #e0a297ea
 @triton.jit
@@ -185,7 +185,9 @@ def fused_optimizers(
     "`build_optimizer` of fused optimizers; the same names in its state, and `master` where there is one."
     if optimizer not in ("muon", "adamw"): raise ValueError(f"fused_optimizers: optimizer {optimizer!r} is unknown; use 'muon' or 'adamw'")
     names, groups = {p: n for n, p in model.named_parameters() if p.requires_grad}, {}
-    for p, n in names.items(): groups.setdefault(stacked_parts(n) if optimizer == "muon" and uses_muon(n, p) else ("adamw", p.ndim >= 2), []).append(p)
+    for p, n in names.items():
+        kind, parts = optimiser_of(model.spec, n)
+        groups.setdefault(parts if optimizer == kind == "muon" else ("adamw", p.ndim >= 2), []).append(p)
     hidden = [dict(params=ps, parts=k) for k, ps in groups.items() if isinstance(k, int)]
     rest = [dict(params=ps, weight_decay=weight_decay if k[1] else 0.) for k, ps in groups.items() if not isinstance(k, int)]
     muon = Muon(hidden, muon_lr, weight_decay=weight_decay, masters=masters, products=products) if hidden else None

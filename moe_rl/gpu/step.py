@@ -26,7 +26,7 @@ from .pieces import add_norm, angles, gate_output, gate_output_backward, gated_u
 from .router import gate_logits, gpu_route
 from ..moe.attention import document_mask
 from ..moe.experts import ExpertsFn
-from ..moe.model import Afmoe, MoE
+from ..moe.model import MoE, Model
 from ..moe.routing import Routing, unroute
 from ..train.optim import Optimizers
 
@@ -39,13 +39,14 @@ class Documents(NamedTuple):
 
 def documents(
     lengths:list[int], # tokens of each document, in order
-    model:Afmoe, # gives head_dim, theta and the device
+    model:Model, # gives the rotation and the device
 )->Documents:
     "Raises `ValueError` for an empty list or a length below 1."
     if not lengths or min(lengths) < 1: raise ValueError(f"documents: lengths {lengths[:8]} must be positive, and at least one")
-    device, positions = model.embed_tokens.weight.device, torch.cat([torch.arange(n) for n in lengths])
+    device, positions = model.device, torch.cat([torch.arange(n) for n in lengths])
+    rope = next(l.rope for l in model.layers if l.rope is not None)
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
-    return Documents(cu.to(device, non_blocking=True), max(lengths), angles(positions.to(device, non_blocking=True), model.cfg.head_dim, model.cfg.rope_theta))
+    return Documents(cu.to(device, non_blocking=True), max(lengths), angles(positions.to(device, non_blocking=True), rope.dim, rope.theta))
 
 # %% ../../nbs/10_gpu/07_step.ipynb #9a8dc277
 def _scores(q, k, docs, window):
@@ -182,9 +183,9 @@ def moe_block(
     replay:Tensor|None, # [T,k] experts to use; -1 chooses live
     token_mask:Tensor|None, # [T] bool, False: filler, goes to no routed expert
 )->tuple[tuple[Tensor,Tensor],Routing]:
-    c = mlp.cfg
+    m = mlp.mixture
     logits, x = gate_logits(h, mlp.router.weight) if h.dtype == torch.bfloat16 else (F.linear(h, mlp.router.weight), h)
-    routing = gpu_route(logits, c.num_experts_per_tok, mlp.expert_bias, c.score_func, c.route_norm, c.route_scale, replay)
+    routing = gpu_route(logits, m.per_token, mlp.expert_bias, m.score, m.norm, m.scale, replay)
     if token_mask is not None: routing = unroute(routing, token_mask)
     return (swiglu_block(mlp.shared_experts, h), experts(x, routing.idx, routing.weights, mlp.experts.gate_up_proj, mlp.experts.down_proj)), routing
 
@@ -198,12 +199,13 @@ class StepOutput(NamedTuple):
 class FusedModel:
     "A plain model's parameters in fused pieces. Loss and gradients are the plain model's, to the rounding of its dtype."
     def __init__(self,
-        model:Afmoe, # contiguous parameters, bf16 on a GPU; norms, routers and head may be float32
+        model:Model, # contiguous parameters, bf16 on a GPU; norms, routers and head may be float32
         experts:ExpertsFn=fused_experts,
         attention:str="flash4", # of `ATTENTION`
         stream:torch.dtype|None=None, # of the residual stream; None: the dtype of the embedding
     ):
-        if model.cfg.n_group > 1: raise ValueError(f"FusedModel: the router's kernel knows no groups of experts, and this model has {model.cfg.n_group}; use the plain model")
+        if model.spec.family != "afmoe": raise ValueError(f"FusedModel: its pieces are AFMoE's, and this model is {model.spec.family}; use the plain model")
+        if (n := model.spec.mixtures[0].n_group) > 1: raise ValueError(f"FusedModel: the router's kernel knows no groups of experts, and this model has {n}; use the plain model")
         self.model, self.experts, self.attend = model, experts, attention_of(attention)
         self.dtype = model.embed_tokens.weight.dtype
         self.stream = stream or self.dtype
@@ -214,9 +216,9 @@ class FusedModel:
         replay:Tensor|None=None, # [T,L_moe,k]
         token_mask:Tensor|None=None, # [T] bool, False: filler
     )->tuple[Tensor,list[Routing]]: # [T,D] after the final norm, in the model's dtype
-        m, c, routings = self.model, self.model.cfg, []
+        m, routings = self.model, []
         x = F.embedding(token_ids, m.embed_tokens.weight).to(self.stream)
-        if c.mup_enabled: x = x*math.sqrt(c.hidden_size)
+        if m.spec.embed_scale != 1: x = x*m.spec.embed_scale
         norm = lambda x, parts, post, w: add_norm(x, parts, None if post is None else post.weight, w.weight, w.eps, self.dtype)
         following = [*(l.input_layernorm for l in list(m.layers)[1:]), m.norm]
         x, h = norm(x, (), None, m.layers[0].input_layernorm)

@@ -68,7 +68,7 @@ def from_disk(
                                         "; its config.json and its tensors do not belong together")
     return {name: _stack(t, state, where) for name, t in spec.tensors.items()}
 
-# %% ../../nbs/01_moe/08_checkpoint.ipynb #d657ab1a
+# %% ../../nbs/01_moe/08_checkpoint.ipynb #0c774cfa
 _GONE = ("torch_dtype", "quantization_config", "auto_map", "num_mtp_layers")
 
 def to_hf_config(
@@ -76,8 +76,8 @@ def to_hf_config(
     dtype:torch.dtype=torch.float32, # of the matrices
 )->dict:
     "What goes into `config.json`."
-    own = {k: v for k, v in spec.config.items() if k not in _GONE}
-    return own | dict(architectures=[architecture(spec.config)], dtype=str(dtype).removeprefix("torch.")) | dict(num_nextn_predict_layers=0)*("num_nextn_predict_layers" in own)
+    own = {k: 0 if k == "num_nextn_predict_layers" else v for k, v in spec.config.items() if k not in _GONE}
+    return own | dict(architectures=[architecture(spec.config)], dtype=str(dtype).removeprefix("torch."))
 
 # %% ../../nbs/01_moe/08_checkpoint.ipynb #74c57bdd
 def unread_by_transformers(spec:ModelSpec)->list[str]: # "name=value"; empty: it computes what we compute

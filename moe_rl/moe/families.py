@@ -60,7 +60,7 @@ def read_rope(
     return Rope(theta, dim, interleaved, Yarn(r.number("factor", f.count("max_position_embeddings")/original), original, r.number("beta_fast", 32.), r.number("beta_slow", 1.),
                 r.number("mscale", 0.) , r.number("mscale_all_dim", 0.), r.number("attention_factor", None), r.flag("truncate", True)))
 
-# %% ../../nbs/01_moe/06_families.ipynb #55e38199
+# %% ../../nbs/01_moe/06_families.ipynb #aed1785c
 def read_gqa(f:Fields, rotated:float=1., **own)->Gqa:
     "Grouped-query attention; `rotated` is the share of a head that turns."
     heads = f.count("num_attention_heads", most=2**16)
@@ -76,7 +76,7 @@ def read_model(
 )->ModelSpec:
     "What every `config.json` says."
     f.require(hidden_act="silu", mlp_bias=False)
-    return ModelSpec(family, f.count("vocab_size"), f.count("hidden_size"), layers, f.number("rms_norm_eps", 1e-6), f.count("max_position_embeddings"),
+    return ModelSpec(family, f.count("vocab_size"), f.count("hidden_size"), layers, f.number("rms_norm_eps"), f.count("max_position_embeddings"),
                      tied=f.flag("tie_word_embeddings", False), config=dict(f.config), **own)
 
 def depth(f:Fields)->int: return f.count("num_hidden_layers", most=10_000)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..errors import UserError
-from ..moe.model import Afmoe, ModelConfig, ModelOutput, moe_modules
-from ..moe.routing import select
+from ..moe.model import Model, ModelOutput, moe_modules
+from ..moe.spec import ModelSpec
 from ..records import Rollout
 
 # %% ../../nbs/05_rl/02_replay.ipynb #9033efad
@@ -64,7 +64,7 @@ def check_routes(
 # %% ../../nbs/05_rl/02_replay.ipynb #c3bcc1ac
 def require_routes(
     rollouts:list[Rollout],
-    cfg:ModelConfig # of the model that will replay them
+    cfg:ModelSpec # of the model that will replay them
 )->None:
     "Raise `ReplayError` naming the first rollout without routes, or with routes that `cfg`'s model cannot have made."
     for r in rollouts:
@@ -98,13 +98,11 @@ def verify_replay(
 # %% ../../nbs/05_rl/02_replay.ipynb #7df189e9
 @torch.no_grad()
 def live_choice(
-    model:Afmoe,
+    model:Model,
     out:ModelOutput # of a forward pass, replayed or not
 )->Tensor:          # [N,L,k] int64
     "The experts that the routers would have chosen by themselves, layer by layer, given the replayed inputs."
-    c = model.cfg
-    chosen = [select(r.scores, c.num_experts_per_tok, m.expert_bias, c.n_group, c.topk_group, top2=c.score_func == 'sigmoid') for m, r in zip(moe_modules(model), out.routings)]
-    return torch.stack(chosen, 1)
+    return torch.stack([m.choose(r.scores) for m, r in zip(moe_modules(model), out.routings)], 1)
 
 # %% ../../nbs/05_rl/02_replay.ipynb #868c9fd1
 def check_plausible(
@@ -140,7 +138,7 @@ def fits_shifted(
     return out
 
 def watch_routes(
-    model:Afmoe,
+    model:Model,
     out:ModelOutput, # of a forward pass that replayed
     given:Tensor,    # [N,L,k] these routes
     valid:Tensor     # [N] bool, False: filler
@@ -148,7 +146,7 @@ def watch_routes(
     "Raise `ReplayError` unless the routes were used, and look as if they belonged to these tokens, layers and weights."
     verify_replay(out.routes, given, valid)
     if not valid.any(): return 0.
-    live, c = live_choice(model, out), model.cfg
+    live, c = live_choice(model, out), model.spec
     slots, chance = disagreement(given, live, valid).slots, 1 - c.num_experts_per_tok/c.num_experts
     if slots > .1*chance:
         name, best = min(fits_shifted(given, live, valid).items(), key=lambda x: x[1], default=('', 1.))

@@ -16,7 +16,9 @@ from ..errors import UserError
 from ..data.batch import TensorBatch
 from ..moe.attention import packed_attend
 from ..moe.checkpoint import load_pretrained
-from ..moe.model import Afmoe, ModelConfig, init_weights
+from ..moe.families import new_afmoe
+from ..moe.model import Model, init_weights
+from ..moe.spec import ModelSpec
 from ..records import MicroBatch
 from .loss import loss_means, loss_sums, policy_loss, resolve
 from .replay import replay_of, watch_routes
@@ -27,19 +29,19 @@ from ..train.optim import build_optimizer, lr_schedule
 from ..train.step import LossParts, Outcomes, StepReport, optimizer_step, regularisers
 
 # %% ../../nbs/05_rl/05_trainer.ipynb #74e93d77
-def model_config(settings:Settings, vocab_size:int) -> ModelConfig:
+def model_config(settings:Settings, vocab_size:int) -> ModelSpec:
     "The architecture that the settings ask for, with the tokenizer's vocabulary. Raises `UserError` for sizes that do not fit together."
     sizes = settings.model.model_dump(exclude={'checkpoint'})
     if sizes['max_position_embeddings'] == 'auto': sizes['max_position_embeddings'] = 2048 # nothing was measured: a model outside a run
-    try: return ModelConfig(vocab_size=vocab_size, **sizes)
+    try: return new_afmoe(vocab_size=vocab_size, **sizes)
     except ValueError as e: raise UserError(f'model: {e}') from None
 
-def build_model(settings:Settings, vocab_size:int) -> Afmoe:
+def build_model(settings:Settings, vocab_size:int) -> Model:
     "A new model, seeded by the run, or the checkpoint that `model.checkpoint` names; float32 throughout. Raises `UserError` when the vocabulary does not fit."
-    if not settings.model.checkpoint: return init_weights(Afmoe(model_config(settings, vocab_size)), settings.seed)
+    if not settings.model.checkpoint: return init_weights(Model(model_config(settings, vocab_size)), settings.seed)
     model = load_pretrained(settings.model.checkpoint, dtype=torch.float32)
-    if model.cfg.vocab_size < vocab_size:
-        raise UserError(f"{settings.model.checkpoint}: vocabulary of {model.cfg.vocab_size} is smaller than the tokenizer's {vocab_size}: use the tokenizer of this checkpoint")
+    if model.spec.vocab_size < vocab_size:
+        raise UserError(f"{settings.model.checkpoint}: vocabulary of {model.spec.vocab_size} is smaller than the tokenizer's {vocab_size}: use the tokenizer of this checkpoint")
     return model
 
 # %% ../../nbs/05_rl/05_trainer.ipynb #861f1ea3
@@ -47,7 +49,7 @@ def borders(b:TensorBatch)->Tensor: # [S+1] borders of the sequences among the t
     before = torch.cat([b.loss_mask.new_zeros(1, dtype=torch.long), b.loss_mask.cumsum(0)])
     return before[b.cu_seqlens.long()]
 
-def reference_logprobs(reference:Afmoe|None, b:TensorBatch, at:Tensor, sampling:dict)->Tensor|None: # [n] of the trained tokens
+def reference_logprobs(reference:Model|None, b:TensorBatch, at:Tensor, sampling:dict)->Tensor|None: # [n] of the trained tokens
     "What the frozen reference says, or None without one."
     if reference is None: return None
     with torch.no_grad():
@@ -55,11 +57,11 @@ def reference_logprobs(reference:Afmoe|None, b:TensorBatch, at:Tensor, sampling:
         return token_logprobs(hidden, reference.lm_head.weight, b.targets[at], **sampling)[0]
 
 def rl_loss(
-    model:Afmoe,
+    model:Model,
     b:TensorBatch,             # `to_torch` of a MicroBatch
     s:Settings,
     policy:Callable,           # `resolve` of the loss's name
-    reference:Afmoe|None=None, # where the KL is measured from
+    reference:Model|None=None, # where the KL is measured from
     watch:bool=False           # look at the routes: see `watch_routes`
 )->LossParts:
     "Forward with replayed routes, the policy loss and the small parts: this micro-batch's shares of the step."
@@ -108,7 +110,7 @@ def step_metrics(
 # %% ../../nbs/05_rl/05_trainer.ipynb #cb3487a1
 class Trainer:
     "Model, optimizer and counters of one rank of a mesh."
-    def __init__(self, model:Afmoe, settings:Settings, mesh:Mesh=Mesh()):
+    def __init__(self, model:Model, settings:Settings, mesh:Mesh=Mesh()):
         self.model, self.s, self.mesh, self.policy = model, settings, mesh, resolve(settings.rl.loss, **settings.rl.loss_params)
         self.optimizers = build_optimizer(model, muon_lr=settings.optim.muon_lr, adamw_lr=settings.optim.adamw_lr, weight_decay=settings.optim.weight_decay)
         self.counted, self.reference = Outcomes(), None

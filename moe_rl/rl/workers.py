@@ -14,7 +14,7 @@ from ..config import Settings, load_settings
 from ..errors import UserError
 from ..data.tokens import Tokenizer, load_tokenizer
 from ..moe.checkpoint import save_pretrained
-from ..moe.model import Afmoe
+from ..moe.model import Model
 from .trainer import Trainer, build_model
 from .wire import Abort, Client, Generate, Generated, Message, Missing, Save, Stop, Train, Trained, Update, Updated, serve
 from ..rollout.engine import Engine, Request
@@ -38,7 +38,7 @@ def prepare(settings:Settings) -> torch.device:
     return device_of(settings)
 
 # %% ../../nbs/05_rl/07_workers.ipynb #2282bd2e
-def answers(model:Afmoe, tokenizer:Tokenizer, prompts:list[str], max_tokens:int, temperature:float=0.0, seed:int=0, max_seqs:int=256) -> list[str]:
+def answers(model:Model, tokenizer:Tokenizer, prompts:list[str], max_tokens:int, temperature:float=0.0, seed:int=0, max_seqs:int=256) -> list[str]:
     "One decoded answer per prompt, from an embedded engine in this process."
     ids = [tokenizer.render_prompt(p) for p in prompts]
     room = max(len(i) for i in ids) + max_tokens
@@ -50,7 +50,7 @@ def answers(model:Afmoe, tokenizer:Tokenizer, prompts:list[str], max_tokens:int,
     return [out[n] for n in range(len(prompts))]
 
 # %% ../../nbs/05_rl/07_workers.ipynb #be55896f
-def warm_start(model:Afmoe, tokenizer:Tokenizer, env:Environment, s:Settings, alive=lambda doing: None) -> dict[str, float]:
+def warm_start(model:Model, tokenizer:Tokenizer, env:Environment, s:Settings, alive=lambda doing: None) -> dict[str, float]:
     "Supervised steps on `env.train_examples` until the clock, the step count or the probe says enough."
     if not (s.warm_start.seconds or s.warm_start.steps): return dict(sft_steps=0, sft_seconds=0.0)
     started = time.monotonic()
@@ -110,7 +110,7 @@ def train_worker(folder:Path, checkpoint:str, client:Client):
                 if target: save_pretrained(model, target, extra_files=tokenizer.save, overwrite=True)
                 return
 
-def reference_model(model:Afmoe, folder:Path, checkpoint:str) -> Afmoe:
+def reference_model(model:Model, folder:Path, checkpoint:str) -> Model:
     "A frozen copy of the policy that RL started from; kept in the run folder so that a resumed run has the same."
     reference = copy.deepcopy(model).requires_grad_(False)
     kept = folder/'reference'

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..moe.model import Afmoe
+from ..moe.model import Model
 from .engine import Finished, Request
 from .kvcache import PagedCache, plain_attend
 from ..train.objective import sampling_logprobs
@@ -38,14 +38,14 @@ async def settle(x):
 # %% ../../nbs/04_rollout/04_conformance.ipynb #2222dec8
 @torch.inference_mode()
 def expected(
-    models:dict[int,Afmoe], # policy by version, in float32
+    models:dict[int,Model], # policy by version, in float32
     request:Request,
     finished:Finished,
 )->tuple[np.ndarray,np.ndarray]: # log-probabilities [n], routes [P+n-1,L_moe,k]
     "What an engine that keeps its KV should report for the tokens it sampled. The mixture of versions is computed without paging, sharing or batching."
-    P, ids, c = len(request.prompt), torch.tensor(request.prompt + finished.token_ids), models[int(finished.versions[0])].cfg
+    P, ids, c = len(request.prompt), torch.tensor(request.prompt + finished.token_ids), models[int(finished.versions[0])].spec
     made = np.append(np.full(P-1, finished.versions[0]), finished.versions) # [P+n-1] version that computed each input
-    cache = PagedCache(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, 1, len(ids), 0, c.num_experts_per_tok, c.num_experts)
+    cache = PagedCache(c.num_hidden_layers, c.kv, 1, len(ids), 0, c.num_experts_per_tok, c.num_experts)
     logits, routes = [], []
     for v in np.unique(made).tolist():
         a, b = int((made < v).sum()), int((made <= v).sum())
@@ -57,7 +57,7 @@ def expected(
 
 # %% ../../nbs/04_rollout/04_conformance.ipynb #afb7b448
 def difference(
-    models:dict[int,Afmoe],
+    models:dict[int,Model],
     request:Request,
     finished:Finished,
 )->tuple[float,int]: # largest difference of a log-probability, tokens whose routes differ
@@ -82,7 +82,7 @@ async def collect(engine:EngineProtocol, requests:list[Request])->dict[str,Finis
     assert sorted(f.id for f in done) == sorted(r.id for r in requests), f'asked {len(requests)} requests and got {sorted(f.id for f in done)}'
     return {f.id: f for f in done}
 
-def require(models:dict[int,Afmoe], requests:list[Request], done:dict[str,Finished], tolerance:float, routes:bool):
+def require(models:dict[int,Model], requests:list[Request], done:dict[str,Finished], tolerance:float, routes:bool):
     "Every answer is as expected."
     for r in requests:
         far, other = difference(models, r, done[r.id])
@@ -99,10 +99,10 @@ def prompts(
     return (heads + [h + rng.integers(0, vocab_size, 8).tolist() for h in heads])[:n]
 
 # %% ../../nbs/04_rollout/04_conformance.ipynb #2574291d
-async def check_sampling_settings(make:MakeEngine, models:dict[int,Afmoe], tolerance:float=1e-5, routes:bool=True):
+async def check_sampling_settings(make:MakeEngine, models:dict[int,Model], tolerance:float=1e-5, routes:bool=True):
     "Log-probabilities under temperature, top-k and top-p, greedy choice, stop tokens, and repeatability."
     kinds = [dict(), dict(temperature=.7), dict(top_k=3), dict(top_p=.6), dict(temperature=1.5, top_k=6, top_p=.9), dict(temperature=0.)]
-    asked = [Request(id=f'{i}', prompt=p, max_tokens=10, seed=i, **kinds[i%6]) for i,p in enumerate(prompts(models[0].cfg.vocab_size, 12))]
+    asked = [Request(id=f'{i}', prompt=p, max_tokens=10, seed=i, **kinds[i%6]) for i,p in enumerate(prompts(models[0].spec.vocab_size, 12))]
     first = await collect(await settle(make()), asked)
     require(models, asked, first, tolerance, routes)
     again = await collect(await settle(make()), asked)
@@ -113,9 +113,9 @@ async def check_sampling_settings(make:MakeEngine, models:dict[int,Afmoe], toler
     assert done.token_ids == full[:full.index(full[4])+1] and done.stop_reason == 'stop', f'a stop token ends a request and belongs to it: {done}'
 
 # %% ../../nbs/04_rollout/04_conformance.ipynb #3e500c50
-async def check_sharing(make:MakeEngine, models:dict[int,Afmoe], tolerance:float=1e-5, routes:bool=True):
+async def check_sharing(make:MakeEngine, models:dict[int,Model], tolerance:float=1e-5, routes:bool=True):
     "Groups with one prompt, and conversations whose second turn begins with the first."
-    engine, vocab = await settle(make()), models[0].cfg.vocab_size
+    engine, vocab = await settle(make()), models[0].spec.vocab_size
     asked = [Request(id=f'{i}-{j}', prompt=p, max_tokens=8, seed=10*i+j) for i,p in enumerate(prompts(vocab, 4)) for j in range(4)]
     done = await collect(engine, asked)
     require(models, asked, done, tolerance, routes)
@@ -131,9 +131,9 @@ async def tokens_written(engine:EngineProtocol, n:int, patience:int=100_000):
         await asyncio.sleep(0)
     raise AssertionError(f'the engine did not write {n} tokens')
 
-async def check_update(make:MakeEngine, models:dict[int,Afmoe], tolerance:float=1e-5, routes:bool=True):
+async def check_update(make:MakeEngine, models:dict[int,Model], tolerance:float=1e-5, routes:bool=True):
     "Weights 1 arrive while requests run that keep their KV; later requests are purely of version 1."
-    engine, ps = await settle(make()), prompts(models[0].cfg.vocab_size, 6, seed=1)
+    engine, ps = await settle(make()), prompts(models[0].spec.vocab_size, 6, seed=1)
     asked = [Request(id=f'a{i}', prompt=p, max_tokens=24, seed=i) for i,p in enumerate(ps)]
     running = asyncio.ensure_future(collect(engine, asked))
     await tokens_written(engine, 40)
@@ -148,9 +148,9 @@ async def check_update(make:MakeEngine, models:dict[int,Afmoe], tolerance:float=
     assert all((f.versions == 1).all() for f in after.values()), 'a request that started after the update has tokens of the old version'
 
 # %% ../../nbs/04_rollout/04_conformance.ipynb #4503c7d4
-async def check_pause(make:MakeEngine, models:dict[int,Afmoe], tolerance:float=1e-5, routes:bool=True):
+async def check_pause(make:MakeEngine, models:dict[int,Model], tolerance:float=1e-5, routes:bool=True):
     "No token while paused, none lost after it; an aborted request comes back with what it has."
-    engine, ps = await settle(make()), prompts(models[0].cfg.vocab_size, 4, seed=2)
+    engine, ps = await settle(make()), prompts(models[0].spec.vocab_size, 4, seed=2)
     asked = [Request(id=f'p{i}', prompt=p, max_tokens=30, seed=i) for i,p in enumerate(ps)]
     running = asyncio.ensure_future(collect(engine, asked))
     await tokens_written(engine, 12)

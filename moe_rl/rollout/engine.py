@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..moe.attention import packed_attend
-from ..moe.model import Afmoe, lower_precision
+from ..moe.model import Model, lower_precision
 from ..moe.routing import pack_routes
 from .kvcache import PagedCache, StepLayout, paged_attend
 from .scheduler import Plan, Scheduler, Sequence, widen
@@ -90,7 +90,7 @@ def sample(
 # %% ../../nbs/04_rollout/02_engine.ipynb #6caac7ca
 @torch.inference_mode()
 def plain_generate(
-    model:Afmoe,
+    model:Model,
     request:Request,
     version:int=0, # policy version of the weights
 )->Finished:
@@ -103,7 +103,7 @@ def plain_generate(
         ids.append(token.item()); logprobs.append(lp.item())
         if ids[-1] in request.stop_ids: reason = 'stop'
     return Finished(id=request.id, token_ids=ids[P:], logprobs=np.array(logprobs, np.float32), versions=np.full(len(ids)-P, version, np.int32),
-                    routes=pack_routes(out.routes, model.cfg.num_experts), stop_reason=reason)
+                    routes=pack_routes(out.routes, model.spec.num_experts), stop_reason=reason)
 
 # %% ../../nbs/04_rollout/02_engine.ipynb #6544048e
 class Live(msgspec.Struct):
@@ -160,19 +160,19 @@ class Ledger:
 # %% ../../nbs/04_rollout/02_engine.ipynb #c3876deb
 class StepRunner:
     "Continuous batching over a paged cache: `add` requests, then `step` while `has_work`."
-    def __init__(self, model:Afmoe, kv_tokens:int, block_size:int, max_seqs:int, version:int, prefix_cache:bool, record_routes:bool, lanes:dict[str,float], max_step_tokens:int):
+    def __init__(self, model:Model, kv_tokens:int, block_size:int, max_seqs:int, version:int, prefix_cache:bool, record_routes:bool, lanes:dict[str,float], max_step_tokens:int):
         self.model, self.version, self.record_routes, self.paused = model, version, record_routes, False
-        weight, c, blocks = model.layers[0].self_attn.k_proj.weight, model.cfg, kv_tokens//block_size
-        self.device = weight.device
-        self.cache = PagedCache(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, blocks, block_size, c.num_moe_layers if record_routes else 0,
-                                c.num_experts_per_tok, c.num_experts, weight.dtype, self.device)
+        c, blocks = model.spec, kv_tokens//block_size
+        self.device = model.device
+        self.cache = PagedCache(c.num_hidden_layers, c.kv, blocks, block_size, c.num_moe_layers if record_routes else 0,
+                                c.num_experts_per_tok, c.num_experts, model.dtype, self.device)
         self.scheduler = Scheduler(blocks, block_size, max_seqs, max_step_tokens, lanes, version, prefix_cache)
         self.ledger = Ledger(max_seqs, self.cache.routes[:0].copy())
         self.counters = dict(tokens=0, steps=0, computed_tokens=0, finished=0, aborted=0, updates=0)
 
     def add(self, request:Request):
         "Queue a request. `ValueError` in one line when it is malformed or could never fit."
-        check_request(request, self.model.cfg.vocab_size, self.model.cfg.max_position_embeddings)
+        check_request(request, self.model.spec.vocab_size, self.model.spec.max_position_embeddings)
         seq = self.scheduler.add(request.id, request.prompt, request.max_tokens, request.lane)
         self.ledger.live[request.id] = Live(request, seq)
 
@@ -260,7 +260,7 @@ class Engine(StepRunner):
 
     `ValueError` for settings that are out of range. The model is used as it is, not copied: with `dtype` its weights are cast in place."""
     def __init__(self,
-        model:Afmoe,                   # on its device
+        model:Model,                   # on its device
         kv_tokens:int,                 # budget of the cache, in tokens
         block_size:int=16,             # tokens per block
         max_seqs:int=32,               # requests that run at the same time

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..moe.families import Fields, architecture, depth, from_hf, read_gqa, read_rope, read_sigmoid_moe
-from ..moe.spec import (BALANCE, EMBEDDING, EXPERTS, HEAD, MATRIX, NORM, ROUTER, TIED, Glu, Gqa, KvShape, LayerSpec, Mla, ModelSpec, Moe, Rope, TensorSpec,
+from ..moe.spec import (BALANCE, EMBEDDING, EXPERTS, HEAD, MATRIX, NORM, ROUTER, TIED, Glu, Gqa, KvShape, LayerSpec, Mla, ModelSpec, Mixture, Rope, TensorSpec,
     count_parameters, expert_parameters, linear, pairs)
 from ..moe.zoo import PRESETS as RUNNABLE
 
@@ -116,7 +116,7 @@ class Compressed:
 
 # %% ../../nbs/13_scale/02_models.ipynb #76bf5dfe
 @dataclass(frozen=True)
-class AnyMoe(Moe):
+class AnyMoe(Mixture):
     "A mixture whose experts differ from a gated net's."
     matrices:int=3          # of an expert; 2: relu squared
     latent:int=0            # width in which experts work; 0: that of the model

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..ep.traffic import LOW_LATENCY_US, Links, fit_links, low_latency_bytes, low_latency_time
-from ..moe.spec import EMBEDDING, EXPERTS, MATRIX, Mla, ModelSpec, Moe, count_parameters, expert_parameters
+from ..moe.spec import EMBEDDING, EXPERTS, MATRIX, Mla, ModelSpec, Mixture, count_parameters, expert_parameters
 from .hardware import Cluster, Gpu, cluster
 from .models import Compressed, Indexed, Recurrent, attention_flops, cache_rate, flops_per_token, load_model, mixers
 from .train import Term, Terms, constants
@@ -90,7 +90,7 @@ def touched(spec:ModelSpec, e:Engine, batch:int)->float: # bytes
     P, Pe = count_parameters(spec)[0], expert_parameters(spec)
     seen = 0.
     for layer in spec.layers:
-        if isinstance(m := layer.ffn, Moe): seen += m.num_experts*(1 - (1 - m.per_token/m.num_experts)**batch)*m.expert(spec.hidden_size)
+        if isinstance(m := layer.ffn, Mixture): seen += m.num_experts*(1 - (1 - m.per_token/m.num_experts)**batch)*m.expert(spec.hidden_size)
     return (P - Pe - spec.vocab_size*spec.hidden_size*(0 if spec.tied else 1) + seen)*size
 
 def read_bytes(
@@ -120,7 +120,7 @@ def low_latency(gpu_name:str, nic:float, domain:int)->tuple[Links,Links]:
 
 def exchange_seconds(spec:ModelSpec, e:Engine, c:Cluster, batch:int)->float: # of a step, all layers
     "Dispatch and combine of a wide engine: every token once per expert."
-    moe = [l.ffn for l in spec.layers if isinstance(l.ffn, Moe)]
+    moe = [l.ffn for l in spec.layers if isinstance(l.ffn, Mixture)]
     if not e.ep or not moe or e.tp == 1: return 0.
     wide = getattr(moe[0], "latent", 0) or spec.hidden_size
     volume = low_latency_bytes(max(1, batch/e.tp), wide, moe[0].per_token)

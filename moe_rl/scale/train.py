@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..moe.spec import EXPERTS, Glu, Gqa, Mla, ModelSpec, Moe, count_parameters, expert_parameters
+from ..moe.spec import EXPERTS, Glu, Gqa, Mla, ModelSpec, Mixture, count_parameters, expert_parameters
 from .hardware import GPUS, Cluster, Gpu, cluster
 from .kernels import Attention, Product, attention_time, product_time
 from .models import attention_flops, load_model, mixers, products
@@ -122,7 +122,7 @@ def widths(spec:ModelSpec)->tuple[float,float]: # summed over layers: dense part
             else: dense += 2*sum(t.shape[0] for t in a.tensors(d) if len(t.shape) == 2)
         for part in (f, getattr(layer, "beside", None)):
             if isinstance(part, Glu): dense += 3*part.hidden
-            elif isinstance(part, Moe):
+            elif isinstance(part, Mixture):
                 routed += part.per_token*(2*(getattr(part, "latent", 0) or d) + 3*part.hidden)
                 dense += 3*part.shared
     return dense, routed
@@ -250,7 +250,7 @@ def traffic_terms(
 )->Terms: # exposed seconds
     "What of the traffic is not hidden under compute."
     lv, d, mine = links(c), spec.hidden_size, tokens/(layout.cp*layout.tp)
-    moe, n_moe = next(((l.ffn, sum(isinstance(x.ffn, Moe) for x in spec.layers)) for l in spec.layers if isinstance(l.ffn, Moe)), (None, 0))
+    moe, n_moe = next(((l.ffn, sum(isinstance(x.ffn, Mixture) for x in spec.layers)) for l in spec.layers if isinstance(l.ffn, Mixture)), (None, 0))
     again = training and layout.recompute != "none"
     ep = (0., 0., 0.)
     if moe is not None and layout.ep > 1:
@@ -307,7 +307,7 @@ def trainer_step(
 
 def _ep_seconds(spec, layout, c, tokens, training, again):
     "Traffic of experts of a micro-batch, as if nothing hid it."
-    moe = [l.ffn for l in spec.layers if isinstance(l.ffn, Moe)]
+    moe = [l.ffn for l in spec.layers if isinstance(l.ffn, Mixture)]
     if not moe or layout.ep == 1: return 0.
     wide, mine = getattr(moe[0], "latent", 0) or spec.hidden_size, tokens/(layout.cp*layout.tp)
     return sum(exchange(links(c), layout.ep, mine, moe[0].num_experts, moe[0].per_token, row)[0] for row in (wide if layout.precision == "fp8" else 2*wide, 2*wide))*len(moe)*((2 + again) if training else 1)

@@ -16,7 +16,7 @@ from ..config import BalanceSection
 from ..records import Example
 from ..data.batch import TensorBatch, packed_batches
 from ..moe.attention import packed_attend
-from ..moe.model import Afmoe
+from ..moe.model import Model
 from .objective import global_mean, token_logprobs
 from .optim import Optimizers, lr_schedule
 from .step import LossParts, Outcomes, StepReport, optimizer_step, regularisers
@@ -34,7 +34,7 @@ def example(
 
 # %% ../../nbs/03_train/06_sft.ipynb #189abf1a
 def sft_loss(
-    model:Afmoe,
+    model:Model,
     batch:TensorBatch, # `to_torch` of a Packed
     balance:BalanceSection=BalanceSection(), # weights of the small parts
 )->LossParts: # `answers` and the regularisers: this micro-batch's shares
@@ -70,14 +70,14 @@ class SFTReport(NamedTuple):
 
 # %% ../../nbs/03_train/06_sft.ipynb #3c8bd68c
 def run_sft(
-    model:Afmoe,
+    model:Model,
     optim:Optimizers,
     examples:Sequence[Example],       # see `example`
     batch:int=64,                     # examples per step
     budget:int=4096,                  # rows per micro-batch
     seconds:float=0.,                 # > 0: stop when so many are over
     steps:int=0,                      # > 0: stop after so many
-    stop_when:Callable[[Afmoe,int],bool]|None=None, # probe of the model after n steps; True stops
+    stop_when:Callable[[Model,int],bool]|None=None, # probe of the model after n steps; True stops
     probe_every:int=25,               # steps between probes
     warmup:int=5,                     # steps of rising learning rate
     clip:float=1.,                    # longest gradient

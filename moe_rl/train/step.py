@@ -16,7 +16,7 @@ from ..config import BalanceSection
 from ..errors import UserError
 from ..data.batch import TensorBatch, to_torch
 from ..moe.balance import max_vio, router_z_loss, sequence_aux_loss, sign_update, smebu_update
-from ..moe.model import Afmoe, ModelOutput, moe_modules
+from ..moe.model import Model, ModelOutput, moe_modules
 from ..records import Packed
 from .mesh import Mesh
 from .objective import head_z_loss
@@ -47,13 +47,13 @@ def regularisers(
 
 # %% ../../nbs/03_train/05_step.ipynb #9929f914
 def balance_step(
-    model:Afmoe,
+    model:Model,
     counts:Tensor,   # [L_moe,E] tokens per expert over the whole step, all ranks
     s:BalanceSection # the rule and its numbers
 )->None:
     "Move the selection bias of every MoE layer once."
     for ffn, n in zip(moe_modules(model), counts):
-        if not n.sum(): continue
+        if ffn.expert_bias is None or not n.sum(): continue
         if s.rule == 'smebu': smebu_update(ffn.expert_bias, ffn.bias_momentum, n, s.rate, s.beta, s.kappa)
         elif s.rule == 'sign': sign_update(ffn.expert_bias, n, s.rate)
 
@@ -88,10 +88,10 @@ def _gradients(model, optim, batches, loss, mesh, alive)->tuple[dict, dict, Tens
 
 # %% ../../nbs/03_train/05_step.ipynb #6aa1bde7
 def optimizer_step(
-    model:Afmoe,
+    model:Model,
     optim:Optimizers,
     batches:list[list[Packed]],     # per rank, equally many on each: all micro-batches of the step
-    loss:Callable[[Afmoe,TensorBatch],LossParts],
+    loss:Callable[[Model,TensorBatch],LossParts],
     balance:BalanceSection=BalanceSection(),
     clip:float=1.,                  # longest gradient
     mesh:Mesh=Mesh(),
