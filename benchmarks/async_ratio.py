@@ -6,7 +6,7 @@ from moe_rl.bench import repository
 
 def time_to(run, goal: float, window: int = 5) -> float:
     "Seconds of RL until the mean of `window` steps' exact share on fresh training prompts reaches `goal`."
-    shares = [(m['seconds'], m['solved']) for m in run.metrics if m['played']]
+    shares = [(m['seconds'], m['exact']) for m in run.metrics if m['played']]
     for i in range(window - 1, len(shares)):
         if sum(s for _, s in shares[i - window + 1:i + 1]) / window >= goal: return shares[i][0]
     raise RuntimeError(f'{run.folder.name}: never reached {goal}')

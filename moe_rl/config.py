@@ -196,6 +196,7 @@ class RLSection(Section):
     reward: Annotated[str, one_of(REWARDS)] = Field("score", description="score: the environment's own; exact: 1 for an exact answer, else 0; or \"module:attribute\"")
     kl_coef: NotNegative = Field(0.0, description="weight of the KL to the warm-started model")
     replay: bool = Field(True, description="R3: train on the routes that the engine took")
+    patience: Positive = Field(100, description="steps' worth of groups dropped one after the other after which the run ends: nothing to learn")
     zero_variance: Literal["filter", "keep"] = Field("keep", description="groups whose answers all got the same reward: leave out, or train on")
     overlong: Literal["mask", "penalise", "keep"] = Field("keep", description="what becomes of a rollout that was cut off: no loss, less reward, or nothing special")
     overlong_penalty: NotNegative = Field(0.5, description='reward that overlong = "penalise" takes away')
@@ -215,7 +216,8 @@ class ScheduleSection(Section):
     "Who waits for whom."
     deterministic: bool = Field(False, description="a logical clock fixes the interleaving: runs agree bit for bit")
     threads: Positive = Field(1, description="CPU threads of each process")
-    silence_seconds: float = Field(45.0, gt=0, le=1e9, description="a component silent for so long is named and the run ends")
+    silence_seconds: float = Field(45.0, gt=0, le=1e9, description="a process without a sign of life or a use of the CPU for so long is named and the run ends")
+    stall_seconds: float = Field(900.0, gt=0, le=1e9, description="a process that lives but stays in one activity for so long is named and the run ends")
     env_timeout: Seconds = Field("auto", description="seconds an environment may take for one call; auto: 10, more when drawing a problem is slow")
     engine_restarts: Natural = Field(5, description="dead engines started again in one run")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")

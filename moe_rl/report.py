@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'HEALTH', 'NUMBERS', 'PICTURES', 'RunData', 'state_of', 'columns_of',
-           'read_run', 'smooth', 'trace', 'rule', 'key', 'sheet', 'drawn', 'dress', 'draw_learning', 'draw_health',
-           'staleness_bands', 'draw_flow', 'draw_speed', 'outcome', 'table', 'numbers', 'inline', 'spread', 'changed',
-           'page', 'write_report']
+           'read_run', 'smooth', 'trace', 'rule', 'key', 'sheet', 'drawn', 'dress', 'graded_by', 'interval_of',
+           'draw_learning', 'draw_health', 'staleness_bands', 'draw_flow', 'draw_speed', 'outcome', 'table', 'numbers',
+           'inline', 'spread', 'changed', 'page', 'write_report']
 
 # %% ../nbs/06_app/02_report.ipynb #07fd2043
 import fcntl, html, json, math, tomllib
@@ -128,23 +128,26 @@ def dress(ax:Axes, title:str, y:str='', x:str='step', share:bool=False, log:bool
     if not log and not share and ax.get_ylim()[1] >= 1000: ax.yaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
 
 # %% ../nbs/06_app/02_report.ipynb #cc2b717c
+def graded_by(evals:list[dict]) -> tuple[str, str]: # key of the grade, key of its interval
+    "Exact answers, or scores where there are no reference answers."
+    return ('exact', 'interval') if all(e['exact'] is not None for e in evals) else ('score', 'score_interval')
+
+def interval_of(e:dict, bars:str) -> str: return '95 %: {:.3f} to {:.3f}'.format(*e[bars]) if e[bars] else 'no interval'
+
 def draw_learning(run:RunData) -> Figure:
     "Reward and exact answers of training batches, and held-out evaluations, over minutes and over steps."
     figure, panels = sheet(1, 2, 2.6)
     for ax, name, x, at in ((panels[0], 'minutes', run['seconds']/60, [e['seconds']/60 for e in run.evals]), (panels[1], 'step', run.steps, [e['step'] for e in run.evals])):
         if run.has('reward'): trace(ax, x, run['reward'], BLUE, 'reward of the batch')
-        if run.has('solved'): trace(ax, x, np.where(run['played'] > 0, run['solved'], np.nan), GREEN, 'exact, of all that was played')
+        if run.has('exact'): trace(ax, x, np.where(run['played'] > 0, run['exact'], np.nan), GREEN, 'exact, of all that was played')
         if run.evals:
-            y = np.array([e['exact'] for e in run.evals])
-            low, high = np.array([e['interval'] for e in run.evals]).T
-            ax.errorbar(at, y, [np.maximum(y - low, 0), np.maximum(high - y, 0)], color=ORANGE, fmt='o', markersize=4, linewidth=1.2, capsize=2, zorder=4, label='held out, exact')
+            key, bars = graded_by(run.evals)
+            y = np.array([e[key] for e in run.evals])
+            low, high = np.array([e[bars] or [e[key]]*2 for e in run.evals]).T
+            ax.errorbar(at, y, [np.maximum(y - low, 0), np.maximum(high - y, 0)], color=ORANGE, fmt='o', markersize=4, linewidth=1.2, capsize=2, zorder=4, label=f'held out, {key}')
         ax.set_ylim(-.02, max(1.02, ax.get_ylim()[1]))
         dress(ax, f'over {"time" if name == "minutes" else "steps"}', 'share or reward', name)
-    began = next((e['seconds'] - e.get('eval_seconds', 0) for e in run.evals if e['step'] == 0), 0)
     panels[0].set_xlim(left=0)
-    if began > 5:
-        panels[0].axvspan(0, began/60, color='#e3e8ed', zorder=0)
-        panels[0].annotate('warm start', (0, 1), xycoords='axes fraction', xytext=(3, -3), textcoords='offset points', va='top', fontsize=7, color='#4a545e')
     handles, labels = panels[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside upper left', ncols=3)
     return figure
@@ -222,8 +225,9 @@ def outcome(run:RunData) -> str:
     text = f'The run {words} after {run.steps[-1] if len(run.steps) else 0} of {asked} steps and {seconds/60:.1f} minutes.'
     if run.evals:
         first, last = run.evals[0], run.evals[-1]
-        text += f' Held-out problems answered exactly: **{first["exact"]:.3f}** at step {first["step"]}'
-        if last is not first: text += f', **{last["exact"]:.3f}** at step {last["step"]} (95 %: {last["interval"][0]:.3f} to {last["interval"][1]:.3f}, {last["prompts"]} problems)'
+        key, bars = graded_by(run.evals)
+        text += f' Held-out {"problems answered exactly" if key == "exact" else "score"}: **{first[key]:.3f}** at step {first["step"]}'
+        if last is not first: text += f', **{last[key]:.3f}** at step {last["step"]} ({interval_of(last, bars)}, {last["prompts"]} problems)'
         text += '.'
     return text
 
@@ -235,7 +239,7 @@ def table(rows:list[tuple], # cells, first row is the head
     return '\n'.join([line(head), line(['---'] + ['---:' if right else '---']*(len(head) - 1)), *map(line, body)])
 
 # %% ../nbs/06_app/02_report.ipynb #badc49cc
-NUMBERS = (('reward', '.3f', 'mean reward of the trained rollouts'), ('exact', '.3f', 'share of them that is exactly right'), ('solved', '.3f', 'the same of all that was played'),
+NUMBERS = (('reward', '.3f', 'mean reward of the trained rollouts'), ('score', '.3f', 'mean reward of all that was played'), ('exact', '.3f', 'share of exact answers of all that was played'),
            ('loss', '.4f', 'all that is minimised, per token'), ('entropy', '.3f', 'nats per token'), ('grad_norm', '.3f', 'gradient norm before clipping'),
            ('masked', '.2%', 'trained tokens left out of the loss'), ('mismatch_kl', '.2e', 'trainer to engine, nats per token'), ('staleness', '.2f', 'age of trained tokens in versions'),
            ('max_vio', '.2f', 'busiest expert above the mean'), ('utilisation', '.0%', 'of the token budget'), ('tokens_per_s', ',.0f', 'trained tokens per second'),
@@ -269,11 +273,12 @@ def changed(settings:dict) -> list[tuple[str, str, str]]: # key, value, default
 def page(run:RunData) -> str:
     "The whole report in markdown; pictures are beside it."
     samples = [(s['step'], f'{s["reward"]:.2f}', inline(s['text'])) for s in spread(run.samples, 12)]
-    evals = [(e['step'], f'{e["seconds"]/60:.1f}', f'{e["exact"]:.3f}', f'{e["interval"][0]:.3f} to {e["interval"][1]:.3f}', *(f'{p:.3f}' for p in e['pass_at_k'].values())) for e in run.evals]
+    key, bars = graded_by(run.evals)
+    evals = [(e['step'], e.get('newest', e['step']), f'{e["seconds"]/60:.1f}', f'{e[key]:.3f}', interval_of(e, bars), *(f'{p:.3f}' for p in e['pass_at_k'].values())) for e in run.evals]
     k = list(run.evals[0]['pass_at_k']) if run.evals else []
     parts = [f'# {run.settings.get("dir", run.folder)}', outcome(run),
         'In the pictures a pale line is single steps, a strong one their running mean; bars at held-out points are 95 % intervals.',
-        '## Learning', '![Reward and exact answers over time and steps](learning.png)', *([table([('step', 'minutes', 'exact', '95 %', *(f'pass@{i}' for i in k)), *evals])] if evals else []),
+        '## Learning', '![Reward and exact answers over time and steps](learning.png)', *([table([('version', 'to', 'minutes', key, '95 %', *(f'pass@{i}' for i in k)), *evals])] if evals else []),
         '## Health', '![Loss, entropy, gradient norm, masked share, mismatch KL, MaxVio](health.png)',
         '## Flow', '![Staleness, fates of rollouts, length of answers](flow.png)',
         '## Speed', '![Tokens per second, utilisation, who waits](speed.png)',

@@ -26,7 +26,8 @@ from moe_rl.records import decode
 from moe_rl.rl import wire, workers
 from moe_rl.rl.buffer import BufferState
 from moe_rl.rl.log import RunLog, audit, read_lines
-from moe_rl.rl.orchestrator import EnginePool, Orchestrator, State, Worker, receive, watch
+from moe_rl.rl.orchestrator import Orchestrator, Shared, State, receive, watch
+from moe_rl.rl.pool import EnginePool, Worker
 from moe_rl.rl.run import stop
 from moe_rl.rl.trainer import model_config
 from moe_rl.rl.wire import Beat, Client, Failure, Generate, Generated, Hello, Missing, Server, Stop, Trained, Update, Updated
@@ -172,7 +173,7 @@ def test_known_failure_27_error_of_a_worker_ends_the_run_by_name(home):
 @pytest.mark.parametrize('bug', [False, True])
 def test_known_failure_27_error_of_a_task_reaches_the_loop(tmp_path, monkeypatch, bug):
     "Bug: a task's error is dropped with the task, and the loop waits for ever."
-    if bug: monkeypatch.setattr(Orchestrator, 'reap', lambda self, task: (self.tasks.discard(task), task.exception()))
+    if bug: monkeypatch.setattr(Shared, 'reap', lambda self, task: (self.tasks.discard(task), task.exception()))
     async def breaks(): raise UserError('score is away')
     async def go():
         loop = make_loop(tmp_path)
@@ -273,10 +274,10 @@ def test_versions_that_an_engine_was_told_to_take_stay(monkeypatch, bug):
         for v in range(1, 6):
             waits = asyncio.ensure_future(pool.update(v, 'weights'))
             await asyncio.sleep(0)
-            pool.took('engine-0.0', v)
+            await pool.took('engine-0.0', v, '')
             waits.cancel()
         assert pool.oldest() == (5 if bug else 1)
-        pool.took('engine-1.0', 4)
+        await pool.took('engine-1.0', 4, '')
         assert pool.oldest() == 5
         await pool.missing('engine-1.0', 3)                              # told again, of the newest
         assert pool.server.sent[-1] == ('engine-1.0', Update(5, 'weights'))
@@ -398,13 +399,14 @@ def test_known_failure_30_nothing_is_dropped_without_a_word(bug):
     "A peer that is busy for a while gets every message in the end, in order, both ways."
     N = 3000
     async def flood():
-        server = Server('secret')
-        client = Client(server.endpoint, 'engine-0', 'secret')
+        server = Server()
+        client = Client(server.endpoint, 'engine-0', server.key)
         assert isinstance((await server.receive())[1], Hello)
         for i in range(N): await server.send('engine-0', Update(i, 'x' * 2000))          # nobody reads
         for i in range(N): client.send(Trained(i, {}))                                   # nobody reads here either
-        down = [client.poll(5).version for _ in range(N)]
-        up = [(await server.receive())[1].step for _ in range(N)]
+        down, up = [client.poll(5).version for _ in range(N)], []
+        while len(up) < N:
+            if isinstance(m := (await server.receive())[1], Trained): up.append(m.step)
         client.close(), server.close()
         return down == up == list(range(N))
     if bug: assert Publisher().flood(N) < N
@@ -415,7 +417,7 @@ def test_known_failure_30_nothing_is_dropped_without_a_word(bug):
 def test_known_failure_30_a_message_to_nobody_is_an_error(bug):
     "Bug: without ROUTER_MANDATORY a message to an unknown worker vanishes."
     async def go():
-        server = Server('secret')
+        server = Server()
         if bug: server.socket.setsockopt(zmq.ROUTER_MANDATORY, 0)
         try: await server.send('engine-7', Stop())
         finally: server.close()
@@ -543,16 +545,16 @@ def test_dead_and_silent_components_are_named_and_engines_replaced(home):
 @pytest.mark.parametrize('bug', [False, True])
 def test_silence_is_noticed_without_a_process_that_died(tmp_path, monkeypatch, bug):
     "Bug: only dead processes are looked for, and a stopped one is waited for for ever."
-    if bug: monkeypatch.setattr(Worker, 'trouble', lambda self, silence: '' if self.process.poll() is None else 'died')
+    if bug: monkeypatch.setattr(Worker, 'trouble', lambda self, silence, stall: '' if self.process.poll() is None else 'died')
     async def go():
         loop = make_loop(tmp_path, schedule__silence_seconds=.4)
         for w in (loop.trainer, *loop.pool.engines.values()): w.ready.set()
         _ = loop.spawn(receive(loop)), loop.spawn(watch(loop, None))
-        loop.server.inbox.put_nowait(('trainer', Beat('step 3, micro-batch 1 of 2')))
+        loop.server.inbox.put_nowait(('trainer', Beat('step 3, micro-batch 1 of 2', 1)))
         for _ in range(20):
-            loop.server.inbox.put_nowait(('engine-0.0', Beat('sampling')))
+            loop.server.inbox.put_nowait(('engine-0.0', Beat('sampling', 1)))
             await asyncio.wait([asyncio.ensure_future(asyncio.sleep(.1))])
             if loop.error: raise loop.error
     if bug: asyncio.run(go())
     else:
-        with pytest.raises(UserError, match='trainer has been silent for . s while step 3, micro-batch 1 of 2; the engines wait for version 1'): asyncio.run(go())
+        with pytest.raises(UserError, match=r'trainer has been silent for . s while step 3, micro-batch 1 of 2 \(no beat, no CPU time; schedule.silence_seconds = 0.4\); the engines wait for version 1'): asyncio.run(go())

@@ -4,34 +4,37 @@
 
 # %% auto #0
 __all__ = ['DONE', 'DRAW_SECONDS', 'EXTENDS', 'tokenizer_at', 'keep_tokenizer', 'make_tokenizer', 'check_balance', 'check_first',
-           'check', 'Ready', 'draw_profiles', 'make_ready', 'ready_again', 'get_ready', 'keep_ready', 'start', 'end',
-           'stop', 'state_at', 'finished', 'extend', 'complete', 'first_version', 'run_async', 'run', 'evaluate_async',
+           'check_goals', 'check', 'Ready', 'draw_profiles', 'make_ready', 'ready_again', 'get_ready', 'keep_ready',
+           'start', 'end', 'stop', 'finished', 'extend', 'state_at', 'choose', 'set_aside', 'code_of', 'flat',
+           'provenance', 'complete', 'first_version', 'Crew', 'drive', 'run_async', 'signals', 'run', 'evaluate_async',
            'evaluate']
 
 # %% ../../nbs/05_rl/09_run.ipynb #c87043bf
-import asyncio, itertools, json, math, os, secrets, subprocess, sys, time
+import asyncio, hashlib, importlib.util, itertools, json, math, os, platform, shutil, signal, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-import msgspec, numpy as np
+import msgspec, numpy as np, torch
 from ..config import Settings, load_settings, to_toml
-from ..errors import UserError
+from ..errors import StorageError, UserError, replace_file
+from ..records import encode
 from ..data.tokens import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
-from .log import RunLog, claim
 from ..moe.checkpoint import check_pretrained, check_vocabulary, load_pretrained
 from ..moe.spec import ModelSpec
 from . import advantage, loss
-from .orchestrator import END, EnginePool, Orchestrator, State, Worker, check_prompt, grade, longest, receive, seed_of, watch
+from .ask import EVAL, build_engine, check_prompt, grade, longest, request
+from .log import RunLog, claim, read_lines, require_whole
+from .orchestrator import END, Interrupted, Orchestrator, State, receive, watch
+from .pool import Clocked, EnginePool, Free, Worker
 from .trainer import model_config
 from .wire import Server, Stop
 from .workers import device_of, prepare
-from ..rollout.engine import Engine, Request
 from ..rollout.environments import Mixture, Task, load_envs
 from ..rollout.episode import play
 from ..rollout.guard import Guard, RolloutLost
 from ..rollout.profile import Lengths, Profile, draw_profile, fit, profile_tokenizer, recall, task_lines, warnings
-from ..records import encode
-from ..train.checkpoint import latest, load_state, replace_file, verify
+from ..train.checkpoint import CheckpointError, committed_steps, load_state, step_path, verify
 DONE = 'finished.json' # written last: the model is there
 
 # %% ../../nbs/05_rl/09_run.ipynb #070e5f07
@@ -41,9 +44,13 @@ def tokenizer_at(folder:str|Path) -> Tokenizer:
     except ValueError as e: raise UserError(f'{e}: give a folder that moe-rl or transformers has saved') from None
 
 def keep_tokenizer(tokenizer:Tokenizer, folder:Path):
-    "`tokenizer.save`, with a full disk as a `UserError`; the library raises a bare `Exception`."
-    try: tokenizer.save(folder)
+    "`tokenizer.save`, whole or not at all, with a full disk as a `UserError`; the library raises a bare `Exception`."
+    aside = folder.with_name(f'.{folder.name}.tmp')
+    shutil.rmtree(aside, ignore_errors=True)
+    try: tokenizer.save(aside)
     except Exception as e: raise UserError(f'cannot write {folder}: {e}: free space, then go on with --resume') from None
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
 
 def make_tokenizer(s:Settings, profiles:list[Profile]) -> Tokenizer:
     "The checkpoint's tokenizer, or a new one as `tokenizer` says."
@@ -64,6 +71,11 @@ def check_first(s:Settings):
     device_of(s)
     advantage.resolve(s.rl.advantage)
     loss.resolve(s.rl.loss, **s.rl.loss_params)
+
+def check_goals(s:Settings, tasks:list[Task]):
+    "`UserError` for a goal that counts exact answers where there is nothing to be exact about."
+    for goal in ('stop_at', 'stop_solved'):
+        if getattr(s.rl, goal) and tasks and all(t.answer is None for t in tasks): raise UserError(f'rl.{goal} is a share of exact answers, and no task here has a reference answer: set rl.steps or rl.seconds')
 
 def check(s:Settings, tokenizer:Tokenizer, sizes:dict[str, Lengths]) -> ModelSpec: # of the model to be trained
     "Raise `UserError` in one line for a checkpoint, a vocabulary or sizes with which this run cannot work. `sizes`: of each environment."
@@ -139,11 +151,13 @@ def keep_ready(ready:Ready, folder:Path):
 
 # %% ../../nbs/05_rl/09_run.ipynb #36b8c1a1
 def start(role:str, name:str, folder:Path, server:Server, extra:str='', threads:int=1) -> Worker:
-    "Start a worker process; its output goes to `FOLDER/logs/NAME.log`, its secret through the environment."
+    "Start a worker process; its output goes to `FOLDER/logs/NAME.log`."
     (folder/'logs').mkdir(exist_ok=True)
-    env = os.environ | dict(MOE_RL_ENDPOINT=server.endpoint, MOE_RL_TOKEN=server.token.decode(), MOE_RL_PARENT=str(os.getpid()), OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM='false')
+    env = os.environ | dict(MOE_RL_ENDPOINT=server.endpoint, MOE_RL_PARENT=str(os.getpid()), OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false')
     with (folder/'logs'/f'{name}.log').open('ab') as out:
-        process = subprocess.Popen([sys.executable, '-m', 'moe_rl.rl.workers', role, name, str(folder), *([extra] if extra else [])], env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, '-m', 'moe_rl.rl.workers', role, name, str(folder), *([extra] if extra else [])], env=env, stdout=out, stderr=out, stdin=subprocess.PIPE)
+    process.stdin.write(server.key.encode() + b'\n')
+    process.stdin.close()
     return Worker(name, process)
 
 def end(workers:list[Worker]):
@@ -152,23 +166,22 @@ def end(workers:list[Worker]):
         if w.process.poll() is None: w.process.kill()
         w.process.wait()
 
-async def stop(server:Server, workers:list[Worker], export:str='', patience:float=20.0): # seconds that a worker may take to end
-    "Ask workers to end, then make sure: nothing is left behind. The trainer leaves its model in `export`."
-    for w in workers:
-        if w.process.poll() is None and w.ready.is_set():
+async def stop(server:Server, workers:list[Worker], export:str='', patience:float=20.0, # seconds without a sign of life
+               stall:float=600.0): # seconds in one activity
+    "Ask workers to end, those too that come up meanwhile, and make sure: nothing is left behind. The trainer leaves its model in `export`; it may take its time as long as it lives."
+    told, limit = set(), time.monotonic() + patience
+    while any(w.process.poll() is None for w in workers):
+        for w in workers:
+            if w.name in told or not w.ready.is_set() or w.process.poll() is not None: continue
+            told.add(w.name)
             try: await server.send(w.name, Stop(export if w.name == 'trainer' else ''))
             except ConnectionError: pass
-    limit = time.monotonic() + patience
-    while any(w.process.poll() is None for w in workers) and time.monotonic() < limit: await asyncio.sleep(0.05)
+        writes = [w for w in workers if w.name == 'trainer' and w.process.poll() is None and not w.trouble(patience, stall)]
+        if time.monotonic() > limit and not (export and writes): break
+        await asyncio.sleep(0.05)
     end(workers)
 
 # %% ../../nbs/05_rl/09_run.ipynb #e0d1c0a2
-def state_at(folder:Path, checkpoint:Path) -> State:
-    "The orchestrator's state that belongs to a checkpoint: that of the end, if the run ended there."
-    state = load_state(checkpoint/'orchestrator.msgpack', State)
-    end = load_state(folder/END, State) if (folder/END).exists() else None
-    return end if end and end.step == state.step else state
-
 def finished(folder:Path) -> dict|None: # the last evaluation, with `why`; None: there is something left to do
     "Whether the run in `folder` has come to its end and left its model."
     try: return json.loads((folder/DONE).read_bytes())
@@ -183,11 +196,69 @@ def extend(folder:Path, overrides:dict[str, Any]) -> Settings: # of the longer r
         if not key.startswith(EXTENDS): raise UserError(f'run --extend: {key} may not change: it takes {", ".join(f"--{k}*" if k[-1] == "." else f"--{k}" for k in EXTENDS)}')
     settings = load_settings(folder/'config.toml', overrides | dict(dir=str(folder)))
     with claim(folder, None, resume=True):
-        checkpoint = latest(folder)
-        if checkpoint and (folder/END).exists(): replace_file(folder/END, encode(msgspec.structs.replace(state_at(folder, checkpoint), ended='')))
+        if (folder/END).exists(): replace_file(folder/END, encode(msgspec.structs.replace(load_state(folder/END, State), ended='')))
         replace_file(folder/'config.toml', to_toml(settings).encode())
         (folder/DONE).unlink(missing_ok=True)
     return settings
+
+# %% ../../nbs/05_rl/09_run.ipynb #0f0a0002
+def state_at(folder:Path, checkpoint:Path) -> State:
+    "The orchestrator's state that belongs to a checkpoint: that of the end, if the run ended there."
+    state = load_state(checkpoint/'orchestrator.msgpack', State)
+    end = load_state(folder/END, State) if (folder/END).exists() else None
+    return end if end and end.step == state.step else state
+
+def choose(folder:Path, step:int|None=None, # the step to go on from; None: the newest
+           tell=lambda line: None) -> tuple[Path, State]|None: # None: there is no checkpoint
+    "The checkpoint to go on from, and its state. `StorageError` when there are some, but none can be trusted."
+    steps, trouble = committed_steps(folder), None
+    if step is not None and step not in steps: raise UserError(f'{folder} has no checkpoint of step {step}; it has {steps or "none"}')
+    for n in reversed(steps) if step is None else [step]:
+        try:
+            verify(step_path(folder, n))
+            state = state_at(folder, step_path(folder, n))
+            require_whole(folder, state.sizes)
+            return step_path(folder, n), state
+        except StorageError as e:
+            trouble = trouble or e
+            tell(f'checkpoint of step {n} cannot be used: {e}')
+    if trouble: raise trouble
+    return None
+
+def set_aside(folder:Path, step:int, tell=lambda line: None):
+    "Checkpoints above `step`, and an end above it, are of a life that is given up."
+    for n in [n for n in committed_steps(folder) if n > step]:
+        old, new = step_path(folder, n), step_path(folder, n).with_name(f'given_up_{n}')
+        shutil.rmtree(new, ignore_errors=True)
+        old.rename(new)
+        tell(f'checkpoint of step {n} set aside as {new.name}')
+    if (folder/END).exists() and load_state(folder/END, State).step > step: (folder/END).unlink()
+
+# %% ../../nbs/05_rl/09_run.ipynb #0f0a0004
+def code_of(s:Settings) -> dict[str, str]: # module -> hash of its source
+    "This package's code, and the user's modules that the settings name."
+    package = Path(__file__).resolve().parents[1]
+    files = {'moe_rl': sorted(package.rglob('*.py'))}
+    for name in [e.name for e in s.env] + [s.rl.reward, s.rl.loss, s.rl.advantage]:
+        if ':' not in name: continue
+        found = importlib.util.find_spec(module := name.partition(':')[0])
+        if found and found.origin and Path(found.origin).is_file(): files[module] = [Path(found.origin)]
+    return {m: hashlib.blake2b(b''.join(f.read_bytes() for f in fs), digest_size=8).hexdigest() for m, fs in files.items()}
+
+def flat(tree:dict, prefix:str='') -> dict[str, Any]:
+    "Settings by their dotted keys."
+    return {k2: v2 for k, v in tree.items() for k2, v2 in (flat(v, f'{prefix}{k}.').items() if isinstance(v, dict) else [(prefix + k, v)])}
+
+def provenance(folder:Path, s:Settings) -> list[str]: # one phrase per difference to the life before
+    "Append what this life is made with to `provenance.jsonl`; say what differs."
+    settings = {k: v for k, v in flat(s.model_dump(mode='json')).items() if k != 'dir'}
+    now = dict(settings=settings, code=code_of(s), versions=dict(moe_rl=sys.modules['moe_rl'].__version__, python=platform.python_version(), torch=torch.__version__))
+    before = ([None, *read_lines(folder/'provenance.jsonl')])[-1]
+    with (folder/'provenance.jsonl').open('a') as f: f.write(json.dumps(now) + '\n')
+    if not before: return []
+    out = [f'{k} is {v!r}, was {before["settings"].get(k)!r}' for k, v in settings.items() if v != before['settings'].get(k)]
+    out += [f'the code of {m} has changed' for m, h in now['code'].items() if h != before['code'].get(m)]
+    return out + [f'{m} is {v}, was {before["versions"].get(m)}' for m, v in now['versions'].items() if v != before['versions'].get(m)]
 
 # %% ../../nbs/05_rl/09_run.ipynb #05b1888a
 def complete(work): # a coroutine -> what it returns
@@ -206,64 +277,104 @@ def complete(work): # a coroutine -> what it returns
             raise
 
 # %% ../../nbs/05_rl/09_run.ipynb #d150d961
-async def first_version(loop:Orchestrator, checkpoint:Path|None) -> dict: # what the warm start reports
+async def first_version(loop:Orchestrator, state:State|None) -> dict: # what the warm start reports
     "Wait for the trainer's first version, give it to the engines, and commit or restore the state that belongs to it."
     report = await loop.until(loop.trained)
-    if checkpoint: await loop.restore(state_at(loop.folder, checkpoint))
+    if state: await loop.restore(state)
     else:
         loop.log.cut({n: 0 for n in loop.log.CUT})
         (loop.folder/END).unlink(missing_ok=True)
         loop.log.event(f'warm start: {report}')
     await loop.until(loop.spawn(loop.pool.update(loop.state.step, str(loop.folder/'weights'))))
-    if not checkpoint: loop.commit()
+    if not state: loop.commit()
     return report
 
-async def run_async(s:Settings, resume:bool=False, show=lambda row: None) -> dict:
+class Crew:
+    "The processes of a run: a trainer and its engines."
+    def __init__(self, s:Settings, folder:Path, server:Server, checkpoint:Path|None):
+        self.s, self.folder, self.server, self.all = s, folder, server, []
+        self.trainer = self.add('trainer', 'trainer', str(checkpoint or ''))
+        self.pool = EnginePool(server, Clocked() if s.schedule.deterministic else Free())
+        self.pool.engines = {e.name: e for e in (self.engine(0, i) for i in range(s.engine.replicas))}
+    def add(self, role:str, name:str, extra:str='') -> Worker:
+        self.all.append(start(role, name, self.folder, self.server, extra, self.s.schedule.threads))
+        return self.all[-1]
+    def engine(self, generation:int, i:int=0) -> Worker: return self.add('engine', f'engine-{i}.{generation}')
+
+async def drive(loop:Orchestrator, crew:Crew, state:State|None) -> dict:
+    "The run from the first version to the model in its folder; returns the last evaluation."
+    folder, schedule = loop.folder, loop.s.schedule
+    loop.trained = asyncio.get_running_loop().create_future()
+    receiving, watching = loop.spawn(receive(loop)), loop.spawn(watch(loop, crew.engine))
+    loop.spawn(loop.server.listen(loop.log.event))
+    for e in crew.pool.engines.values(): loop.spawn(crew.pool.introduce(e))
+    warm = await first_version(loop, state)
+    last = await loop.run() | dict(why=loop.state.ended)
+    watching.cancel()
+    loop.show(dict(phase=f'over: {last["why"]}; writing the model'))
+    loop.trained = written = asyncio.get_running_loop().create_future()
+    await stop(loop.server, crew.all, str(folder/'model'), schedule.silence_seconds, schedule.stall_seconds)
+    await asyncio.wait({written}, timeout=2)            # its last message
+    receiving.cancel()
+    if not written.done(): raise UserError(crew.trainer.failure or f'the model was not saved: the trainer ended with code {crew.trainer.process.returncode}; --resume tries again')
+    replace_file(folder/DONE, json.dumps(last).encode())
+    return last | dict(warm_start=warm)
+
+async def run_async(s:Settings, resume:bool=False, show=lambda row: None, step:int|None=None, # resume: from this step, not from the newest
+                    control=None) -> dict: # control(loop): called once, with the loop that may be interrupted
     "Run (or resume) the run of `s.dir`; returns the last evaluation with the run's seconds. A run that is finished stays as it is."
     began, folder = time.monotonic(), Path(s.dir)
-    if resume and (done := finished(folder)): return done | dict(total_seconds=0.0)
+    if resume and step is None and (done := finished(folder)): return done | dict(total_seconds=0.0)
     ready = get_ready(s, resume, show)
-    s, tokenizer, model = ready.settings, ready.tokenizer, ready.model
+    s, tokenizer = ready.settings, ready.tokenizer
+    check_goals(s, ready.held_out)
     guard = Guard(ready.env, s.schedule.env_timeout, s.rl.reward, hides=[s.dir])
-    server, workers = Server(secrets.token_hex(16), port=s.schedule.port), []
+    server, crew = Server(port=s.schedule.port), None
     try: lock = claim(folder, s, resume)
     except UserError: server.close(); raise
     log = RunLog(folder)
+    def tell(line): log.event(line); show(dict(note=line))
     try:
-        checkpoint = latest(folder) if resume else None
-        if checkpoint: verify(checkpoint)
+        checkpoint, state = resume and choose(folder, step, tell) or (None, None)
+        if state: set_aside(folder, state.step, tell)
+        if step is not None: (folder/DONE).unlink(missing_ok=True)
+        for line in provenance(folder, s): tell(f'not as before: {line}')
         keep_ready(ready, folder)
-        for line in ready.lines: log.event(line); show(dict(note=line))
+        for line in ready.lines: tell(line)
         log.event(f'{"resumed from " + checkpoint.name if checkpoint else "started"} (pid {os.getpid()})')
-        trainer = start('trainer', 'trainer', folder, server, str(checkpoint or ''), s.schedule.threads)
-        workers.append(trainer)
-        pool = EnginePool(server, s.schedule.deterministic)
-        def start_engine(generation:int, i:int=0) -> Worker:
-            e = start('engine', f'engine-{i}.{generation}', folder, server, threads=s.schedule.threads)
-            workers.append(e)
-            return e
-        pool.engines = {e.name: e for e in (start_engine(0, i) for i in range(s.engine.replicas))}
-        loop = Orchestrator(s, guard, tokenizer, server, pool, trainer, log, folder, show, model.max_position_embeddings, ready.held_out)
-        loop.trained = asyncio.get_running_loop().create_future()
-        receiving, watching = loop.spawn(receive(loop)), loop.spawn(watch(loop, start_engine))
-        for e in pool.engines.values(): loop.spawn(pool.introduce(e))
-        show(dict(phase='warm start') if not checkpoint else dict(phase='resuming'))
-        log_warm = await first_version(loop, checkpoint)
-        last = await loop.run()
-        watching.cancel()
-        await stop(server, workers, str(folder/'model'), patience=max(20.0, 4 * s.schedule.silence_seconds))
-        receiving.cancel()
-        if trainer.process.returncode: raise UserError(trainer.failure or f'the model was not saved: the trainer ended with code {trainer.process.returncode}; --resume tries again')
-        last = last | dict(why=loop.state.ended)
-        replace_file(folder/DONE, json.dumps(last).encode())
-        return last | dict(total_seconds=time.monotonic() - began, warm_start=log_warm)
+        show(dict(phase='resuming' if checkpoint else 'warm start'))
+        crew = Crew(s, folder, server, checkpoint)
+        loop = Orchestrator(s, guard, tokenizer, server, crew.pool, crew.trainer, log, folder, show, ready.model.max_position_embeddings, ready.held_out)
+        if control: control(loop)
+        return await drive(loop, crew, state) | dict(total_seconds=time.monotonic() - began)
     finally:
-        end(workers)
+        if crew: end(crew.all)
         for part in (guard, server, log, lock): part.close()
 
-def run(s:Settings, resume:bool=False, show=lambda row: None) -> dict:
-    "`run_async` for scripts, cells and the command line."
-    return complete(run_async(s, resume, show))
+# %% ../../nbs/05_rl/09_run.ipynb #0f0a0008
+@contextmanager
+def signals(ask):   # ask(name of the signal), called in the thread of the loop
+    "SIGTERM, SIGINT and SIGHUP call `ask` the first time, and raise `KeyboardInterrupt` the second; what was there before comes back."
+    heard = []
+    def handle(number, frame):
+        heard.append(number)
+        if len(heard) > 1: raise KeyboardInterrupt
+        ask(signal.Signals(number).name)
+    try: asyncio.get_running_loop(); here = False                  # a notebook's cell: its kernel has handlers of its own
+    except RuntimeError: here = threading.current_thread() is threading.main_thread()
+    before = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)} if here else {}
+    try: yield
+    finally:
+        for n, h in before.items(): signal.signal(n, h)
+
+def run(s:Settings, resume:bool=False, show=lambda row: None, step:int|None=None) -> dict:
+    "`run_async` for scripts, cells and the command line, with signals: `Interrupted` says what is kept when one came."
+    loops, early = [], []
+    def ask(name):
+        if loops: loops[0][0].call_soon_threadsafe(loops[0][1].interrupt, name)
+        else: early.append(name); raise KeyboardInterrupt
+    def control(loop): loops.append((asyncio.get_running_loop(), loop))
+    with signals(ask): return complete(run_async(s, resume, show, step, control))
 
 # %% ../../nbs/05_rl/09_run.ipynb #b20bf585
 async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder with a tokenizer
@@ -275,16 +386,14 @@ async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder wi
     check_pretrained(folder)
     s, env, tokenizer, model, tasks, _, _ = make_ready(s)
     limit = longest(s, model.max_position_embeddings)[0]
-    engine = Engine(load_pretrained(folder).to(prepare(s)), kv_tokens=s.engine.kv_tokens, block_size=s.engine.block_size, max_seqs=s.engine.max_seqs, record_routes=False)
+    engine = build_engine(s, load_pretrained(folder).to(prepare(s)))
     guard, done = Guard(env, s.schedule.env_timeout, hides=[s.dir, str(folder)]), itertools.count(1)
     async def answer(i, j, task):
-        async def generate(ids, turn):
-            request = Request(id=f'{i}-{j}.{turn}', prompt=list(ids), max_tokens=s.engine.max_tokens, temperature=s.eval.temperature, seed=seed_of(s.seed, i, j, turn), stop_ids=tokenizer.stop_ids)
-            return [part async for part in engine.generate([request])][0]
+        async def generate(ids, turn): return [part async for part in engine.generate([request(s, tokenizer, ids, EVAL, i, j, turn)])][0]
         try: rollout = await play(guard, task, tokenizer, generate, i, j, max_turns=s.rl.max_turns, max_length=limit - s.engine.max_tokens)
-        except RolloutLost: return 0.0, 0.0
+        except RolloutLost: return None if task.answer is None else 0.0, 0.0
         finally: show(next(done), len(tasks) * k)
-        return rollout.metrics.get('exact', rollout.reward), rollout.reward
+        return rollout.metrics.get('exact'), rollout.reward
     got = await asyncio.gather(*(answer(i, j, t) for i, t in enumerate(tasks) for j in range(k)))
     guard.close()
     return grade(got, k) | dict(failures=dict(guard.failures))

@@ -129,6 +129,7 @@ def publish(
     folder:str|Path, # e.g. RUN/weights
     version:int,     # policy version
     state:dict[str,Tensor], # `model.state_dict()`
+    sync:bool=False, # wait until the disk has it: for weights that a checkpoint relies on
 )->Manifest:
     """Write `state` as `folder/vN`, which appears by rename: whole or not at all. A version that is there already is replaced.
 
@@ -140,10 +141,12 @@ def publish(
     try:
         for p in tmp,old: shutil.rmtree(p, ignore_errors=True)
         tmp.mkdir(parents=True)
-        save_tensors(tmp/'model.safetensors', state, sync=False)
+        save_tensors(tmp/'model.safetensors', state, sync)
         (tmp/'manifest.json').write_bytes(msgspec.json.encode(manifest))
+        if sync: sync_path(tmp/'manifest.json'); sync_path(tmp)
         if target.exists(): target.rename(old)
         tmp.rename(target)
+        if sync: sync_path(target.parent)
     except OSError as e: raise write_error(tmp, e) from e
     finally:
         for p in tmp,old: shutil.rmtree(p, ignore_errors=True)
