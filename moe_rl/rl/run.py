@@ -237,7 +237,7 @@ def set_aside(folder:Path, step:int, tell=lambda line: None):
 # %% ../../nbs/05_rl/09_run.ipynb #0f0a0004
 def code_of(s:Settings) -> dict[str, str]: # module -> hash of its source
     "This package's code, and the user's modules that the settings name."
-    package = Path(__file__).resolve().parents[1]
+    package = Path(sys.modules['moe_rl'].__file__).parent
     files = {'moe_rl': sorted(package.rglob('*.py'))}
     for name in [e.name for e in s.env] + [s.rl.reward, s.rl.loss, s.rl.advantage]:
         if ':' not in name: continue
