@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLANNED', 'FOREIGN', 'vector', 'Indexed', 'Recurrent', 'DeltaNet', 'Mamba2', 'Compressed', 'AnyMoe', 'AnyLayer',
            'AnySpec', 'indexed', 'gpt_oss', 'qwen3_dense', 'qwen3_5', 'nemotron_h', 'gemma4', 'deepseek_v4',
-           'load_model', 'Work', 'products', 'flops_per_token', 'mixers', 'attention_flops', 'cache_bytes',
-           'cache_rate']
+           'load_model', 'of_spec', 'counts', 'Work', 'products', 'flops_per_token', 'mixers', 'attention_flops',
+           'cache_bytes', 'cache_rate']
 
 # %% ../../nbs/13_scale/02_models.ipynb #6a20f549
 import json
@@ -299,6 +299,21 @@ def load_model(
         return from_hf(config)
     except (ValueError, AttributeError) as e: raise UserError(f"model {name}: {e}") from e
 
+# %% ../../nbs/13_scale/02_models.ipynb #477af283
+def of_spec(f):
+    "A function of a spec alone, computed once for each."
+    name = "_" + f.__name__
+    def ask(spec:ModelSpec):
+        if name not in spec.__dict__: spec.__dict__[name] = f(spec)
+        return spec.__dict__[name]
+    ask.__name__, ask.__doc__ = f.__name__, f.__doc__
+    return ask
+
+@of_spec
+def counts(spec)->tuple[int,int]: # all, routed experts
+    "Parameters."
+    return count_parameters(spec)[0], expert_parameters(spec)
+
 # %% ../../nbs/13_scale/02_models.ipynb #d5834ff3
 @dataclass(frozen=True)
 class Work:
@@ -312,8 +327,8 @@ class Work:
     @property
     def flops(self)->int: return 2*self.rows*self.n*self.k*self.count # of one token
 
-@lru_cache(maxsize=64)
-def products(spec:ModelSpec)->tuple[Work,...]:
+@of_spec
+def products(spec)->tuple[Work,...]:
     "Everything that a token is multiplied with."
     kinds, out = {}, {}
     for layer in spec.layers: kinds[layer] = kinds.get(layer, 0) + 1
@@ -326,7 +341,9 @@ def products(spec:ModelSpec)->tuple[Work,...]:
     works = [Work(kind, n, k, count, rows, groups) for (kind, n, k, rows, groups), count in out.items()]
     return (*works, Work("head", spec.vocab_size, spec.hidden_size, 1))
 
-def flops_per_token(spec:ModelSpec)->float: # forward, head included, pairs not
+@of_spec
+def flops_per_token(spec)->float: # forward, head included, pairs not
+    "Forward FLOPs of one token."
     return float(sum(w.flops for w in products(spec)))
 
 # %% ../../nbs/13_scale/02_models.ipynb #4326d54d
@@ -337,8 +354,9 @@ def _mixers(spec):
         if layer.attention is not None: kinds[layer.attention] = kinds.get(layer.attention, 0) + 1
     return kinds
 
-@lru_cache(maxsize=64)
-def mixers(spec:ModelSpec)->tuple: # of (mixer, layers)
+@of_spec
+def mixers(spec)->tuple: # of (mixer, layers)
+    "Mixers that differ, with their number."
     return tuple(_mixers(spec).items())
 
 def attention_flops(

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..moe.spec import EXPERTS, Glu, Gqa, Mla, ModelSpec, Mixture, count_parameters, expert_parameters
+from ..moe.spec import EXPERTS, Glu, Mla, ModelSpec, Mixture
 from .hardware import GPUS, Cluster, Gpu, cluster
 from .kernels import Attention, Product, attention_time, product_time
-from .models import attention_flops, load_model, mixers, products
+from .models import attention_flops, counts, load_model, mixers, of_spec, products
 
 # %% ../../nbs/13_scale/03_train.ipynb #f767937f
 class Term(NamedTuple):
@@ -108,9 +108,9 @@ class Layout:
         if self.pp > len(spec.layers): return f"pp={self.pp} is more than {len(spec.layers)} layers"
         return ""
 
-# %% ../../nbs/13_scale/03_train.ipynb #391df541
-@lru_cache(maxsize=64)
-def widths(spec:ModelSpec)->tuple[float,float]: # summed over layers: dense part, routed part
+# %% ../../nbs/13_scale/03_train.ipynb #9b51359f
+@of_spec
+def widths(spec)->tuple[float,float]: # summed over layers: dense part, routed part
     "Numbers of a token that pass through memory."
     d, dense, routed = spec.hidden_size, 0., 0.
     for layer in spec.layers:
@@ -127,7 +127,8 @@ def widths(spec:ModelSpec)->tuple[float,float]: # summed over layers: dense part
                 dense += 3*part.shared
     return dense, routed
 
-def biggest_layer(spec:ModelSpec)->tuple[float,float]: # dense, experts
+@of_spec
+def biggest_layer(spec)->tuple[float,float]: # dense, experts
     "Parameters of the largest layer."
     best = (0, 0)
     for layer in set(spec.layers):
@@ -148,7 +149,7 @@ def trainer_memory(
     sft:bool=False, # logits are kept whole
 )->Terms: # bytes
     "Peak memory of a GPU."
-    P, Pe = count_parameters(spec)[0], expert_parameters(spec)
+    P, Pe = counts(spec)
     d, L, mine = spec.hidden_size, len(spec.layers)/layout.pp, tokens/(layout.cp*layout.tp)
     each = 4 if layout.lora else _STATE[layout.optimiser]
     dense, routed = (w/len(spec.layers) for w in widths(spec))
@@ -221,9 +222,11 @@ def compute_terms(
     mine, src = tokens/layout.cp, f"kernel table of an H100, {gpu.name} peak"
     again = training and layout.recompute != "none"
     fp8 = layout.precision == "fp8" and gpu.fp8 > 0
-    sums = dict(dense=0., experts=0., head=0.)
+    sums, rows = dict(dense=0., experts=0., head=0.), 0.
     for w in products(spec):
-        if w.kind == "experts": t = product_time(kernel("grouped"), gpu.fp8*.8 if fp8 else gpu.bf16, gpu.bandwidth, mine*layout.ep/layout.tp*w.rows/w.groups, w.n, w.k, max(1, w.groups/layout.ep), 1. if fp8 else 2.)*imbalance
+        if w.kind == "experts":
+            rows = mine*layout.ep/layout.tp*w.rows/w.groups
+            t = product_time(kernel("grouped"), gpu.fp8*.8 if fp8 else gpu.bf16, gpu.bandwidth, rows, w.n, w.k, max(1, w.groups/layout.ep), 1. if fp8 else 2.)*imbalance
         elif fp8 and w.kind == "dense": t = product_time(kernel("fp8"), gpu.fp8, gpu.bandwidth, mine, w.n/layout.tp, w.k, 1, 1.)
         else: t = product_time(kernel("dense"), gpu.bf16, gpu.bandwidth, mine, w.n/layout.tp, w.k)
         sums[w.kind] += float(t)*w.count
@@ -236,7 +239,7 @@ def compute_terms(
     issue = st.issue*(1 if gpu.generation in ("hopper", "ampere") else 1.6)
     rate, part = 1/(1/gpu.bandwidth + 1/issue), 1. if training else .25
     level, here = st.level.get(gpu.generation, st.level.get("hopper", 1.)), mine/layout.tp
-    out = [("dense products", sums["dense"]*times, f"{times} passes at M={mine:.0f}, shares by shape", src), ("expert products", sums["experts"]*times, f"{times} passes, M={mine*layout.ep/layout.tp*8/256:.0f} rows a group, x{imbalance:.2f} imbalance", src),
+    out = [("dense products", sums["dense"]*times, f"{times} passes at M={mine:.0f}, shares by shape", src), ("expert products", sums["experts"]*times, f"{times} passes, M={rows:.0f} rows a group, x{imbalance:.2f} imbalance", src),
            ("head", sums["head"]*(3 if training else 1), f"V={spec.vocab_size}", src), ("attention", att*st.attention, f"{f:.3g} FLOP forward at {pair_tokens:.0f} tokens, x{st.attention:.2f}", src),
            ("passes over memory", part*2*here*(st.passes*dense + st.moe_passes*routed)/rate, f"{here:.0f} tokens*2 B*({st.passes:.1f}*{dense:.3g} + {st.moe_passes:.1f}*{routed:.3g})/{rate/1e12:.2f}e12", f"fitted, {st.name} {st.release}"),
            ("passes over logits", part*4*here*st.head_passes*spec.vocab_size*4/rate/4, f"{st.head_passes:.1f}*{here:.0f}*{spec.vocab_size}*4 B", f"fitted, {st.name} {st.release}"),
@@ -257,7 +260,7 @@ def traffic_terms(
         wide = getattr(moe, "latent", 0) or d
         there, back = (exchange(lv, layout.ep, mine, moe.num_experts, moe.per_token, row, limit) for row in ((wide if layout.precision == "fp8" else 2*wide) + 8*moe.per_token, 2*wide))
         ep = tuple((a+b)*n_moe*((2 + again) if training else 1) for a, b in zip(there, back))
-    P, Pe = count_parameters(spec)[0], expert_parameters(spec)
+    P, Pe = counts(spec)
     inside = 1 if layout.replicas == 1 else layout.replicas
     gather = ring(lv, layout.shard, 2*(P-Pe)/layout.tp/layout.pp) + ring(lv, layout.expert_shard, 2*Pe/layout.ep/layout.pp, layout.ep)
     passes = (2 if again else 1) + (2 if not layout.lora else 0) if training else 1   # gradients are float32: twice the bytes
@@ -293,7 +296,7 @@ def trainer_step(
     moved = traffic_terms(spec, layout, c, st, micro, comp.total, training)
     one = comp.total + moved.total
     bubble = (layout.pp-1)/layout.virtual*one/layout.pp
-    P, Pe = count_parameters(spec)[0], expert_parameters(spec)
+    P, Pe = counts(spec)
     state = ((P-Pe)/layout.shard/layout.tp + Pe/(layout.ep*layout.expert_shard))/layout.pp
     update = 28*state/c.gpu.bandwidth if training and not layout.lora else 0.
     if layout.optimiser == "offload": update = 28*state/40e9
