@@ -9,7 +9,7 @@ __all__ = ['STYLE', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'HEALTH', 'NUMBERS', 'PIC
            'inline', 'spread', 'changed', 'page', 'write_report']
 
 # %% ../nbs/06_app/02_report.ipynb #07fd2043
-import fcntl, html, json, math, tomllib
+import fcntl, html, json, math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
-from .config import Settings, all_keys
-from .errors import UserError
+from .config import Settings, all_keys, read_toml
+from .errors import StorageError, UserError
 from .rl.log import read_lines
 
 # %% ../nbs/06_app/02_report.ipynb #c00a3251
@@ -62,14 +62,17 @@ def columns_of(rows:list[dict]) -> dict[str, np.ndarray]: # name -> [n]
 
 # %% ../nbs/06_app/02_report.ipynb #783e9ec6
 def read_run(folder:str|Path) -> RunData:
-    "Read a run folder. Raises `UserError` when it is none."
+    "Read a run folder. Raises `UserError` when it is none, `StorageError` when its logs were altered."
     folder = Path(folder)
     if not (folder/'config.toml').exists(): raise UserError(f'{folder}: no run there (config.toml is missing): give the folder of a run')
-    rows, ledger = read_lines(folder/'metrics.jsonl'), read_lines(folder/'ledger.jsonl')
-    dropped = Counter()
-    for line in ledger: dropped.update({reason: len(ids) for reason, ids in line['dropped'].items()})
-    return RunData(folder, tomllib.loads((folder/'config.toml').read_text(encoding='utf-8')), state_of(folder), np.array([r['step'] for r in rows], int), columns_of(rows),
-                   read_lines(folder/'evals.jsonl'), sum(len(line['trained']) for line in ledger), dropped, read_lines(folder/'samples.jsonl'))
+    settings, dropped = read_toml(folder/'config.toml'), Counter()
+    rows, ledger, evals, samples = (read_lines(folder/f'{n}.jsonl') for n in ('metrics', 'ledger', 'evals', 'samples'))
+    try:
+        for line in ledger: dropped.update({reason: len(ids) for reason, ids in line['dropped'].items()})
+        steps, trained = np.array([r['step'] for r in rows], int), sum(len(line['trained']) for line in ledger)
+        return RunData(folder, settings, state_of(folder), steps, columns_of(rows), evals, trained, dropped, samples)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise StorageError(f'{folder}: a line of its logs lacks something, or is altered ({type(e).__name__}: {e}): take the logs from a copy') from e
 
 # %% ../nbs/06_app/02_report.ipynb #ed34b6e1
 STYLE = {'font.size': 8, 'axes.titlesize': 9, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.spines.top': False, 'axes.spines.right': False,

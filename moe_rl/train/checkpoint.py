@@ -149,6 +149,7 @@ def verify(
     except msgspec.DecodeError as e: raise CheckpointError(f'{folder/MARKER} was not written by this program ({e}): give a folder that was') from e
     for name,want in mark.files.items():
         path,again = folder/name,'copy the checkpoint again, or take an older one'
+        if Path(name).is_absolute() or '..' in Path(name).parts or '\0' in name: raise CheckpointError(f'{folder/MARKER} names {name!r:.80}, which is no file of this folder: {again}')
         if not path.is_file(): raise CheckpointError(f'{folder} lacks {name}: {again}')
         if (size := path.stat().st_size) != want.size: raise CheckpointError(f'{path} has {size} of {want.size} bytes: {again}')
         if file_info(path) != want: raise CheckpointError(f'{path} was altered after the commit: {again}')
