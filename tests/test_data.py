@@ -14,7 +14,8 @@ from moe_rl.data.packing import (LengthProfile, balance, batch_token_budget, bes
 from moe_rl.data.tokens import TextTokenizer, Tokenizer, byte_tokenizer, find_wording, load_tokenizer, train_bpe, wording_tokenizer
 from moe_rl.moe.routing import count_tokens
 from moe_rl.moe.zoo import preset
-from moe_rl.records import MicroBatch, Rollout, decode, encode, join_routes, min_version, narrow_routes, replace, total
+from moe_rl.records import MicroBatch, Rollout, decode, encode, min_version, replace, total
+from moe_rl.routes import join_routes, narrow_routes, signed_routes
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -146,14 +147,14 @@ def test_known_failure_11_uint8_overflow(monkeypatch):
     # the same overflow on the way into the signed dtype of a batch
     r = Rollout(token_ids=[1, 2], versions=[-1, 0], loss_mask=[0, 1], logprobs=[0, 0], routes=np.array([[[200, 5]]], np.uint8), group=0, index=0, env='t', stop_reason='stop')
     assert micro_batch([r], [1.]).routes.tolist() == [[[200, 5]]]
-    monkeypatch.setattr(batch, '_signed', lambda routes: routes.astype(np.int8).astype(np.int16))
+    monkeypatch.setattr(batch, 'signed_routes', lambda routes: routes.astype(np.int8).astype(np.int16))
     with pytest.raises(ValueError, match='a real token has no route'): micro_batch([r], [1.])
 
 @pytest.mark.parametrize('ids', [[[[254, 255]]], [[[255, 256]]], [[[32_767, 32_768]]], [[[65_534, 65_535]]]])
 def test_route_dtypes_hold_every_id(ids):
     ids = np.array(ids)
     narrow = narrow_routes(ids, int(ids.max())+1)
-    assert np.array_equal(narrow, ids) and np.array_equal(batch._signed(narrow), ids)
+    assert np.array_equal(narrow, ids) and np.array_equal(signed_routes(narrow), ids)
     with pytest.raises(ValueError, match='routes: ids from'): narrow_routes(ids, int(ids.max()))
 
 # ---------------------------------------------------------------- tokens

@@ -18,7 +18,8 @@ from moe_rl.records import Rollout, replace
 from moe_rl.rl import advantage
 from moe_rl.rl.buffer import Buffer, BufferBroken
 from moe_rl.rl.loss import BOUND, LOSSES, LossOut, Ratio, loss_means, loss_sums, policy_loss
-from moe_rl.rl.replay import (ReplayError, check_plausible, check_routes, disagreement, live_choice, replay_of, require_routes, verify_replay)
+from moe_rl.rl.replay import check_plausible, disagreement, live_choice, replay_of, require_routes, verify_replay
+from moe_rl.routes import RouteError, check_routes
 from moe_rl.rl.trainer import Trainer, rl_loss
 from moe_rl.train.weights import fingerprint
 from moe_rl.rollout.engine import Engine, Request
@@ -263,9 +264,9 @@ def test_replay_of_a_bf16_engine_is_exact_and_nearer():
 def test_known_failure_12_a_path_without_routes_is_an_error_by_name(monkeypatch):
     model = tiny_model()
     silent = engine_rollouts(model, record_routes=False)
-    with pytest.raises(ReplayError, match=r'rollout 0-0 \(tiny\): has no routes, but replay is on'): trainer_forward(model, silent)
+    with pytest.raises(RouteError, match=r'rollout 0-0 \(tiny\): has no routes, but replay is on'): trainer_forward(model, silent)
     monkeypatch.setattr(__import__('sys').modules[__name__], 'require_routes', lambda *a: None) # the bug: nobody asks
-    with pytest.raises(ReplayError, match='batch of rollouts 0-0, .*has no routes'): trainer_forward(model, silent) # the second line of defence
+    with pytest.raises(RouteError, match='batch of rollouts 0-0, .*has no routes'): trainer_forward(model, silent) # the second line of defence
     monkeypatch.setattr(__import__('sys').modules[__name__], 'replay_of', lambda b, on: b.routes) # and nobody asks there
     monkeypatch.setattr(__import__('sys').modules[__name__], 'verify_replay', lambda *a: None)
     b, out = trainer_forward(model, silent) # this is what would go unnoticed: a step without replay
@@ -282,7 +283,7 @@ def test_known_failure_10_order_within_a_row_means_nothing_and_duplicates_are_re
     sorted_assumed = (a.routes != c.routes)[valid].any(-1).float().mean() # the bug: compare place by place
     assert sorted_assumed == 1
     padded = rollouts[0].routes.copy(); padded[3] = 0                    # the bug: padding taken for a route
-    with pytest.raises(ReplayError, match='token 3, MoE layer 0 is routed to the same expert twice'): check_routes(padded, *padded.shape, 16)
+    with pytest.raises(RouteError, match='token 3, MoE layer 0 is routed to the same expert twice'): check_routes(padded, *padded.shape, 16)
 
 def test_known_failure_13_routes_of_other_weights_or_tokens_are_implausible():
     model, other = tiny_model(0), tiny_model(1)
@@ -294,8 +295,8 @@ def test_known_failure_13_routes_of_other_weights_or_tokens_are_implausible():
         return check_plausible(routes, live_choice(model, out), b.token_mask, 16)
     assert judged(model, lambda r: r) < 0.02
     for bug in (lambda r: r.roll(1, 0), lambda r: r.roll(1, 1), lambda r: r.flip(0)):
-        with pytest.raises(ReplayError, match='belong to other tokens, layers or weights'): judged(model, bug)
-    with pytest.raises(ReplayError, match='belong to other tokens, layers or weights'): judged(other, lambda r: r) # kept over a weight update
+        with pytest.raises(RouteError, match='belong to other tokens, layers or weights'): judged(model, bug)
+    with pytest.raises(RouteError, match='belong to other tokens, layers or weights'): judged(other, lambda r: r) # kept over a weight update
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31), st.data())
@@ -308,7 +309,7 @@ def test_check_routes_accepts_what_a_router_makes_and_nothing_else(rows, layers,
     if k > 1 and data.draw(st.booleans()): broken[t, l, 0] = broken[t, l, 1]
     else: broken[t, l, 0] = E
     for bad in (broken, routes[1:], routes.astype(np.float32)):
-        with pytest.raises(ReplayError): check_routes(bad, rows, layers, k, E)
+        with pytest.raises(RouteError): check_routes(bad, rows, layers, k, E)
 
 @given(st.integers(0, 2**31))
 def test_disagreement_is_symmetric_in_slots_and_bounded(seed):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from ..records import Example, MicroBatch, Packed, Rollout, signal, total
+from ..routes import signed_routes
 from .rounds import plan_rounds
 
 # %% ../../nbs/02_data/03_batch.ipynb #6b6c9183
@@ -30,13 +31,8 @@ def _sequence(
     if not np.isfinite(advantage).all(): raise ValueError(f'advantage of rollout {r.id}: not finite')
     rows = _rows(r)
     trained = np.where(rows['loss_mask'], np.broadcast_to(advantage, T)[1:], np.float32(0))
-    routes = {} if r.routes is None else dict(routes=_signed(r.routes))
+    routes = {} if r.routes is None else dict(routes=signed_routes(r.routes))
     return rows | dict(logprobs=r.logprobs[1:], versions=r.versions[1:], advantages=trained) | routes
-
-# %% ../../nbs/02_data/03_batch.ipynb #10c8405b
-def _signed(routes):
-    "Unsigned expert ids in a signed dtype that holds them."
-    return routes.astype(np.int16 if routes.dtype == np.uint8 or routes.max(initial=0) < 1<<15 else np.int32)
 
 # %% ../../nbs/02_data/03_batch.ipynb #f0443f61
 FILL = dict(token_mask=False, loss_mask=False, logprobs=0., versions=-1, advantages=0., routes=-1) # and a pad token as input and target

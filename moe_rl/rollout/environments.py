@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import UserError
 from ..plugins import load_attribute
 
+
 # %% ../../nbs/04_rollout/03_environments.ipynb #ev000001
 def brief(value, most:int=80)->str:
     "`repr(value)`, in one short line whatever it does."

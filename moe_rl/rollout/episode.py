@@ -8,7 +8,8 @@ __all__ = ['Episode', 'play']
 # %% ../../nbs/04_rollout/09_episode.ipynb #ep000003
 from typing import Awaitable, Callable
 from ..data.tokens import Tokenizer
-from ..records import Rollout, join_routes
+from ..records import Rollout
+from ..routes import join_routes
 from .environments import Task, exact_match
 from .guard import Guard, RolloutLost
 

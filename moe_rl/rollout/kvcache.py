@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..moe.attention import AttendFn, masked_attend
-from ..moe.routing import pack_routes, route_dtype
+from ..routes import narrow_routes, route_dtype
 from ..moe.spec import KvShape
 
 # %% ../../nbs/04_rollout/00_kvcache.ipynb #614418d4
@@ -160,7 +160,7 @@ class PagedCache:
         routes:Tensor,    # [N,L_moe,k] int64, every token routed
     ):
         "Keep the routes of the tokens that were just computed. `ValueError` for an id that is no expert."
-        self.routes[slots] = pack_routes(routes, self.num_experts)
+        self.routes[slots] = narrow_routes(routes.numpy(force=True), self.num_experts)
 
 # %% ../../nbs/04_rollout/00_kvcache.ipynb #d21c0327
 def plain_attend(

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 import torch
-from torch import Tensor
 from ..config import BalanceSection
 from ..records import Example
 from ..data.batch import TensorBatch, packed_batches
