@@ -12,7 +12,7 @@ VOCABULARY = 64
 
 def settings(**more):
     "Settings of a run with a model of a few thousand weights."
-    return load_settings(overrides={f'model.{k}': v for k, v in SIZES.items()} | {'optim.warmup_steps': 0} | more)
+    return load_settings(overrides={f'model.{k}': v for k, v in SIZES.items()} | {'optim.warmup_steps': 0, 'rl.tokens_per_batch': 512} | more)
 
 
 def rollouts(model, n: int, seed: int, max_tokens: int = 16) -> list[Rollout]:

@@ -470,7 +470,7 @@ def test_hundreds_of_groups_a_second():
 def rl_settings(**more):
     sizes = dict(hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=4, num_dense_layers=1, num_attention_heads=2, num_key_value_heads=1,
                  head_dim=16, num_experts=16, num_experts_per_tok=2, sliding_window=16, max_position_embeddings=128)
-    return load_settings(overrides={f'model.{k}': v for k, v in sizes.items()} | {'optim.warmup_steps': 0} | more)
+    return load_settings(overrides={f'model.{k}': v for k, v in sizes.items()} | {'optim.warmup_steps': 0, 'rl.tokens_per_batch': 512} | more)
 
 def trainer_of(model=None, **more): return Trainer(copy.deepcopy(model) if model else tiny_model(), rl_settings(**more))
 
