@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import UserError
 from ..plugins import load_attribute
 from .calls import Caller
-from .environments import Environment, ReasoningGym, Task, candidate, complaint, executes, load_env, made, training_task, usable_reward, usable_text
+from .environments import Environment, ReasoningGym, Task, complaint, executes, load_env, made, training_task, usable_reward, usable_text
 from .sandbox import Plan, enter, syscall
 
 # %% ../../nbs/04_rollout/07_apart.ipynb #ap000006
@@ -71,9 +71,10 @@ class Desk:
     "The environments of a process, and what may be asked of them."
     def __init__(self, envs:dict[str, Environment], scorer:Callable|None=None): self.envs, self.scorer, self.seal = envs, scorer, sealed
 
-    def order(self, op:str, label:str, args:list)->tuple: # (function, arguments, check of the result)
-        "What to call for an order."
+    def order(self, op:str, label:str, args:list, shares:list=())->tuple: # (function, arguments, check of the result)
+        "What to call for an order. `shares`: of texts that are held out, by the environment and in the whole mixture."
         env = self.envs[label]
+        if shares: env.held_out_share, env.train_share = shares
         if op in ('reply', 'score', 'reward'): return self.judge(op, env, *args)
         if op == 'held': return env.held_out, (args[0],), lambda tasks: [self.seal(made(t, 'held_out'), label, [op, args[0], i]) for i, t in enumerate(tasks)]
         if op == 'sample': return training_task, (env, args[0]), lambda t: self.seal(t, label, [op, args[0]])
@@ -87,21 +88,20 @@ class Desk:
     def there(self, p)->bool: return p[3] is not None
 
     def make(self, op:str, label:str, *args):
-        "One draw: a training problem of a stream, or a candidate for the held-out side."
-        if op == 'candidate': return candidate(self.envs[label], *args)
+        "One draw: a training problem, one of a stream, or one of either side by its key."
+        if op == 'problem': return made(self.envs[label].problem(*args), op)
         if op == 'sample': return training_task(self.envs[label], *args)
         if op == 'held': return self.envs[label].held_out(args[0])[args[1]]
         return self.envs[label].draw(*args)
 
-    def series(self, op:str, label:str, numbers:list, seconds:float)->list: # one entry per draw: a parcel, [place, parcel or None], or a text: what failed
+    def series(self, op:str, label:str, numbers:list, seconds:float)->list: # one entry per draw: a parcel or what went wrong, and the seconds that it took
         "Draws in order, as many of them as fit into `seconds`, at least one."
         out, began = [], time.monotonic()
         for args in numbers:
-            try: found = self.make(op, label, *args)
-            except Exception as e: out.append(complaint(e))
-            else:
-                if op == 'candidate': out.append([found[0], found[1] and self.seal(found[1], label, [op, *args])])
-                else: out.append(self.seal(found, label, [op, *args]))
+            start = time.monotonic()
+            try: found = self.seal(self.make(op, label, *args), label, [op, *args])
+            except Exception as e: found = complaint(e)
+            out.append([found, time.monotonic() - start])
             if time.monotonic() - began > seconds: break
         return out
 
@@ -110,9 +110,8 @@ class Desk:
         p = msgspec.convert(p, Parcel)
         env = self.envs[p.env].name
         if p.data is not None: return Task(env=env, prompt=p.prompt, answer=p.answer, data=unpack(msgspec.msgpack.decode(p.data)))
-        found = self.make(p.origin[0], p.env, *p.origin[1:])
-        task = found[1] if p.origin[0] == 'candidate' else found
-        if task is None or task.prompt != p.prompt: raise RuntimeError('the problem could not be drawn again; make `data` plain values, or the draw depend on its key alone')
+        task = self.make(p.origin[0], p.env, *p.origin[1:])
+        if task.prompt != p.prompt: raise RuntimeError('the problem could not be drawn again; make `data` plain values, or the draw depend on its key alone')
         return msgspec.structs.replace(task, env=env)
 
 # %% ../../nbs/04_rollout/07_apart.ipynb #ap000014
@@ -204,8 +203,8 @@ class WorkerProcess:
             if ready: self.begin(*receive(self.sock))
             self.caller.expire()
             if self.caller.tired or (self.caller.live and time.monotonic() > self.spoke + self.BEAT): self.say(framed([0, 'beat', self.caller.tired]))
-    def begin(self, id:int, op:str, label:str, args:list, limit:float):
-        try: function, arguments, check = self.desk.order(op, label, args)
+    def begin(self, id:int, op:str, label:str, args:list, limit:float, shares:list):
+        try: function, arguments, check = self.desk.order(op, label, args, shares)
         except Exception as e: return self.answer(id, 'env_error', complaint(e))
         self.caller.start(id, function, tuple(arguments), check, limit)
 

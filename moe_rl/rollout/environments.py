@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['LARGEST', 'LONGEST', 'EXECUTING', 'GOLDEN', 'brief', 'complaint', 'usable_text', 'Unusable', 'usable_reward', 'Task',
            'exact_match', 'text_hash', 'is_held_out', 'mix', 'made', 'Environment', 'HeldOut', 'held_out_tasks',
-           'candidate', 'solved', 'solved_examples', 'training_task', 'seeded', 'ReasoningGym', 'make_dataset',
-           'executes', 'calculate', 'Calculator', 'load_env', 'choose', 'Mixture', 'labelled', 'labels', 'portions',
-           'load_envs']
+           'solved', 'solved_examples', 'training_task', 'seeded', 'ReasoningGym', 'make_dataset', 'executes',
+           'calculate', 'Calculator', 'load_env', 'choose', 'Mixture', 'labelled', 'labels', 'portions', 'load_envs']
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #bddaeb8e
-import ast, copy, difflib, hashlib, inspect, math, numbers, random, re, textwrap, threading
+import ast, copy, difflib, hashlib, inspect, itertools, math, numbers, random, re, textwrap, threading, time
 from contextlib import contextmanager
 from typing import Any
 import msgspec
@@ -130,6 +129,15 @@ class Environment:
     def keeps_out(self, prompt:str)->bool:
         "Whether training must not meet `prompt`: it is held out here, or in another part of the mixture (`train_share`)."
         return is_held_out(prompt, max(self.held_out_share, self.train_share))
+    def candidates(self, number:int=0):
+        "Problems of both sides, the same for every seed, without end: their numbers, the problems (None: one that could not be drawn), and the seconds that they took."
+        while True:
+            began = time.monotonic()
+            try: task = made(self.problem(mix('held out', self.name, number)), 'problem')
+            except NotImplementedError: raise
+            except Exception: task = None
+            yield number, task, time.monotonic() - began
+            number += 1
     def draw(self, stream:str, i:int)->Task:
         "Problem number `i` of a stream of the training side."
         for attempt in range(self.draws):
@@ -141,12 +149,13 @@ class Environment:
 class HeldOut:
     "The distinct held-out problems among draws, in order; it knows when the supply of texts has ended."
     def __init__(self, name:str, share:float): self.name, self.share, self.tasks, self.hashes, self.draws, self.idle = name, share, [], set(), 0, 0
-    def add(self, place:float, task:Task|None):
-        "One more draw: where its text falls, and the task if it is on the held-out side (None for a draw that failed, too)."
-        new, self.draws = place not in self.hashes, self.draws + 1
+    def add(self, task:Task|None):
+        "One more draw; None for one that failed."
+        place = text_hash(task.prompt) if task else -1.
+        new = place not in self.hashes and 0 <= place < self.share
         self.hashes.add(place)
-        if task is not None and new: self.tasks.append(task)
-        self.idle = 0 if task is not None and new else self.idle + 1
+        if new: self.tasks.append(task)
+        self.draws, self.idle = self.draws + 1, 0 if new else self.idle + 1
     def short(self)->bool:
         "Whether nothing new is to be expected: were only one text left to find, 98 % would have found it by now."
         return self.idle > max(1000, 4*(len(self.tasks)+1)/self.share)
@@ -164,15 +173,10 @@ def held_out_tasks(
 )->list[Task]:   # the same for every seed; a longer list starts with the shorter one
     "The first `n` distinct held-out problems of `env`. `UserError` if its supply of texts ends before."
     found = HeldOut(env.name, env.held_out_share)
-    while len(found.tasks) < n:
+    for _, task, _ in env.candidates():
+        if len(found.tasks) >= n: return found.tasks
         if found.short(): raise found.complaint()
-        found.add(*candidate(env, found.draws))
-    return found.tasks
-
-def candidate(env:Environment, number:int)->tuple[float, Task|None]: # where its text falls; the task if it is held out
-    "Draw `number` for the held-out side."
-    task = made(env.problem(mix('held out', env.name, number)), 'problem')
-    return text_hash(task.prompt), task if is_held_out(task.prompt, env.held_out_share) else None
+        found.add(task)
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #dee3a9d1
 def solved(task:Task)->tuple[str, str]: # (prompt, answer)
@@ -343,9 +347,11 @@ class Mixture(Environment):
         self.weights = list(weights or [1.]*len(envs))
         if not envs or len(self.weights) != len(envs) or min(self.weights) <= 0: raise UserError('env: a mixture needs environments and one positive weight for each')
         self.envs, self.parts = dict(zip(labels([e.name for e in envs]), envs)), list(envs)
-        for e in envs: e.train_share = max(other.held_out_share for other in envs)  # what one part holds out, no other part trains
         if all(e.recipe for e in envs): self.recipe, self.seed = [{**e.recipe[0], 'weight': w} for e, w in zip(envs, self.weights)], envs[0].seed
-    def pick(self, i:int)->str: return list(self.envs)[choose(i, self.weights)]
+    def pick(self, i:int)->str:
+        "The label of the part that makes problem `i`."
+        for e in self.parts: e.train_share = max(other.held_out_share for other in self.parts)      # what one part holds out, no other part trains
+        return list(self.envs)[choose(i, self.weights)]
     def sample(self, i):
         label = self.pick(i)
         return labelled(training_task(self.envs[label], i), label)

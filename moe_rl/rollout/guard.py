@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PASSED', 'FIXED', 'RolloutLost', 'EnvError', 'HereDesk', 'Here', 'Remote', 'variables', 'NotIsolated', 'Prints',
-           'kill', 'Nurse', 'Staff', 'Crew', 'Apart', 'Local', 'Outage', 'recipe_of', 'Guard', 'Draws', 'held_out',
-           'train_examples']
+           'kill', 'Nurse', 'Staff', 'Crew', 'Apart', 'Doors', 'Local', 'Outage', 'recipe_of', 'Guard', 'Proxy',
+           'DrawnProxy', 'OwnProxy', 'open_envs']
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000003
-import asyncio, copy, itertools, os, signal, socket, struct, subprocess, sys, time, weakref
+import asyncio, copy, itertools, os, signal, socket, struct, subprocess, sys, threading, time, weakref
 from collections import Counter
 from collections.abc import Callable
 import msgspec
@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..plugins import load_attribute
 from .apart import FRAME, Desk, Facts, Parcel, Section, Setup, facts_of, framed, sealed, section_of, stock
 from .calls import Caller
-from .environments import (Environment, HeldOut, Mixture, Task, choose, complaint, exact_match, labelled, labels, portions, solved, usable_reward, usable_text)
+from .environments import (Environment, Mixture, Task, choose, exact_match, labelled, labels, mix, solved, usable_reward, usable_text)
 from .sandbox import Plan, plan_for
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000006
@@ -73,12 +73,12 @@ class Remote:
         self.reader, self.writer = await asyncio.open_connection(sock=self.sock, limit=1<<20)
         self.ready = asyncio.get_running_loop().create_future()
         self.listening = asyncio.create_task(self._listen())
-    async def ask(self, op:str, label:str, args:tuple, limit:float)->tuple: # kind, value
+    async def ask(self, op:str, label:str, args:tuple, limit:float, shares:tuple=())->tuple: # kind, value
         "Send a call and await its end."
         number, future = next(self.numbers), asyncio.get_running_loop().create_future()
         if not self.calls: self.heard = time.monotonic()
         self.calls[number] = future, limit
-        try: self.writer.write(framed([number, op, label, args, limit]))
+        try: self.writer.write(framed([number, op, label, args, limit, shares]))
         except ValueError as e: self.calls.pop(number); return 'env_error', str(e)
         try: return await future
         finally: self.calls.pop(number, None)
@@ -202,7 +202,7 @@ class Nurse:
 class Staff:
     "The processes of one setup."
     def __init__(self, setup:Setup, open_:bool=False, workers:int=1, log:str=''):
-        self.setup, self.open_, self.size, self.log, self.nurse, self.remotes, self.known, self.loop = setup, open_, workers, log, None, [], None, None
+        self.setup, self.open_, self.size, self.log, self.nurse, self.remotes, self.known, self.opening, self.hiring = setup, open_, workers, log, None, [], None, asyncio.Lock(), asyncio.Lock()
     async def start(self)->Remote:
         "Fork a worker; start the nursery first if there is none."
         words = ''
@@ -229,9 +229,6 @@ class Staff:
     def fit(self)->list[Remote]: return [r for r in self.remotes if not r.gone and not r.retiring]
     async def worker(self)->Remote:
         "The worker that has the least to do."
-        if self.loop is not asyncio.get_running_loop():
-            self.close()
-            self.loop, self.opening, self.hiring = asyncio.get_running_loop(), asyncio.Lock(), asyncio.Lock()
         if len(self.fit()) < self.size:
             async with self.hiring:
                 while len(self.fit()) < self.size: self.remotes.append(await self.start())
@@ -256,29 +253,28 @@ class Crew(Staff):
     GRACE, CELLS, AGAIN = 1., 4, 4     # seconds of silence beyond a limit; suspects asked at a time; tries of an innocent call
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.alone, self.cells, self.watching = [], None, None
-    async def call(self, op:str, label:str, args:tuple, limit:float)->tuple: # kind, value
+        self.alone, self.cells, self.single, self.watching = [], asyncio.Semaphore(self.CELLS), asyncio.Lock(), None
+    async def call(self, op:str, label:str, args:tuple, limit:float, shares:tuple=())->tuple: # kind, value
         "How a call ended."
         try:
             for attempt in range(self.AGAIN):
                 remote = await self.worker()
                 self._watch()
-                kind, value = await remote.ask(op, label, args, limit)
+                kind, value = await remote.ask(op, label, args, limit, shares)
                 if kind == 'suspect': break
                 if kind != 'again': return kind, value
-            return await self.ask_alone(op, label, args, limit)
+            return await self.ask_alone(op, label, args, limit, shares)
         except UserError as e:          # it worked at the beginning: this is an outage like any other
             if self.known is None: raise
             return 'env_error', str(e)
-    async def ask_alone(self, op, label, args, limit)->tuple:
+    async def ask_alone(self, op, label, args, limit, shares)->tuple:
         "Ask in a worker that does nothing else."
-        if self.cells is None or self.cells[0] is not self.loop: self.cells = self.loop, asyncio.Semaphore(self.CELLS), asyncio.Semaphore(1)
-        for cell in (self.cells[1], *2*[self.cells[2]]):    # one that died may have been killed by a neighbour: then really alone
+        for cell in (self.cells, self.single, self.single):    # one that died may have been killed by a neighbour: then really alone
             async with cell:
                 remote = await self.start()
                 self.alone.append(remote)
                 self._watch()
-                try: kind, value = await remote.ask(op, label, args, limit)
+                try: kind, value = await remote.ask(op, label, args, limit, shares)
                 finally: self.alone.remove(remote); self.bury(remote)
             if kind not in ('suspect', 'again'): return kind, value
             if value == 'frozen': return 'env_timeout', f'no answer within {limit:g} s, and it held the interpreter'
@@ -302,10 +298,10 @@ class Crew(Staff):
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000019
 class Apart:
-    "Environments in processes, as the settings describe them."
+    "Environments in processes, as the settings describe them; a loop of its own, in a thread, looks after them."
     def __init__(self, sections:list[dict], seed:int=0, reward:str='', hides:list[str]=(), workers:int=1, memory:int=4<<30, log:str='', say:Callable[[str], None]=lambda line: None):
-        self.sections, self.weights, self.say, self.reward = {str(n): s for n, s in enumerate(sections)}, [s.get('weight', 1.) for s in sections], say, reward
-        self.labels, self.known, self.numbers, self.crews = [], None, {}, {}
+        self.sections, self.weights, self.say, self.reward, self.seed = {str(n): s for n, s in enumerate(sections)}, [s.get('weight', 1.) for s in sections], say, reward, seed
+        self.labels, self.known, self.numbers, self.crews, self.shares = [], None, {}, {}, {}
         for open_ in (False, True):
             mine = [section_of(number, s) for number, s in self.sections.items() if not open_ and stock(s['name']) or (s.get('isolate', 'auto') == 'none') == open_]
             if not mine: continue
@@ -313,19 +309,23 @@ class Apart:
             self.crews[open_] = Crew(Setup(mine, plan, seed, reward, [p for p in sys.path if p]), open_, workers, log)
         for s in sections:
             if stock(s['name']) and s.get('isolate') == 'none' and not reward: raise UserError(f'env {s["name"]}: isolate = "none" is for environments of your own and for an rl.reward of your own; a stock scorer is always isolated')
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True, name='environments').start()
+        self.opening, self.end = asyncio.Lock(), weakref.finalize(self, self.loop.call_soon_threadsafe, self.loop.stop)
     def crew(self, number:str, op:str)->Crew:
         "Who answers a call."
         s = self.sections[number]
         return self.crews[s.get('isolate', 'auto') == 'none' and (op == 'reward' or not stock(s['name']))]
-    async def facts(self)->dict[str, Facts]:
-        "What the environments say of themselves; starts the processes."
-        if self.known is None:
+    async def open(self)->dict[str, Facts]:
+        async with self.opening:
+            if self.known: return self.known
             found = {}
             for crew in self.crews.values():
                 try: found |= await crew.facts()
                 except NotIsolated as e: found |= await self.unprotected(crew, str(e))
             self.labels = labels([found[number].name for number in self.sections])
             self.numbers = dict(zip(self.labels, self.sections))
+            self.shares = {label: [found[number].held_out_share, 0.] for label, number in self.numbers.items()}
             self.known = {label: found[number] for label, number in self.numbers.items()}
         return self.known
     async def unprotected(self, crew:Crew, why:str)->dict[str, Facts]:
@@ -334,11 +334,30 @@ class Apart:
         crew.setup.plan.isolate, crew.setup.plan.folder = False, os.getcwd()
         found = await crew.facts()
         for f in found.values():
-            if f.executes: self.close(); raise UserError(f'env {f.name}: its scorer executes what the model writes, and this system isolates no process ({why}): allow user namespaces, or take another task')
+            if f.executes: raise UserError(f'env {f.name}: its scorer executes what the model writes, and this system isolates no process ({why}): allow user namespaces, or take another task')
         return found
-    async def call(self, op, label, args, limit): return await self.crew(self.numbers[label], op).call(op, self.numbers[label], args, limit)
+    async def pass_on(self, op, label, args, limit):
+        await self.open()
+        number, (own, _) = self.numbers[label], self.shares[label]
+        return await self.crew(number, op).call(op, number, args, limit, (own, max(share for share, _ in self.shares.values())))
+
+# %% ../../nbs/04_rollout/08_guard.ipynb #gu000019b
+class Doors(Apart):
+    "`Apart`, to be used from other threads: `facts` and `call` to be awaited, `now` to wait for."
+    def send(self, work): return asyncio.run_coroutine_threadsafe(work, self.loop)
+    async def facts(self)->dict[str, Facts]:
+        "What the environments say of themselves; starts the processes."
+        return self.known or await asyncio.wrap_future(self.send(self.open()))
+    async def call(self, op:str, label:str, args:tuple, limit:float)->tuple: # kind, value
+        "How a call ended."
+        return await asyncio.wrap_future(self.send(self.pass_on(op, label, args, limit)))
+    def now(self, op:str, label:str, args:tuple, limit:float)->tuple: return self.send(self.pass_on(op, label, args, limit)).result()
+    def facts_now(self)->dict[str, Facts]: return self.known or self.send(self.open()).result()
     def close(self):
-        for crew in self.crews.values(): crew.close()
+        "End all processes."
+        async def end():
+            for crew in self.crews.values(): crew.close()
+        if self.loop.is_running(): self.send(end()).result()
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000020
 class Local:
@@ -399,10 +418,9 @@ class Guard:
         if reward not in ('score', 'exact') and ':' not in reward: raise UserError(f"rl.reward: {reward!r}, expected 'score', 'exact' or \"module:attribute\"")
         own = reward if ':' in reward else ''
         if own: load_attribute(own)        # a wrong name is said now
-        if isinstance(env, Apart) and own and env.reward != own: raise UserError(f'rl.reward: the processes were made for {env.reward or "no reward function"}, not for {own}')
         self.env, self.timeout, self.reward = env, timeout, reward
-        self.host = env if isinstance(env, Apart) else Apart(recipe_of(env), env.seed, own, say=say, **apart) if env.recipe else Local(env, own)
-        self.width, self.patience, self.say, self.failures, self.outages, self.seats, self.held, self.draws = width, patience, say, Counter(), {}, {}, {}, {}
+        self.host = env if isinstance(env, Apart) else getattr(env, 'host', None) or (Doors(recipe_of(env), env.seed, own, say=say, **apart) if env.recipe else Local(env, own))
+        self.width, self.patience, self.say, self.failures, self.outages, self.seats = width, patience, say, Counter(), {}, {}
     def beside(self, reward:str|None=None)->'Guard':
         "The same environments and the same count of failures, with a width of its own: for an evaluation that must not wait for training's calls."
         other = copy.copy(self)
@@ -416,7 +434,7 @@ class Guard:
         await self.host.facts()
         loop = asyncio.get_running_loop()
         if (loop, 'width') not in self.seats: self.seats[loop, 'width'] = asyncio.Semaphore(self.width)
-        outage = self.outages.setdefault((loop, label, op), Outage(f'{label}: {op}', self.patience, self.say))
+        outage = self.outages.setdefault((loop, label, op), Outage(f'{label}: {op}', self.patience, lambda line: self.say(line)))
         async def call():
             async with self.seats[loop, 'width']: return time.monotonic(), *await self.host.call(op, label, args, limit or self.timeout)
         for attempt in range(Outage.TRIES):
@@ -452,75 +470,82 @@ class Guard:
         if isinstance(self.host, Local): return task
         return task.data if isinstance(task.data, Parcel) else sealed(task, self.host.numbers[task.env], [])
 
-# %% ../../nbs/04_rollout/08_guard.ipynb #gu000025
-class Draws:
-    "Many problems of a guard, drawn in pieces."
-    PIECE, SECONDS = 128, .5
-    def __init__(self, guard:Guard, alive:Callable[[str], None]=lambda doing: None): self.guard, self.alive = guard, alive
+# %% ../../nbs/04_rollout/08_guard.ipynb #gu000025a
+class Proxy(Environment):
+    "An environment that lives in another process."
+    PIECE, SECONDS, FAILS = 64, .5, 64
+    recipe = ()
+    def __init__(self, host:Doors, label:str, limit:float=60.):
+        self.host, self.label, self.limit, self.good, self.bad, self.last = host, label, limit, 0, 0, ''
+        self.facts, self.name, self.seed = host.facts_now()[label], host.facts_now()[label].name, host.seed
+    @property
+    def held_out_share(self)->float: return self.host.shares[self.label][0]
+    @held_out_share.setter
+    def held_out_share(self, share:float): self.host.shares[self.label][0] = share
+    def single_turn(self, task): return self.facts.single
+    def sample(self, i): return self.ask('sample', (i,))
+    def problem(self, key): return self.one('problem', [key])
+    def draw(self, stream, i): return self.one('draw', [stream, i])
 
-    async def series(self, op:str, label:str, numbers:list)->list: # tasks, [place, task or None], or None: that draw failed
-        "The first few of these draws, at least one."
-        piece, limit = numbers[:self.PIECE], self.guard.timeout + self.SECONDS
-        self.alive(f'drawing problems of {label}')
-        try: found = await self.guard._call(op, label, (piece, self.SECONDS), limit)
-        except EnvError as e:
-            if len(piece) > 1: return await self.one(op, label, piece)
-            found = [str(e)]*(8 if e.reason == 'env_timeout' else 1)     # eight times as bad, since it takes so long
-            return [self.entry(f, label) for f in found][:1]
-        return [self.entry(f, label) for f in found]
-    async def one(self, op, label, piece)->list:
-        "One draw at a time, up to one that fails: it took the others with it."
-        out = []
-        for number in piece:
-            out += await self.series(op, label, [number])
-            if out[-1] is None: break
-        return out
-    def entry(self, found, label:str):
-        count = self.guard.draws.setdefault(label, Counter())
-        if not isinstance(found, str):
-            count['good'] += 1
-            if isinstance(found, (list, tuple)) and len(found) == 2: return [found[0], found[1] and self.guard._task(found[1], label)]
-            return self.guard._task(found, label)
-        count['bad'] += 1
-        if count['bad'] == 1: self.guard.say(f'{label}: a problem could not be drawn and is skipped, as all like it: {found}')
-        if count['bad'] >= 64 and count['bad'] > count['good']: raise UserError(f'env {label}: most of its problems can not be drawn, the last: {found}')
+    def ask(self, op:str, args:tuple, limit:float=0.):
+        "The value of a call. `UserError` if there is none."
+        kind, value = self.host.now(op, self.label, args, limit or self.limit)
+        if kind != 'ok': raise UserError(f'env {self.name}: {op} failed: {value}')
+        return self.task(value) if op == 'sample' else value
+    def task(self, parcel)->Task:
+        p = msgspec.convert(parcel, Parcel)
+        return Task(env=self.label, prompt=p.prompt, answer=p.answer, data=p)
+    def one(self, op:str, number:list)->Task:
+        found, _ = self.piece(op, [number])[0]
+        if isinstance(found, str): raise UserError(f'env {self.name}: {op} failed: {found}')
+        return self.task(found)
+    def piece(self, op:str, numbers:list)->list: # entries of `Desk.series`
+        "The first few of these draws; one at a time where together they fail."
+        kind, value = self.host.now(op, self.label, (numbers, self.SECONDS), self.limit + self.SECONDS)
+        if kind == 'ok': return value
+        if len(numbers) > 1: return self.piece(op, numbers[:len(numbers)//2])
+        self.bad += 7*(kind == 'env_timeout')       # eight times as bad, since it takes so long
+        return [[value, self.limit]]
+    def series(self, op:str, numbers):
+        "Of each of these draws, in order: its number, the task or None, and the seconds."
+        numbers = iter(numbers)
+        while piece := list(itertools.islice(numbers, self.PIECE)):
+            while piece:
+                for found, spent in self.piece(op, piece):
+                    yield piece.pop(0), self.count(found), spent
+    def count(self, found)->Task|None:
+        if not isinstance(found, str): self.good += 1; return self.task(found)
+        self.bad += 1
+        if not self.last: self.host.say(f'{self.name}: a problem can not be drawn and is skipped, as all like it: {found}')
+        self.last = found
+        if self.bad >= self.FAILS and self.bad > self.good: raise UserError(f'env {self.name}: most of its problems can not be drawn, the last: {found}')
 
-    async def tasks(self, stream:str, n:int, start:int=0)->list[Task]:
-        "Problems number `start` to `start + n` of a stream of the training side, less those that can't be drawn."
-        numbers, found, _ = {}, {}, await self.guard.host.facts()
-        for i in range(start, start + n): numbers.setdefault(self.guard.pick(i), []).append(i)
-        for label, mine in numbers.items():
-            while mine:
-                got = await self.series('draw', label, [[stream, i] for i in mine])
-                found |= dict(zip(mine, got))
-                mine = mine[len(got):]
-        return [found[i] for i in sorted(found) if found[i] is not None]
+# %% ../../nbs/04_rollout/08_guard.ipynb #gu000025b
+class DrawnProxy(Proxy):
+    "What is drawn in numbers: for the held-out side, and for a warm start."
+    def candidates(self, number=0):
+        for (key,), task, spent in self.series('problem', ([mix('held out', self.name, n)] for n in itertools.count(number))):
+            yield number, task, spent
+            number += 1
+    def train_examples(self, n, start=0):
+        "`n` solved problems, less those that can't be drawn."
+        return [solved(task) for _, task, _ in self.series('draw', (['warm start', i] for i in range(start, start + n))) if task]
 
-    async def held_out(self, label:str, n:int)->list[Task]:
-        "The first `n` held-out problems of one environment. `UserError` if there are fewer."
-        facts = (await self.guard.host.facts())[label]
-        if facts.own_held_out: return await self.own(label, n)
-        found = self.guard.held.setdefault(label, HeldOut(label, facts.held_out_share))
-        while len(found.tasks) < n:
-            if found.short(): raise found.complaint()
-            for entry in await self.series('candidate', label, [[k] for k in range(found.draws, found.draws + self.PIECE)]): found.add(*(entry or (-1., None)))
-        return found.tasks[:n]
-    async def own(self, label:str, n:int)->list[Task]:
-        "What an environment's own `held_out` gives; it may take as long as ten calls."
-        kept = self.guard.held.get(label, [])
-        if len(kept) < n:
-            try: kept = [self.guard._task(t, label) for t in await self.guard._call('held', label, (n,), 10*self.guard.timeout)]
-            except EnvError as e: raise UserError(f'env {e}: mend it, or raise schedule.env_timeout') from None
-            self.guard.held[label] = kept
-        if len(kept) < n: raise UserError(f'{label}: only {len(kept)} held-out problems; ask for at most {len(kept)} (eval.prompts)')
-        return kept[:n]
+class OwnProxy(DrawnProxy):
+    "An environment with a list of held-out problems of its own, which may take as long as ten calls."
+    def held_out(self, n): return [self.task(p) for p in self.ask('held', (n,), 10*self.limit)]
 
-# %% ../../nbs/04_rollout/08_guard.ipynb #gu000026
-async def held_out(guard:Guard, n:int, alive:Callable[[str], None]=lambda doing: None)->list[Task]:
-    "`n` distinct problems for evaluation, each environment with its share; drawn once."
-    draws, _ = Draws(guard, alive), await guard.host.facts()
-    return [t for label, m in zip(guard.host.labels, portions(n, guard.host.weights)) for t in await draws.held_out(label, m)]
-
-async def train_examples(guard:Guard, n:int, start:int=0, alive:Callable[[str], None]=lambda doing: None)->list[tuple[str, str]]: # (prompt, answer)
-    "Solved problems for a supervised warm start, none of them held out, less those that can't be drawn."
-    return [solved(t) for t in await Draws(guard, alive).tasks('warm start', n, start)]
+def open_envs(
+    sections:list[dict], # {name, weight, params, held_out, isolate} each
+    seed:int=0,
+    reward:str='score',  # `rl.reward`
+    limit:float=60.,     # seconds of one draw
+    **apart              # what else `Apart` takes
+)->Mixture:              # of proxies; `host` are the processes
+    "The mixture that the settings describe, in processes of its own."
+    host = Doors(sections, seed, reward if ':' in reward else '', **apart)
+    try: facts = host.facts_now()
+    except BaseException: host.close(); raise
+    mixture = Mixture([(OwnProxy if f.own_held_out else DrawnProxy)(host, label, limit) for label, f in facts.items()], host.weights)
+    mixture.host, mixture.seed = host, seed
+    return mixture
