@@ -138,13 +138,10 @@ class Setup(msgspec.Struct):
     seed:int=0
     reward:str=''                   # module:attribute, or empty: the environments' own
     path:list[str]=[]               # where modules are found
-    share:float=0.                  # held out elsewhere in the mixture
 
 def desk_of(setup:Setup)->Desk:
     "The desk that a setup describes."
-    envs = {s.label: s.load(setup.seed) for s in setup.sections}
-    for env in envs.values(): env.train_share = max(setup.share, *(e.held_out_share for e in envs.values()))
-    return Desk(envs, load_attribute(setup.reward) if setup.reward else None)
+    return Desk({s.label: s.load(setup.seed) for s in setup.sections}, load_attribute(setup.reward) if setup.reward else None)
 
 class Facts(msgspec.Struct):
     "What others must know of an environment without asking."

@@ -231,7 +231,9 @@ class Staff:
         "The worker that has the least to do."
         if len(self.fit()) < self.size:
             async with self.hiring:
-                while len(self.fit()) < self.size: self.remotes.append(await self.start())
+                while len(self.fit()) < self.size:
+                    remote = await self.start()         # first: the list may be another one afterwards
+                    self.remotes.append(remote)
         return min(self.fit(), key=lambda r: len(r.calls))
     async def facts(self)->dict[str, Facts]:
         "What the environments say of themselves."
