@@ -64,13 +64,12 @@ def run_settings(args:list[str]) -> tuple[Settings, bool, dict]: # settings, whe
 # %% ../nbs/06_app/04_cli.ipynb #1ca817a1
 def rehearse(s:Settings, resume:bool) -> int:
     "Everything that a run checks before it starts; nothing is written."
-    from moe_rl.rl.run import get_ready
-    from moe_rl.rollout.guard import Guard
+    from moe_rl.rl.run import get_ready, guard_of
     from moe_rl.train.checkpoint import latest, verify
     folder = Path(s.dir)
     if not resume and folder.exists() and any(folder.iterdir()): raise UserError(f"{folder} exists and is not empty: use --resume to go on, or --dir for another folder")
     ready = get_ready(s, resume)
-    Guard(ready.env, ready.settings.schedule.env_timeout, s.rl.reward)
+    guard_of(ready.settings, ready.env, s.rl.reward).close()
     for line in ready.lines: say(line)
     model, tokenizer = ready.model, ready.tokenizer
     checkpoint = latest(folder) if resume else None

@@ -120,6 +120,7 @@ class EnvSection(Section):
     weight: float = Field(1.0, gt=0, le=1e9, description="share of the problems, relative to the others")
     params: Annotated[dict[str, Any], BeforeValidator(storable)] = Field({}, description="the environment's own settings")
     held_out: Part = Field("auto", description="share of all problem texts that is kept for evaluation; auto: 1/16, more when problems are few or slow to make")
+    isolate: Literal["auto", "none"] = Field("auto", description="auto: no network, nothing to write, the run's folder hidden; none (your own code only): your files, your network, your rights")
 
 # %% ../nbs/00_start/03_config.ipynb #0b5cf93c
 class WarmStartSection(Section):
@@ -219,6 +220,10 @@ class ScheduleSection(Section):
     silence_seconds: float = Field(45.0, gt=0, le=1e9, description="a process without a sign of life or a use of the CPU for so long is named and the run ends")
     stall_seconds: float = Field(900.0, gt=0, le=1e9, description="a process that lives but stays in one activity for so long is named and the run ends")
     env_timeout: Seconds = Field("auto", description="seconds an environment may take for one call; auto: 10, more when drawing a problem is slow")
+    env_workers: Positive = Field(1, description="processes of the environments")
+    env_width: Positive = Field(64, description="calls of environments that are open at a time, in training and in evaluation each")
+    env_memory: float = Field(4.0, gt=0, le=1e6, description="GiB that a process of the environments may use")
+    env_patience: NotNegative = Field(300.0, description="seconds that an outage is waited out, of a reward or a reply that has worked before")
     engine_restarts: Natural = Field(5, description="dead engines started again in one run")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
     port: int = Field(0, ge=0, lt=65536, description="where the orchestrator listens on 127.0.0.1; 0: any free port")

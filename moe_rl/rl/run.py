@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DONE', 'DRAW_SECONDS', 'EXTENDS', 'tokenizer_at', 'keep_tokenizer', 'make_tokenizer', 'check_balance', 'check_first',
-           'check_goals', 'check', 'Ready', 'draw_profiles', 'make_ready', 'ready_again', 'get_ready', 'keep_ready',
-           'start', 'end', 'stop', 'finished', 'extend', 'state_at', 'choose', 'set_aside', 'code_of', 'flat',
-           'provenance', 'complete', 'first_version', 'Crew', 'drive', 'run_async', 'signals', 'run', 'evaluate_async',
-           'evaluate']
+           'check_goals', 'check', 'Ready', 'processes', 'guard_of', 'draw_profiles', 'make_ready', 'ready_again',
+           'get_ready', 'keep_ready', 'start', 'end', 'stop', 'finished', 'extend', 'state_at', 'choose', 'set_aside',
+           'code_of', 'flat', 'provenance', 'complete', 'first_version', 'Crew', 'drive', 'run_async', 'signals', 'run',
+           'evaluate_async', 'evaluate']
 
 # %% ../../nbs/05_rl/09_run.ipynb #c87043bf
 import asyncio, hashlib, importlib.util, itertools, json, math, os, platform, shutil, signal, subprocess, sys, threading, time
@@ -30,9 +30,9 @@ from .pool import Clocked, EnginePool, Free, Worker
 from .trainer import model_config
 from .wire import Server, Stop
 from .workers import device_of, prepare
-from ..rollout.environments import Mixture, Task, load_envs
+from ..rollout.environments import Mixture, Task
 from ..rollout.episode import play
-from ..rollout.guard import Guard, RolloutLost
+from ..rollout.guard import Guard, RolloutLost, open_envs
 from ..rollout.profile import Lengths, Profile, draw_profile, fit, profile_tokenizer, recall, task_lines, warnings
 from ..train.checkpoint import CheckpointError, committed_steps, load_state, step_path, verify
 DONE = 'finished.json' # written last: the model is there
@@ -100,20 +100,29 @@ class Ready(NamedTuple):
     numbers:dict[str, list[int]]  # environment -> draws that gave its held-out problems
     lines:list[str]      # for the user
 
+def processes(s:Settings, say, hides:list[str]=()) -> Mixture: # proxies
+    "The environments of the settings, in processes of their own, which do not see the run's folder."
+    limit = 60.0 if s.schedule.env_timeout == 'auto' else s.schedule.env_timeout
+    return open_envs([e.model_dump() for e in s.env], s.seed, s.rl.reward, limit, hides=[s.dir, *hides], workers=s.schedule.env_workers, memory=int(s.schedule.env_memory * 2**30),
+                     log=str(Path(s.dir)/'logs'/'environments.log'), say=say)
+
+def guard_of(s:Settings, env:Mixture, reward:str) -> Guard: return Guard(env, s.schedule.env_timeout, reward, s.schedule.env_width, s.schedule.env_patience)
+
 def draw_profiles(s:Settings, env:Mixture, show=lambda row: None) -> list[Profile]:
     "A profile of every environment; in deterministic mode no clock has a say."
     wanted, out = 512 if s.eval.prompts == 'auto' else s.eval.prompts, []
-    for part, section, n in zip(env.parts, s.env, env.portions(wanted)):
-        show(dict(phase=f'drawing problems of {part.name}'))
+    for (label, part), section, n in zip(env.envs.items(), s.env, env.portions(wanted)):
+        show(dict(phase=f'drawing problems of {label}'))
         share = None if section.held_out == 'auto' else section.held_out
-        out.append(draw_profile(part, n, share, seconds=math.inf if s.schedule.deterministic else DRAW_SECONDS))
+        out.append(msgspec.structs.replace(draw_profile(part, n, share, seconds=math.inf if s.schedule.deterministic else DRAW_SECONDS), env=label))
         part.held_out_share = out[-1].share
     return out
 
-def make_ready(s:Settings, show=lambda row: None) -> Ready:
+def make_ready(s:Settings, show=lambda row: None, hides:list[str]=()) -> Ready:
     "Load the environments of a new run, measure them, and give every size its number. Raises `UserError` in one line for what cannot work."
     check_first(s)
-    env = load_envs([e.model_dump() for e in s.env], s.seed)
+    said = []
+    env = processes(s, said.append, hides)
     profiles = draw_profiles(s, env, show)
     tokenizer = make_tokenizer(s, profiles)
     positions = check_pretrained(s.model.checkpoint).max_position_embeddings if s.model.checkpoint else None
@@ -121,7 +130,7 @@ def make_ready(s:Settings, show=lambda row: None) -> Ready:
     s, sizes = fit(s, profiles, tokenizer, positions)
     model = check(s, tokenizer, {p.env: size for p, size in zip(profiles, sizes)})
     room = longest(s, model.max_position_embeddings)[0]
-    lines = [line for p, size in zip(profiles, sizes) for line in [*task_lines(p, size), *warnings(s, p, size, room)]]
+    lines = said + [line for p, size in zip(profiles, sizes) for line in [*task_lines(p, size), *warnings(s, p, size, room)]]
     fits = lambda t: len(tokenizer.render_prompt(t.prompt)) + s.engine.max_tokens <= room
     kept = {p.env: [(n, t) for n, t in zip(p.numbers, p.held_out) if fits(t)] for p in profiles}
     held = [t for part in kept.values() for _, t in part]
@@ -133,10 +142,11 @@ def ready_again(s:Settings) -> Ready:
     "The same for a run that is resumed."
     folder = Path(s.dir)
     check_first(s)
-    env, tokenizer = load_envs([e.model_dump() for e in s.env], s.seed), tokenizer_at(folder/'tokenizer')
+    said = []
+    env, tokenizer = processes(s, said.append), tokenizer_at(folder/'tokenizer')
     numbers = json.loads((folder/'held_out.json').read_bytes())
-    held = [t for part in env.parts for t in recall(part, numbers[part.name])]
-    return Ready(s, env, tokenizer, check(s, tokenizer, {}), held, numbers, [])
+    held = [t for label, part in env.envs.items() for t in recall(part, numbers[label])]
+    return Ready(s, env, tokenizer, check(s, tokenizer, {}), held, numbers, said)
 
 def get_ready(s:Settings, resume:bool=False, show=lambda row: None) -> Ready:
     "`ready_again` for a run that knows its numbers, else `make_ready`."
@@ -328,7 +338,7 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None, step:i
     ready = get_ready(s, resume, show)
     s, tokenizer = ready.settings, ready.tokenizer
     check_goals(s, ready.held_out)
-    guard = Guard(ready.env, s.schedule.env_timeout, s.rl.reward, hides=[s.dir])
+    guard = guard_of(s, ready.env, s.rl.reward)
     server, crew = Server(port=s.schedule.port), None
     try: lock = claim(folder, s, resume)
     except UserError: server.close(); raise
@@ -340,6 +350,7 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None, step:i
         if step is not None: (folder/DONE).unlink(missing_ok=True)
         for line in provenance(folder, s): tell(f'not as before: {line}')
         keep_ready(ready, folder)
+        guard.say = ready.env.host.say = tell
         for line in ready.lines: tell(line)
         log.event(f'{"resumed from " + checkpoint.name if checkpoint else "started"} (pid {os.getpid()})')
         show(dict(phase='resuming' if checkpoint else 'warm start'))
@@ -384,10 +395,10 @@ async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder wi
     s.model.checkpoint, s.warm_start.seconds, s.warm_start.steps, k = str(folder), 0, 0, s.eval.samples
     if k > 1 and not s.eval.temperature: raise UserError('eval.samples > 1 needs eval.temperature > 0: greedy answers are all the same')
     check_pretrained(folder)
-    s, env, tokenizer, model, tasks, _, _ = make_ready(s)
+    s, env, tokenizer, model, tasks, _, _ = make_ready(s, hides=[str(folder)])
     limit = longest(s, model.max_position_embeddings)[0]
     engine = build_engine(s, load_pretrained(folder).to(prepare(s)))
-    guard, done = Guard(env, s.schedule.env_timeout, hides=[s.dir, str(folder)]), itertools.count(1)
+    guard, done = guard_of(s, env, 'score'), itertools.count(1)
     async def answer(i, j, task):
         async def generate(ids, turn): return [part async for part in engine.generate([request(s, tokenizer, ids, EVAL, i, j, turn)])][0]
         try: rollout = await play(guard, task, tokenizer, generate, i, j, max_turns=s.rl.max_turns, max_length=limit - s.engine.max_tokens)

@@ -19,7 +19,8 @@ from .trainer import Trainer, build_model
 from .ask import build_engine, probe
 from .wire import LARGEST, Abort, Client, Generate, Generated, Message, Missing, Save, Saved, Stop, Train, Trained, Update, Updated, serve
 from ..rollout.engine import Engine, Finished, Request
-from ..rollout.environments import Environment, load_envs
+from ..rollout.environments import Environment
+from ..rollout.guard import open_envs
 from ..train.checkpoint import stage
 from ..train.optim import build_optimizer
 from ..train.sft import example, majority, run_sft, skill
@@ -89,7 +90,10 @@ def train_worker(folder:Path, checkpoint:str, client:Client):
     s = load_settings(folder/'config.toml')
     device, tokenizer = prepare(s), load_tokenizer(folder/'tokenizer')
     model, metrics = build_model(s, tokenizer.vocab_size).to(device), {}
-    if not checkpoint: metrics = warm_start(model, tokenizer, load_envs([e.model_dump() for e in s.env], s.seed), s, client.beat)
+    if not checkpoint:
+        env = open_envs([e.model_dump() for e in s.env], s.seed, limit=s.schedule.env_timeout, hides=[s.dir]) if s.warm_start.seconds or s.warm_start.steps else None
+        metrics = warm_start(model, tokenizer, env, s, client.beat)
+        if env: env.host.close()
     trainer = Trainer(model, s)
     client.beat(f'loading {checkpoint}' if checkpoint else 'saving the warm start')
     if checkpoint: trainer.load(Path(checkpoint))

@@ -130,12 +130,10 @@ class Environment:
         "Whether training must not meet `prompt`: it is held out here, or in another part of the mixture (`train_share`)."
         return is_held_out(prompt, max(self.held_out_share, self.train_share))
     def candidates(self, number:int=0):
-        "Problems of both sides, the same for every seed, without end: their numbers, the problems (None: one that could not be drawn), and the seconds that they took."
+        "Problems of both sides, the same for every seed, without end: their numbers, the problems (a proxy gives None for one that can't be drawn), and the seconds that they took."
         while True:
             began = time.monotonic()
-            try: task = made(self.problem(mix('held out', self.name, number)), 'problem')
-            except NotImplementedError: raise
-            except Exception: task = None
+            task = made(self.problem(mix('held out', self.name, number)), 'problem')
             yield number, task, time.monotonic() - began
             number += 1
     def draw(self, stream:str, i:int)->Task:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PASSED', 'FIXED', 'RolloutLost', 'EnvError', 'HereDesk', 'Here', 'Remote', 'variables', 'NotIsolated', 'Prints',
            'kill', 'Nurse', 'Staff', 'Crew', 'Apart', 'Doors', 'Local', 'Outage', 'recipe_of', 'Guard', 'Proxy',
-           'DrawnProxy', 'OwnProxy', 'open_envs']
+           'DrawnProxy', 'OwnProxy', 'Proxies', 'open_envs']
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000003
 import asyncio, copy, itertools, os, signal, socket, struct, subprocess, sys, threading, time, weakref
@@ -524,18 +524,24 @@ class Proxy(Environment):
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000025b
 class DrawnProxy(Proxy):
-    "What is drawn in numbers: for the held-out side, and for a warm start."
+    "The two sides of one, drawn in pieces."
     def candidates(self, number=0):
         for (key,), task, spent in self.series('problem', ([mix('held out', self.name, n)] for n in itertools.count(number))):
             yield number, task, spent
             number += 1
-    def train_examples(self, n, start=0):
-        "`n` solved problems, less those that can't be drawn."
-        return [solved(task) for _, task, _ in self.series('draw', (['warm start', i] for i in range(start, start + n))) if task]
 
 class OwnProxy(DrawnProxy):
     "An environment with a list of held-out problems of its own, which may take as long as ten calls."
     def held_out(self, n): return [self.task(p) for p in self.ask('held', (n,), 10*self.limit)]
+
+class Proxies(Mixture):
+    "A mixture of proxies; `host` are its processes."
+    def train_examples(self, n, start=0):
+        numbers, found = {}, {}
+        for i in range(start, start + n): numbers.setdefault(self.pick(i), []).append(i)
+        for label, mine in numbers.items():
+            for (_, i), task, _ in self.envs[label].series('draw', (['warm start', i] for i in mine)): found[i] = task
+        return [solved(found[i]) for i in sorted(found) if found[i]]
 
 def open_envs(
     sections:list[dict], # {name, weight, params, held_out, isolate} each
@@ -543,11 +549,11 @@ def open_envs(
     reward:str='score',  # `rl.reward`
     limit:float=60.,     # seconds of one draw
     **apart              # what else `Apart` takes
-)->Mixture:              # of proxies; `host` are the processes
+)->Proxies:
     "The mixture that the settings describe, in processes of its own."
     host = Doors(sections, seed, reward if ':' in reward else '', **apart)
     try: facts = host.facts_now()
     except BaseException: host.close(); raise
-    mixture = Mixture([(OwnProxy if f.own_held_out else DrawnProxy)(host, label, limit) for label, f in facts.items()], host.weights)
+    mixture = Proxies([(OwnProxy if f.own_held_out else DrawnProxy)(host, label, limit) for label, f in facts.items()], host.weights)
     mixture.host, mixture.seed = host, seed
     return mixture

@@ -111,9 +111,8 @@ def draw_profile(
     if own_list(env): return own_profile(env, wanted)
     if not share and env.held_out_share != Environment.held_out_share: share = env.held_out_share
     drawing, started = Drawing(env, wanted, share), time.monotonic()
-    while True:
-        began = time.monotonic()
-        drawing.add(drawing.drawn, env.problem(drawing.key(drawing.drawn)), time.monotonic() - began)
+    for number, task, spent in env.candidates():
+        if task is not None: drawing.add(number, task, spent)      # one that can't be drawn is skipped
         if drawing.enough() or time.monotonic() - started > seconds: return drawing.profile()
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f00017
