@@ -264,6 +264,38 @@ class _Experts(torch.autograd.Function):
         free(dgu, rows)
         return dx, None, dw, d_gate_up, d_down
 
+# %% ../../nbs/10_gpu/01_experts.ipynb #c0ffee12
+@torch.library.custom_op("moe_rl::gpu_experts", mutates_args=())
+def _experts_operator(x:Tensor, idx:Tensor, weights:Tensor, gate_up:Tensor, down:Tensor)->tuple[Tensor,Tensor]:
+    "The result, and gu."
+    lay = layout(idx, gate_up.shape[0])
+    gu = torch._grouped_mm(permute(x, lay), gate_up.transpose(1, 2), offs=lay.ends)
+    return combine(torch._grouped_mm(weighted_swiglu(gu, weights, lay), down.transpose(1, 2), offs=lay.ends), lay), gu
+
+@torch.library.custom_op("moe_rl::gpu_experts_backward", mutates_args=())
+def _experts_operator_backward(dout:Tensor, x:Tensor, gu:Tensor, idx:Tensor, weights:Tensor, gate_up:Tensor, down:Tensor)->tuple[Tensor,Tensor,Tensor,Tensor]:
+    lay = layout(idx, gate_up.shape[0])
+    dy, h, rows = permute(dout.contiguous(), lay), weighted_swiglu(gu, weights, lay), permute(x, lay)
+    dgu, dw = weighted_swiglu_backward(gu, torch._grouped_mm(dy, down, offs=lay.ends), weights, lay)
+    dx = combine(torch._grouped_mm(dgu, gate_up, offs=lay.ends), lay)
+    return dx, dw, torch._grouped_mm(dgu.T, rows, offs=lay.ends), torch._grouped_mm(dy.T, h, offs=lay.ends)
+
+@_experts_operator.register_fake
+def _(x, idx, weights, gate_up, down): return torch.empty_like(x), x.new_empty(idx.numel(), gate_up.shape[1])
+
+@_experts_operator_backward.register_fake
+def _(dout, x, gu, idx, weights, gate_up, down): return tuple(torch.empty_like(t) for t in (x, weights, gate_up, down))
+
+def _keep(ctx, inputs, output):
+    x, *rest = inputs
+    ctx.save_for_backward(x, output[1], *rest)
+
+def _backward(ctx, dout, _):
+    dx, dw, d_gate_up, d_down = _experts_operator_backward(dout, *ctx.saved_tensors)
+    return dx, None, dw, d_gate_up, d_down
+
+_experts_operator.register_autograd(_backward, setup_context=_keep)
+
 # %% ../../nbs/10_gpu/01_experts.ipynb #1094bfba
 def gpu_experts(
     x:Tensor, # [T,D] tokens, bf16 or float32
@@ -273,6 +305,7 @@ def gpu_experts(
     down:Tensor, # [E,D,I] in the dtype of x
 )->Tensor: # [T,D] in the dtype of x
     "An `ExpertsFn` for GPUs: forward and backward without host synchronisation; gradients to x, weights, gate_up and down."
+    if torch.compiler.is_compiling(): return _experts_operator(x.contiguous(), idx, weights.contiguous(), gate_up, down)[0]
     on_device("gpu_experts", x, idx, weights, gate_up, down)
     if not x.dtype == gate_up.dtype == down.dtype: raise ValueError(f"gpu_experts: x is {x.dtype}, gate_up {gate_up.dtype}, down {down.dtype}; cast them to one dtype")
     return _Experts.apply(x.contiguous(), idx, weights.contiguous(), gate_up, down)

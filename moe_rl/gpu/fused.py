@@ -214,6 +214,21 @@ PRODUCTS = dict(plain=Products(plain_gate_up, plain_down, plain_down_backward, p
                 quack=Products(quack_gate_up, quack_down, quack_down_backward, quack_gate_up_backward, quack_weight_gradient))
 
 # %% ../../nbs/10_gpu/03_fused.ipynb #373a471f
+def _gradients(dout, x, gu, weights, gate_up, down, rows, lay, products, free):
+    "Gradients of x, weights, gate_up and down; `free` is told what has been used up."
+    dy = permute(dout.contiguous(), lay)
+    dgu, h, dw = products.down_backward(dy, down, gu, rows)
+    free(gu)
+    d_down = torch.empty_like(down)
+    products.weight_gradient(dy, h, rows, d_down, gather=False)
+    free(dy, h)
+    drows = products.gate_up_backward(dgu, gate_up, rows)
+    dx = combine(drows, lay)
+    free(drows)
+    d_gate_up = torch.empty_like(gate_up) # not before the rows have gone: it is the largest
+    products.weight_gradient(x, dgu, rows, d_gate_up.mT, gather=True, interleaved=True)
+    return dx, by_pair(dw, lay), d_gate_up, d_down
+
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, idx, weights, gate_up, down, products):
@@ -229,20 +244,39 @@ class _FusedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         spend(ctx)
-        x, gu, weights, gate_up, down, *rest = ctx.saved_tensors
-        rows, lay, products = Rows(*rest[:3]), Layout(*rest[3:]), ctx.products
-        dy = permute(dout.contiguous(), lay)
-        dgu, h, dw = products.down_backward(dy, down, gu, rows)
-        free(gu)
-        d_down = torch.empty_like(down)
-        products.weight_gradient(dy, h, rows, d_down, gather=False)
-        free(dy, h)
-        drows = products.gate_up_backward(dgu, gate_up, rows)
-        dx = combine(drows, lay)
-        free(drows)
-        d_gate_up = torch.empty_like(gate_up) # not before the rows have gone: it is the largest
-        products.weight_gradient(x, dgu, rows, d_gate_up.mT, gather=True, interleaved=True)
-        return dx, None, by_pair(dw, lay), d_gate_up, d_down, None
+        *saved, products = *ctx.saved_tensors, ctx.products
+        dx, dw, d_gate_up, d_down = _gradients(dout, *saved[:5], Rows(*saved[5:8]), Layout(*saved[8:]), products, free)
+        return dx, None, dw, d_gate_up, d_down, None
+
+# %% ../../nbs/10_gpu/03_fused.ipynb #c0ffee02
+@torch.library.custom_op("moe_rl::fused_experts", mutates_args=())
+def _experts_operator(x:Tensor, idx:Tensor, weights:Tensor, gate_up:Tensor, down:Tensor, backend:str)->tuple[Tensor,Tensor]:
+    "The result, and gu."
+    lay, products = layout(idx, len(gate_up)), PRODUCTS[backend]
+    rows = rows_of(lay, weights)
+    gu, h = products.gate_up(x, gate_up, rows)
+    return combine(products.down(h, down, rows), lay, weights), gu
+
+@torch.library.custom_op("moe_rl::fused_experts_backward", mutates_args=())
+def _experts_operator_backward(dout:Tensor, x:Tensor, gu:Tensor, idx:Tensor, weights:Tensor, gate_up:Tensor, down:Tensor, backend:str)->tuple[Tensor,Tensor,Tensor,Tensor]:
+    lay = layout(idx, len(gate_up))
+    return _gradients(dout, x, gu, weights, gate_up, down, rows_of(lay, weights), lay, PRODUCTS[backend], lambda *xs: None)
+
+@_experts_operator.register_fake
+def _(x, idx, weights, gate_up, down, backend): return torch.empty_like(x), x.new_empty(idx.numel(), gate_up.shape[1])
+
+@_experts_operator_backward.register_fake
+def _(dout, x, gu, idx, weights, gate_up, down, backend): return tuple(torch.empty_like(t) for t in (x, weights, gate_up, down))
+
+def _keep(ctx, inputs, output):
+    x, *rest, ctx.backend = inputs
+    ctx.save_for_backward(x, output[1], *rest)
+
+def _backward(ctx, dout, _):
+    dx, dw, d_gate_up, d_down = _experts_operator_backward(dout, *ctx.saved_tensors, ctx.backend)
+    return dx, None, dw, d_gate_up, d_down, None
+
+_experts_operator.register_autograd(_backward, setup_context=_keep)
 
 # %% ../../nbs/10_gpu/03_fused.ipynb #0324d975
 def fused_experts(
@@ -256,6 +290,7 @@ def fused_experts(
     """An `ExpertsFn` that keeps `x` and the pre-activations alone, after SonicMoE (arXiv 2512.14080); 'quack' never waits for the device.
 
     Raises `ValueError` for operands that the backend cannot take, `UserError` on a GPU that it has no kernels for."""
+    if torch.compiler.is_compiling(): return _experts_operator(x.contiguous(), idx, weights.contiguous(), gate_up, down, backend)[0]
     on_device("fused_experts", x, idx, weights, gate_up, down)
     if backend not in PRODUCTS: raise ValueError(f"fused_experts: backend {backend!r} is unknown; use one of {', '.join(PRODUCTS)}")
     if not x.dtype == gate_up.dtype == down.dtype: raise ValueError(f"fused_experts: x is {x.dtype}, gate_up {gate_up.dtype}, down {down.dtype}; cast them to one dtype")

@@ -16,12 +16,18 @@ from torch.autograd.graph import increment_version
 from .kernels import INTERPRETED, on_device, tl, triton
 from ..train.optim import NS_COEFFS, Optimizers, matrices, optimiser_of, orthogonalise
 
-# %% ../../nbs/10_gpu/06_optimizers.ipynb #e0a297ea
+# %% ../../nbs/10_gpu/06_optimizers.ipynb #a758ca77
+@triton.jit
+def _scaled(g, scale_ptr):
+    "g times the common factor; 0 for a factor of 0, whatever g is."
+    scale = tl.load(scale_ptr)
+    return tl.where(scale > 0, g*scale, 0.)
+
 @triton.jit
 def _adamw(p_ptr, g_ptr, m_ptr, v_ptr, w_ptr, scale_ptr, n, lr, decay, b1, b2, eps, c1, c2, MASTER:tl.constexpr, SCALE:tl.constexpr, BLOCK:tl.constexpr):
     i = tl.program_id(0).to(tl.int64)*BLOCK + tl.arange(0, BLOCK)
     g = tl.load(g_ptr+i, mask=i < n, other=0.).to(tl.float32)
-    if SCALE: g *= tl.load(scale_ptr)
+    if SCALE: g = _scaled(g, scale_ptr)
     m = tl.load(m_ptr+i, mask=i < n, other=0.).to(tl.float32)
     v = tl.load(v_ptr+i, mask=i < n, other=0.).to(tl.float32)
     w = tl.load((w_ptr if MASTER else p_ptr)+i, mask=i < n, other=0.).to(tl.float32)
@@ -83,7 +89,7 @@ def _momentum(g_ptr, m_ptr, x_ptr, scale_ptr, square_ptr, live_ptr, n, beta, SCA
     b, j = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = j*BLOCK + tl.arange(0, BLOCK)
     g = tl.load(g_ptr + b*n + i, mask=i < n, other=0.).to(tl.float32)
-    if SCALE: g *= tl.load(scale_ptr)
+    if SCALE: g = _scaled(g, scale_ptr)
     m = tl.load(m_ptr + b*n + i, mask=i < n, other=0.).to(tl.float32)
     m += (1-beta)*(g-m)
     x = g + beta*(m-g)
@@ -115,15 +121,19 @@ def quack_symmetric(x, y, add=None, alpha=1., beta=0.):
 SYMMETRIC = dict(torch=torch_symmetric, quack=quack_symmetric)
 
 def newton_schulz(
-    x:Tensor, # [B,r,c] of norm at most 1 each; overwritten
+    x:Tensor, # [B,r,c] of norm at most 1 each
     products:str="torch", # who multiplies to a symmetric result: "torch", or "quack" on Hopper
 )->Tensor: # [B,r,c]
-    "`orthogonalise` without its first line, in the dtype of `x`, wide and tall matrices as they are."
+    "`orthogonalise` without its first line, in the dtype of `x`, on the smaller side of each matrix, wide or tall."
     (a, b, c), tall, symmetric = NS_COEFFS, x.shape[1] > x.shape[2], SYMMETRIC[products]
-    for _ in range(5):
+    for iterations in (3, 2):
         A = symmetric(x.mT, x) if tall else symmetric(x, x.mT)
-        A = symmetric(A, A, A, c, b)
-        x = torch.baddbmm(x, x, A, beta=a) if tall else torch.baddbmm(x, A, x, beta=a)
+        for i in range(iterations):
+            W = symmetric(A, A, A, c, b)                                 # bA + cA^2; the iteration multiplies by P = aI + W
+            if i: Q = symmetric(W, Q, Q, 1., a)                          # Q <- PQ
+            if i < iterations-1: A = symmetric(W, H := symmetric(W, A, A, 1., a), H, 1., a) # A <- PAP
+            if not i: Q = W; Q.diagonal(dim1=1, dim2=2).add_(a)          # Q = P
+        x = torch.bmm(x, Q) if tall else torch.bmm(Q, x)
     return x
 
 # %% ../../nbs/10_gpu/06_optimizers.ipynb #3d6305ce

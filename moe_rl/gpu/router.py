@@ -68,33 +68,56 @@ def add_product(
     return out
 
 # %% ../../nbs/10_gpu/02_router.ipynb #044db255
+def _logits(x, w):
+    pieces = bf16_pieces(w)
+    if len(pieces) == 1: return mm_float32(x, w.T)
+    return mm_float32(x, torch.cat(pieces).T).view(len(x), len(pieces), len(w)).sum(1)
+
+def _logits_backward(d, dx, x, w):
+    "Gradients of x and w; dx is what x gets from elsewhere, or None."
+    T, E = d.shape
+    pieces, EP = d.new_empty(T, 2*E, dtype=torch.bfloat16), triton.next_power_of_2(E)
+    BT = max(1, 2048//EP)
+    _split[(triton.cdiv(T, BT),)](d.contiguous(), pieces, T, E, BT=BT, EP=EP)
+    dw = mm_float32(pieces.T, x)
+    dw = torch.add(dw[:E], dw[E:], out=torch.empty_like(w)) # adds and rounds in one pass
+    big, w = pieces[:,:E], w.bfloat16().contiguous()
+    return big@w if dx is None else add_product(dx.contiguous(), big, w), dw
+
 class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
         ctx.set_materialize_grads(False)
-        pieces = bf16_pieces(w)
-        if len(pieces) == 1: return mm_float32(x, w.T), x
-        return mm_float32(x, torch.cat(pieces).T).view(len(x), len(pieces), len(w)).sum(1), x
+        return _logits(x, w), x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d, dx):
         if d is None: return dx, None # nobody used the logits
-        (x, w), (T, E) = ctx.saved_tensors, d.shape
-        pieces, EP = d.new_empty(T, 2*E, dtype=torch.bfloat16), triton.next_power_of_2(E)
-        BT = max(1, 2048//EP)
-        _split[(triton.cdiv(T, BT),)](d.contiguous(), pieces, T, E, BT=BT, EP=EP)
-        dw = mm_float32(pieces.T, x)
-        dw = torch.add(dw[:E], dw[E:], out=torch.empty_like(w)) # adds and rounds in one pass
-        big, w = pieces[:,:E], w.bfloat16().contiguous()
-        return big@w if dx is None else add_product(dx.contiguous(), big, w), dw
+        return _logits_backward(d, dx, *ctx.saved_tensors)
+
+# %% ../../nbs/10_gpu/02_router.ipynb #c0ffee22
+@torch.library.custom_op("moe_rl::gate_logits", mutates_args=())
+def _logits_operator(x:Tensor, w:Tensor)->Tensor: return _logits(x, w)
+
+@torch.library.custom_op("moe_rl::gate_logits_backward", mutates_args=())
+def _logits_operator_backward(d:Tensor, x:Tensor, w:Tensor)->tuple[Tensor,Tensor]: return _logits_backward(d, None, x, w)
+
+@_logits_operator.register_fake
+def _(x, w): return x.new_empty(len(x), len(w), dtype=torch.float32)
+
+@_logits_operator_backward.register_fake
+def _(d, x, w): return torch.empty_like(x), torch.empty_like(w)
+
+_logits_operator.register_autograd(lambda ctx, d: _logits_operator_backward(d, *ctx.saved_tensors), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 def gate_logits(
     x:Tensor, # [T,D] bf16 tokens
     w:Tensor, # [E,D] router weight, float32 or bf16
 )->tuple[Tensor,Tensor]: # logits [T,E] float32; x [T,D] again, for the experts
     "`x @ w.T` to float32 accuracy at tensor-core speed, with gradients to both, and x, whose gradient from elsewhere is added on the way back."
+    if torch.compiler.is_compiling(): return _logits_operator(x, w), x
     on_device("gate_logits", x, w)
     if x.dtype != torch.bfloat16: raise ValueError(f"gate_logits: x is {x.dtype}; it splits w for bf16 tokens, use a plain product otherwise")
     return _Logits.apply(x, w)
@@ -154,29 +177,39 @@ def _route_backward(s_ptr, idx_ptr, dw_ptr, ds_ptr, out_ptr, T, E, scale, K:tl.c
     tl.store(out_ptr+at, d, mask=valid)
 
 # %% ../../nbs/10_gpu/02_router.ipynb #ea8c4454
-class _Route(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, k, bias, sigmoid, norm, scale, replay):
-        (T, E), new = logits.shape, lambda *s, dtype=torch.float32: torch.empty(s, dtype=dtype, device=logits.device)
-        idx, w, s = new(T, k, dtype=torch.int64), new(T, k), new(T, E)
-        consts = dict(K=k, KP=triton.next_power_of_2(k), EP=triton.next_power_of_2(E), BT=max(1, min(16, 4096//E)), SIGMOID=sigmoid, NORM=norm)
-        grid = (triton.cdiv(T, consts["BT"]),)
-        _route[grid](logits, logits if bias is None else bias, idx if replay is None else replay, idx, w, s, T, E, scale,
-                     BIAS=bias is not None, REPLAY=replay is not None, **consts)
-        ctx.save_for_backward(idx, s)
-        ctx.grid, ctx.scale, ctx.consts = grid, scale, consts
-        ctx.mark_non_differentiable(idx)
-        ctx.set_materialize_grads(False)
-        return idx, w, s
+def _route_sizes(T, E, k, sigmoid, norm):
+    consts = dict(K=k, KP=triton.next_power_of_2(k), EP=triton.next_power_of_2(E), BT=max(1, min(16, 4096//E)), SIGMOID=sigmoid, NORM=norm)
+    return (triton.cdiv(T, consts["BT"]),), consts
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, _, dw, ds):
-        idx, s = ctx.saved_tensors
-        d = torch.empty_like(s)
-        if dw is None: dw = torch.zeros(idx.shape, device=s.device)
-        _route_backward[ctx.grid](s, idx, dw.contiguous(), s if ds is None else ds.contiguous(), d, *s.shape, ctx.scale, EXTRA=ds is not None, **ctx.consts)
-        return d, *[None]*6
+@torch.library.custom_op("moe_rl::gpu_route", mutates_args=())
+def _route_operator(logits:Tensor, k:int, bias:Tensor|None, sigmoid:bool, norm:bool, scale:float, replay:Tensor|None)->tuple[Tensor,Tensor,Tensor]:
+    "The choice, the gates and all scores."
+    (T, E), new = logits.shape, lambda *s, dtype=torch.float32: torch.empty(s, dtype=dtype, device=logits.device)
+    idx, w, s = new(T, k, dtype=torch.int64), new(T, k), new(T, E)
+    grid, consts = _route_sizes(T, E, k, sigmoid, norm)
+    _route[grid](logits, logits if bias is None else bias, idx if replay is None else replay, idx, w, s, T, E, scale, BIAS=bias is not None, REPLAY=replay is not None, **consts)
+    return idx, w, s
+
+@torch.library.custom_op("moe_rl::gpu_route_backward", mutates_args=())
+def _route_operator_backward(idx:Tensor, s:Tensor, dw:Tensor|None, ds:Tensor|None, sigmoid:bool, norm:bool, scale:float)->Tensor:
+    d = torch.empty_like(s)
+    if dw is None: dw = torch.zeros(idx.shape, device=s.device)
+    grid, consts = _route_sizes(*s.shape, idx.shape[1], sigmoid, norm)
+    _route_backward[grid](s, idx, dw.contiguous(), s if ds is None else ds.contiguous(), d, *s.shape, scale, EXTRA=ds is not None, **consts)
+    return d
+
+@_route_operator.register_fake
+def _(logits, k, bias, sigmoid, norm, scale, replay): return logits.new_empty(len(logits), k, dtype=torch.int64), logits.new_empty(len(logits), k), torch.empty_like(logits)
+
+@_route_operator_backward.register_fake
+def _(idx, s, dw, ds, sigmoid, norm, scale): return torch.empty_like(s)
+
+def _keep(ctx, inputs, output):
+    ctx.how = inputs[3:6]
+    ctx.save_for_backward(output[0], output[2])
+    ctx.set_materialize_grads(False)
+
+_route_operator.register_autograd(lambda ctx, _, dw, ds: (_route_operator_backward(*ctx.saved_tensors, dw, ds, *ctx.how), *[None]*6), setup_context=_keep)
 
 # %% ../../nbs/10_gpu/02_router.ipynb #b83050d0
 def gpu_route(
@@ -189,10 +222,10 @@ def gpu_route(
     replay:Tensor|None=None, # [T,k] integer expert ids to use instead of choosing; a row of -1 chooses live
 )->Routing: # as `route` gives it; equal scores choose the lower expert
     "`route` without groups of experts, in one launch forward and one backward."
-    on_device("gpu_route", logits)
+    if not torch.compiler.is_compiling(): on_device("gpu_route", logits)
     E = logits.shape[1]
     if not 1 <= k <= E: raise ValueError(f"gpu_route: k={k} experts per token is impossible with {E} experts; use 1 <= k <= {E}")
     if score_func not in ("sigmoid", "softmax"): raise ValueError(f"gpu_route: score_func {score_func!r} is unknown; use 'sigmoid' or 'softmax'")
     if logits.dtype != torch.float32: raise ValueError(f"gpu_route: logits are {logits.dtype}; the router computes in float32 (see gate_logits)")
-    idx, w, s = _Route.apply(logits.contiguous(), k, bias, score_func == "sigmoid", route_norm, route_scale, None if replay is None else replay.contiguous())
+    idx, w, s = _route_operator(logits.contiguous(), k, bias, score_func == "sigmoid", route_norm, route_scale, None if replay is None else replay.contiguous())
     return Routing(idx, w, s, logits)

@@ -7,8 +7,7 @@ __all__ = ['ATTENTION', 'Documents', 'documents', 'plain_forward', 'plain_backwa
            'torch_forward', 'torch_backward', 'Attend', 'attention_of', 'Heads', 'attention_block', 'swiglu_block',
            'moe_block', 'StepOutput', 'FusedModel', 'count_experts', 'balance_all', 'Batch', 'FusedStep']
 
-# %% ../../nbs/10_gpu/07_step.ipynb #73cdd0a1
-import math
+# %% ../../nbs/10_gpu/07_step.ipynb #191d76bc
 from importlib.util import find_spec
 from typing import Callable, NamedTuple
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..config import UserError
+from ..errors import UserError
 from .experts import _count, _prefix
 from .fused import fused_experts
 from .head import head_loss
@@ -162,18 +161,19 @@ def attention_block(
     h:Tensor, # [T,D] normed tokens
     docs:Documents,
     attend:Attend,
+    linear:Callable=F.linear, # (x, weight) -> x weight^T
 )->Tensor: # [T,D]
     "The attention module, its projections in one product."
     gate, hd = getattr(attn, "gate_proj", None), attn.head_dim
     projections = [attn.q_proj, attn.k_proj, attn.v_proj] + ([] if gate is None else [gate])
-    p = F.linear(h, torch.cat([m.weight for m in projections]))
+    p = linear(h, torch.cat([m.weight for m in projections]))
     window = None if attn.window is None or attn.window >= docs.longest else attn.window
     heads = Heads(attn.q_proj.out_features//hd, attn.k_proj.out_features//hd, hd, window, attn.window is not None, gate is not None, attn.q_norm.eps)
-    return attn.o_proj(_AttentionBetween.apply(p, attn.q_norm.weight, attn.k_norm.weight, docs, heads, attend))
+    return linear(_AttentionBetween.apply(p, attn.q_norm.weight, attn.k_norm.weight, docs, heads, attend), attn.o_proj.weight)
 
-def swiglu_block(mlp, h:Tensor)->Tensor: # [T,D] -> [T,D]
+def swiglu_block(mlp, h:Tensor, linear:Callable=F.linear)->Tensor: # [T,D] -> [T,D]
     "A dense gated block, gates and ups in one product."
-    return mlp.down_proj(gated_unit(F.linear(h, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))))
+    return linear(gated_unit(linear(h, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))), mlp.down_proj.weight)
 
 # %% ../../nbs/10_gpu/07_step.ipynb #e8e67a10
 def moe_block(
@@ -182,12 +182,13 @@ def moe_block(
     experts:ExpertsFn,
     replay:Tensor|None, # [T,k] experts to use; -1 chooses live
     token_mask:Tensor|None, # [T] bool, False: filler, goes to no routed expert
+    linear:Callable=F.linear, # of the shared expert
 )->tuple[tuple[Tensor,Tensor],Routing]:
     m = mlp.mixture
     logits, x = gate_logits(h, mlp.router.weight) if h.dtype == torch.bfloat16 else (F.linear(h, mlp.router.weight), h)
     routing = gpu_route(logits, m.per_token, mlp.expert_bias, m.score, m.norm, m.scale, replay)
     if token_mask is not None: routing = unroute(routing, token_mask)
-    return (swiglu_block(mlp.shared_experts, h), experts(x, routing.idx, routing.weights, mlp.experts.gate_up_proj, mlp.experts.down_proj)), routing
+    return (swiglu_block(mlp.shared_experts, h, linear), experts(x, routing.idx, routing.weights, mlp.experts.gate_up_proj, mlp.experts.down_proj)), routing
 
 # %% ../../nbs/10_gpu/07_step.ipynb #1d2cccc6
 class StepOutput(NamedTuple):
@@ -203,10 +204,11 @@ class FusedModel:
         experts:ExpertsFn=fused_experts,
         attention:str="flash4", # of `ATTENTION`
         stream:torch.dtype|None=None, # of the residual stream; None: the dtype of the embedding
+        linear:Callable=F.linear, # the products of attention, dense block and shared expert: `F.linear`, or `fp8_linear` of the next folder
     ):
         if model.spec.family != "afmoe": raise ValueError(f"FusedModel: its pieces are AFMoE's, and this model is {model.spec.family}; use the plain model")
         if (n := model.spec.mixtures[0].n_group) > 1: raise ValueError(f"FusedModel: the router's kernel knows no groups of experts, and this model has {n}; use the plain model")
-        self.model, self.experts, self.attend = model, experts, attention_of(attention)
+        self.model, self.experts, self.attend, self.linear = model, experts, attention_of(attention), linear
         self.dtype = model.embed_tokens.weight.dtype
         self.stream = stream or self.dtype
 
@@ -223,11 +225,11 @@ class FusedModel:
         following = [*(l.input_layernorm for l in list(m.layers)[1:]), m.norm]
         x, h = norm(x, (), None, m.layers[0].input_layernorm)
         for layer, after in zip(m.layers, following):
-            x, h = norm(x, (attention_block(layer.self_attn, h, docs, self.attend),), getattr(layer, "post_attention_layernorm", None), layer.pre_mlp_layernorm)
+            x, h = norm(x, (attention_block(layer.self_attn, h, docs, self.attend, self.linear),), getattr(layer, "post_attention_layernorm", None), layer.pre_mlp_layernorm)
             if isinstance(layer.mlp, MoE):
-                parts, routing = moe_block(layer.mlp, h, self.experts, None if replay is None else replay[:,len(routings)], token_mask)
+                parts, routing = moe_block(layer.mlp, h, self.experts, None if replay is None else replay[:,len(routings)], token_mask, self.linear)
                 routings.append(routing)
-            else: parts = (swiglu_block(layer.mlp, h),)
+            else: parts = (swiglu_block(layer.mlp, h, self.linear),)
             x, h = norm(x, parts, getattr(layer, "post_mlp_layernorm", None), after)
         return h, routings
 
@@ -283,7 +285,9 @@ class Batch(NamedTuple):
 
 class FusedStep:
     "Forward, backward, optimizers and SMEBU, without host synchronisation."
-    def __init__(self, fused:FusedModel, optimizers:Optimizers, balance:bool=True):
+    def __init__(self, fused:FusedModel, optimizers:Optimizers,
+        balance:float=5e-4, # rate of SMEBU; 0 leaves the biases alone
+    ):
         self.fused, self.optimizers, self.balance = fused, optimizers, balance
         self.layers = [l.mlp for l in fused.model.layers if isinstance(l.mlp, MoE)]
 
@@ -296,5 +300,5 @@ class FusedStep:
             if self.balance: counts = counts + torch.stack([count_experts(r.idx, r.scores.shape[1]) for r in out.routings])
         self.optimizers.step()
         self.optimizers.zero_grad()
-        if self.balance: balance_all([m.expert_bias for m in self.layers], [m.bias_momentum for m in self.layers], counts)
+        if self.balance: balance_all([m.expert_bias for m in self.layers], [m.bias_momentum for m in self.layers], counts, self.balance)
         return total
