@@ -2,12 +2,18 @@
 import copy
 from moe_rl.config import load_settings
 from moe_rl.data.batch import micro_batches
-from moe_rl.records import Rollout
-from moe_rl.rollout.engine import Engine, Request
+from moe_rl.records import Request, Rollout, sampling_of
+from moe_rl.rl.trainer import Trainer
+from moe_rl.rollout.engine import Engine
 
 SIZES = dict(hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=4, num_dense_layers=1,
              num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=2, sliding_window=32)
 VOCABULARY = 64
+
+
+def trainer(model, s) -> Trainer:
+    "A trainer as the program makes it."
+    return Trainer(model, s.rl, s.optim, s.balance, sampling_of(s.engine))
 
 
 def settings(**more):

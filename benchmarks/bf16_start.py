@@ -8,12 +8,12 @@ movement if the weights themselves were kept in bfloat16.
 import argparse
 from pathlib import Path
 import torch
-from _learning import VOCABULARY, batches, settings
+from _learning import VOCABULARY, batches, settings, trainer
 from _runs import folders
 from moe_rl.bench import repository
 from moe_rl.moe.checkpoint import save_pretrained
 from moe_rl.moe.model import lower_precision
-from moe_rl.rl.trainer import Trainer, build_model
+from moe_rl.rl.trainer import build_model
 
 
 def matrices(t) -> dict:
@@ -24,7 +24,7 @@ def matrices(t) -> dict:
 def learn(folder: Path, recorded: list) -> tuple[dict, dict]:
     "Matrices before and after training from a folder."
     s = settings(**{'model.checkpoint': str(folder), 'optim.muon_lr': 4e-6, 'optim.adamw_lr': 1e-6})
-    t = Trainer(build_model(s, VOCABULARY), s)
+    t = trainer(build_model(s, VOCABULARY), s)
     before = matrices(t)
     for b in recorded: t.step(b)
     return before, matrices(t)

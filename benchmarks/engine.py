@@ -12,7 +12,8 @@ from moe_rl.bench import NeedsHardware
 from moe_rl.moe.checkpoint import save_pretrained
 from moe_rl.moe.families import new_afmoe
 from moe_rl.moe.model import Model, moe_modules
-from moe_rl.rollout.engine import Engine, Request
+from moe_rl.records import Request
+from moe_rl.rollout.engine import Engine
 
 CONFIG = new_afmoe(vocab_size=512, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=4, num_dense_layers=1, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=32, num_experts=8, num_experts_per_tok=2, num_shared_experts=1, route_scale=1.5, global_attn_every_n_layers=2,

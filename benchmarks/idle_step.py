@@ -6,7 +6,7 @@ First the trainer alone, for every loss; then the program: a run on a task whose
 """
 import argparse
 import torch
-from _learning import VOCABULARY, batches, settings
+from _learning import VOCABULARY, batches, settings, trainer
 from _runs import Run, finish, folders
 from moe_rl.bench import repository
 from moe_rl.rl import trainer as rl
@@ -29,7 +29,7 @@ def apart(a: dict, b: dict) -> float:
 def trained(loss: str):
     "A trainer whose moments are no longer zero."
     s = settings(**{'rl.loss': loss})
-    t = rl.Trainer(rl.build_model(s, VOCABULARY), s)
+    t = trainer(rl.build_model(s, VOCABULARY), s)
     for b in batches(t.model, 2, lambda n: [1., -1.]*(n//2)): t.step(b)
     return t
 
@@ -49,9 +49,9 @@ def full_speed(steps: int) -> float:
     before, silent = state(t), batches(t.model, 4, lambda n: [0.]*n, seed=7)
     def loud(model, b):
         b.signal = 1.
-        p = rl.rl_loss(model, b, t.s, t.policy)
+        p = rl.rl_loss(model, b, t.how)
         return p._replace(teaching=b.loss_tokens)
-    for i in range(steps): optimizer_step(t.model, t.optimizers, silent[i % len(silent)], loud, t.s.balance, t.s.optim.clip)
+    for i in range(steps): optimizer_step(t.model, t.optimizers, silent[i % len(silent)], loud, t.how.balance, t.optim.clip)
     weights = t.model.state_dict()
     return apart({k: before[k] for k in weights}, weights)
 

@@ -12,7 +12,8 @@ from moe_rl.moe.checkpoint import load_pretrained, save_pretrained, to_hf_config
 from moe_rl.moe.families import new_afmoe
 from moe_rl.moe.model import Model, init_weights
 from moe_rl.moe.spec import ModelSpec
-from moe_rl.rollout.engine import Engine, Finished, Request
+from moe_rl.records import Finished, Request
+from moe_rl.rollout.engine import Engine
 from moe_rl.train.objective import sampling_logprobs
 
 

@@ -1,6 +1,6 @@
 """A refactor changes nothing: a deterministic run ends in the same bits before and after.
 
-    moe-rl bench refactor [--base road-base] [--steps 60] [--warm 20]
+    moe-rl bench refactor [--base road-base] [--head COMMIT] [--steps 60] [--warm 20]
 
 The main job, deterministic, at the commit BASE and in this tree, each from its own work tree on this machine. A commit that means to change a number says so by a line `Intended: reason` in its message; then the runs right
 before and right after it are made too, and what must be equal is everything between two such commits. `--seeds 2` repeats all of it with another seed.
@@ -30,22 +30,22 @@ def git(root: Path, *args: str) -> str:
     return r.stdout.strip()
 
 
-def intended(root: Path, base: str) -> list[tuple[str, str]]:
-    "Commits since `base` that mean to change a number, oldest first, with their reasons."
+def intended(root: Path, base: str, head: str) -> list[tuple[str, str]]:
+    "Commits from `base` to `head` that mean to change a number, oldest first, with their reasons."
     out = []
-    for commit in git(root, 'log', '--reverse', '--format=%H', '--grep=^Intended:', f'{base}..HEAD').splitlines():
+    for commit in git(root, 'log', '--reverse', '--format=%H', '--grep=^Intended:', f'{base}..{head or "HEAD"}').splitlines():
         body = git(root, 'show', '-s', '--format=%B', commit)
         out.append((commit, next(l for l in body.splitlines() if l.startswith('Intended:')).removeprefix('Intended:').strip()))
     return out
 
 
-def segments(root: Path, base: str) -> list[tuple[str, str]]:
+def segments(root: Path, base: str, head: str) -> list[tuple[str, str]]:
     "Pairs of commits between which nothing may change; '' is this tree as it is."
     starts, ends = [git(root, 'rev-parse', base)], []
-    for commit, _ in intended(root, base):
+    for commit, _ in intended(root, base, head):
         ends.append(git(root, 'rev-parse', f'{commit}^'))
         starts.append(commit)
-    return [*zip(starts, [*ends, ''])]
+    return [*zip(starts, [*ends, head and git(root, 'rev-parse', head)])]
 
 
 def config(root: Path, a, seed: int, old: bool) -> dict:
@@ -72,17 +72,17 @@ def config(root: Path, a, seed: int, old: bool) -> dict:
 
 def weights(root: Path, commit: str, out: Path, a, seed: int) -> dict:
     "Tensors at the end of the job as this commit runs it."
-    name = f'{commit[:8] or "here"}-{seed}'
+    name, old = f'{commit[:8] or "here"}-{seed}', commit == git(root, 'rev-parse', a.base)
     tree = root if not commit else out / f'tree-{commit[:8]}'
     if commit and not tree.exists(): git(root, 'worktree', 'add', '--detach', '--force', str(tree), commit)
     job, file = out / name, out / f'{name}.toml'
     shutil.rmtree(job, ignore_errors=True)
-    file.write_text(tomli_w.dumps(config(root, a, seed, bool(commit)) | {'dir': str(job)}))
+    file.write_text(tomli_w.dumps(config(root, a, seed, old) | {'dir': str(job)}))
     print(f'{name}: {a.warm} supervised and {a.steps} steps of RL', flush=True)
     r = subprocess.run([sys.executable, '-m', 'moe_rl.cli', 'run', '--config', str(file)], cwd=tree, env=os.environ | {'PYTHONPATH': str(tree)}, capture_output=True, text=True)
     if r.returncode: raise RuntimeError(f'{name} ended with code {r.returncode}: {(r.stdout + r.stderr)[-800:]}')
     parts = [load_tensors(latest(job) / f'{part}.safetensors') for part in ('model', 'optimizer')]
-    return {f'{part}.{TENSORS.get(k, k) if not commit else k}': v for part, p in zip(('model', 'optimizer'), parts) for k, v in p.items()}
+    return {f'{part}.{k if old else TENSORS.get(k, k)}': v for part, p in zip(('model', 'optimizer'), parts) for k, v in p.items()}
 
 
 def differences(a: dict, b: dict) -> list[str]:
@@ -95,17 +95,18 @@ def measure(args: list[str]) -> dict:
     "`moe-rl bench refactor`; see the module's docstring."
     p = argparse.ArgumentParser(prog='moe-rl bench refactor')
     p.add_argument('--base', default='road-base', help='commit or tag to compare with')
+    p.add_argument('--head', default='', help='commit to compare (default: this tree as it is)')
     p.add_argument('--steps', type=int, default=60)
     p.add_argument('--warm', type=int, default=20, help='supervised steps before')
     p.add_argument('--groups', type=int, default=16, help='of a step')
     p.add_argument('--seeds', type=int, default=1)
     a = p.parse_args(args)
     root, out, equal = repository(), folders(repository(), 'refactor'), True
-    changes = intended(root, a.base)
+    changes = intended(root, a.base, a.head)
     for commit, reason in changes: print(f'intended: {commit[:8]} {reason}')
     try:
         for seed in range(a.seeds):
-            for before, after in segments(root, a.base):
+            for before, after in segments(root, a.base, a.head):
                 different = differences(weights(root, before, out, a, seed), weights(root, after, out, a, seed))
                 print(f'{before[:8]} to {after[:8] or "here"}, seed {seed}: ' + (f'{len(different)} tensors differ, the first: {", ".join(different[:3])}' if different else 'the same bits'), flush=True)
                 equal = equal and not different

@@ -16,10 +16,10 @@ from moe_rl.data.tokens import load_tokenizer
 from moe_rl.moe.attention import packed_attend
 from moe_rl.moe.checkpoint import load_pretrained
 from moe_rl.moe.model import moe_modules
-from moe_rl.records import Rollout
+from moe_rl.records import Request, Rollout
 from moe_rl.rl.loss import k3
 from moe_rl.rl.replay import disagreement, require_routes, verify_replay
-from moe_rl.rollout.engine import Engine, Request
+from moe_rl.rollout.engine import Engine
 from moe_rl.rollout.environments import load_env
 from moe_rl.train.checkpoint import committed_steps, step_path
 from moe_rl.train.objective import token_logprobs

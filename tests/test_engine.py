@@ -12,9 +12,9 @@ from moe_rl.moe.attention import packed_attend
 from moe_rl.moe.families import new_afmoe
 from moe_rl.moe.model import Model, lower_precision, moe_modules
 from moe_rl.moe.spec import KvShape
-from moe_rl.records import decode, encode
+from moe_rl.records import Finished, Request, decode, encode
 from moe_rl.rollout import engine as engine_module, kvcache, scheduler
-from moe_rl.rollout.engine import Engine, Finished, Request, draw, uniform
+from moe_rl.rollout.engine import Engine, draw, uniform
 from moe_rl.rollout.kvcache import PagedCache, plain_attend
 from moe_rl.train.objective import sampling_logprobs
 from moe_rl.train.weights import WeightError, describe

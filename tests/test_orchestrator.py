@@ -22,7 +22,7 @@ from moe_rl.config import load_settings
 from moe_rl.errors import UserError
 from moe_rl.data.tokens import byte_tokenizer
 from moe_rl.moe.model import Model, init_weights
-from moe_rl.records import decode
+from moe_rl.records import Finished, Request, decode
 from moe_rl.rl import wire, workers
 from moe_rl.rl.buffer import BufferState
 from moe_rl.rl.log import RunLog, audit, read_lines
@@ -31,7 +31,7 @@ from moe_rl.rl.pool import EnginePool, Worker
 from moe_rl.rl.run import stop
 from moe_rl.rl.trainer import model_config
 from moe_rl.rl.wire import Beat, Client, Failure, Generate, Generated, Hello, Missing, Server, Stop, Trained, Update, Updated
-from moe_rl.rollout.engine import Engine, Finished, Request
+from moe_rl.rollout.engine import Engine
 from moe_rl.rollout.environments import Environment, Task
 from moe_rl.rollout.guard import Guard
 from moe_rl.train import weights

@@ -14,7 +14,7 @@ from moe_rl.data.batch import micro_batch, micro_batches, to_torch
 from moe_rl.moe.attention import packed_attend
 from moe_rl.moe.families import new_afmoe
 from moe_rl.moe.model import Model, init_weights, moe_modules
-from moe_rl.records import Rollout, replace
+from moe_rl.records import Request, Rollout, replace, sampling_of
 from moe_rl.rl import advantage
 from moe_rl.rl.buffer import Buffer, BufferBroken
 from moe_rl.rl.loss import BOUND, LOSSES, LossOut, Ratio, loss_means, loss_sums, policy_loss
@@ -22,7 +22,7 @@ from moe_rl.rl.replay import check_plausible, disagreement, live_choice, replay_
 from moe_rl.routes import RouteError, check_routes
 from moe_rl.rl.trainer import Trainer, rl_loss
 from moe_rl.train.weights import fingerprint
-from moe_rl.rollout.engine import Engine, Request
+from moe_rl.rollout.engine import Engine
 from moe_rl.train.objective import global_mean, token_logprobs
 
 finite = st.floats(-50, 50, width=32)
@@ -472,7 +472,9 @@ def rl_settings(**more):
                  head_dim=16, num_experts=16, num_experts_per_tok=2, sliding_window=16, max_position_embeddings=128)
     return load_settings(overrides={f'model.{k}': v for k, v in sizes.items()} | {'optim.warmup_steps': 0, 'rl.tokens_per_batch': 512} | more)
 
-def trainer_of(model=None, **more): return Trainer(copy.deepcopy(model) if model else tiny_model(), rl_settings(**more))
+def trainer_of(model=None, **more):
+    s = rl_settings(**more)
+    return Trainer(copy.deepcopy(model) if model else tiny_model(), s.rl, s.optim, s.balance, sampling_of(s.engine))
 
 def full_state(t): return fingerprint(t.model.state_dict() | t.optimizers.state_dict())
 
@@ -525,8 +527,9 @@ def test_misaligned_routes_end_by_name():
 @pytest.mark.parametrize('ranks', [1, 2, 3])
 def test_ranks_share_one_loss(ranks):
     "Every part of the loss, and the gradient, added up over ranks."
-    s, model = rl_settings(**{'balance.aux_coef': .1, 'balance.z_coef': .1, 'balance.head_z_coef': .1, 'rl.loss': 'gspo'}), tiny_model()
-    got = [rl_loss(model, to_torch(b), s, loss_module.resolve('gspo')) for rank in played(ranks=ranks) for b in rank]
+    t = trainer_of(**{'balance.aux_coef': .1, 'balance.z_coef': .1, 'balance.head_z_coef': .1, 'rl.loss': 'gspo'})
+    model = t.model
+    got = [rl_loss(model, to_torch(b), t.how) for rank in played(ranks=ranks) for b in rank]
     parts = {k: sum(float(p.parts[k].detach()) for p in got) for k in got[0].parts}
     sum(sum(p.parts.values()) for p in got).backward()
     grad = torch.cat([p.grad.flatten() for p in model.parameters()])

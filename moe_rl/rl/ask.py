@@ -13,7 +13,8 @@ import torch
 from ..config import Settings
 from ..errors import UserError
 from ..data.tokens import Tokenizer
-from ..rollout.engine import Engine, Request
+from ..records import Request
+from ..rollout.engine import Engine
 
 # %% ../../nbs/05_rl/06_ask.ipynb #a5c00007
 TRAIN, EVAL, PROBE = 0, 1, 2 # lanes

@@ -10,7 +10,7 @@ import asyncio, collections, time
 import psutil
 from ..errors import UserError
 from .wire import Abort, Beat, Failure, Generate, Generated, Hello, Message, Server, Update
-from ..rollout.engine import Finished, Request
+from ..records import Finished, Request
 
 # %% ../../nbs/05_rl/07_pool.ipynb #b0010007
 def cpu_seconds(process) -> float: # 0.0: not known, or gone

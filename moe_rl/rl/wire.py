@@ -11,8 +11,7 @@ import ctypes, os, signal, sys, threading, traceback
 from collections.abc import Callable
 import msgspec, zmq, zmq.asyncio
 from ..errors import UserError
-from ..records import MicroBatch, decode, encode
-from ..rollout.engine import Finished, Request
+from ..records import Finished, MicroBatch, Request, decode, encode
 
 # %% ../../nbs/05_rl/04_wire.ipynb #5225b682
 class Hello(msgspec.Struct, tag=True):

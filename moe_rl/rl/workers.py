@@ -18,7 +18,8 @@ from ..moe.model import Model
 from .trainer import Trainer, build_model
 from .ask import build_engine, probe
 from .wire import LARGEST, Abort, Client, Generate, Generated, Message, Missing, Save, Saved, Stop, Train, Trained, Update, Updated, serve
-from ..rollout.engine import Engine, Finished, Request
+from ..records import Finished, Request, sampling_of
+from ..rollout.engine import Engine
 from ..rollout.environments import Environment
 from ..rollout.guard import open_envs
 from ..train.checkpoint import stage
@@ -94,11 +95,11 @@ def train_worker(folder:Path, checkpoint:str, client:Client):
         env = open_envs([e.model_dump() for e in s.env], s.seed, limit=s.schedule.env_timeout, hides=[s.dir]) if s.warm_start.seconds or s.warm_start.steps else None
         metrics = warm_start(model, tokenizer, env, s, client.beat)
         if env: env.host.close()
-    trainer = Trainer(model, s)
+    reference = reference_model(model, folder, checkpoint) if s.rl.kl_coef else None
+    trainer = Trainer(model, s.rl, s.optim, s.balance, sampling_of(s.engine), reference)
     client.beat(f'loading {checkpoint}' if checkpoint else 'saving the warm start')
     if checkpoint: trainer.load(Path(checkpoint))
     else: trainer.save(stage(folder, 0))
-    if s.rl.kl_coef: trainer.reference = reference_model(model, folder, checkpoint)
     prune(folder/'weights', 0, trainer.step_number)     # what a life that went further has left is none of ours, whatever its number
     client.send(Trained(trainer.step_number, metrics, release(model, folder, trainer.step_number, s.engine.dtype)))
     while True:

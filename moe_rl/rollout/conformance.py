@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..moe.model import Model
-from .engine import Finished, Request
+from ..records import Finished, Request
 from .kvcache import PagedCache, plain_attend
 from ..train.objective import sampling_logprobs
 from ..train.weights import Manifest
