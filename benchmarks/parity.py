@@ -37,9 +37,9 @@ def stir(tensors:dict[str, Tensor], gen:torch.Generator) -> None:
         elif "expert_bias" in name: t.copy_(0.2*torch.randn(t.shape, generator=gen))
 
 
-def draw_documents(rng:random.Random, gen:torch.Generator, cfg:ModelSpec) -> tuple[list[Tensor], Tensor]:
+def draw_documents(rng:random.Random, gen:torch.Generator, vocab_size:int, window:int) -> tuple[list[Tensor], Tensor]:
     "Documents longer than the window, and their cumulative lengths."
-    docs = [torch.randint(0, cfg.vocab_size, (rng.randint(cfg.config["sliding_window"]+3, 48),), generator=gen) for _ in range(3)]
+    docs = [torch.randint(0, vocab_size, (rng.randint(window+3, 48),), generator=gen) for _ in range(3)]
     return docs, torch.tensor([0]+[len(d) for d in docs]).cumsum(0)
 
 
@@ -58,7 +58,7 @@ def hf_parity(seed:int, home:Path) -> tuple[ModelSpec, float, float]:
     from transformers import AfmoeConfig, AfmoeForCausalLM
     rng, gen = random.Random(seed), torch.Generator().manual_seed(seed)
     cfg = draw_config(rng)
-    docs, cu = draw_documents(rng, gen, cfg)
+    docs, cu = draw_documents(rng, gen, cfg.vocab_size, cfg.config["sliding_window"])
 
     ours = init_weights(Model(cfg), seed)
     stir(ours.state_dict(), gen)

@@ -12,7 +12,7 @@ import math
 
 from .spec import Glu, Gqa, LayerSpec, Mixture, Mla, ModelSpec, Rope, Yarn
 
-# %% ../../nbs/01_moe/06_families.ipynb #fc8e11e5
+# %% ../../nbs/01_moe/06_families.ipynb #f6c0f260
 class Fields:
     "A parsed `config.json`, asked field by field. Raises `ValueError` in one line for what is missing, of another type, or out of range."
     def __init__(self, config:dict): self.config = config
@@ -32,9 +32,9 @@ class Fields:
         if value is not None and not least <= value <= most: raise ValueError(f"{names.split()[0]}={value} must be at least {least}" + f" and at most {most}"*(value > most))
         return value
 
-    def number(self, names:str, default=...)->float:
+    def number(self, names:str, default=..., zero:bool=False)->float:
         value = self.get(names, default, (int, float), "a number")
-        if value is not None and not 0 < value < float("inf"): raise ValueError(f"{names.split()[0]}={value} must be positive")
+        if value is not None and not (0 < value < float("inf") or zero and value == 0): raise ValueError(f"{names.split()[0]}={value} must be positive")
         return value if value is None else float(value)
 
     def flag(self, name:str, default:bool)->bool: return self.get(name, default, bool, "true or false")
@@ -44,7 +44,7 @@ class Fields:
         for name, value in values.items():
             if self.config.get(name) not in (None, value): raise ValueError(f"{name}={self.config[name]!r:.60} is not supported; this code computes {name}={value!r}")
 
-# %% ../../nbs/01_moe/06_families.ipynb #6f69b89a
+# %% ../../nbs/01_moe/06_families.ipynb #d40869c1
 def read_rope(
     f:Fields,
     dim:int,                 # dimensions of a head that turn
@@ -58,7 +58,7 @@ def read_rope(
     if kind != "yarn": raise ValueError(f"rope_type={kind!r:.60} is not supported; this code computes 'default' and 'yarn'")
     original = r.count("original_max_position_embeddings", f.count("max_position_embeddings"))
     return Rope(theta, dim, interleaved, Yarn(r.number("factor", f.count("max_position_embeddings")/original), original, r.number("beta_fast", 32.), r.number("beta_slow", 1.),
-                r.number("mscale", 0.) , r.number("mscale_all_dim", 0.), r.number("attention_factor", None), r.flag("truncate", True)))
+                r.number("mscale", 0., zero=True), r.number("mscale_all_dim", 0., zero=True), r.number("attention_factor", None), r.flag("truncate", True)))
 
 # %% ../../nbs/01_moe/06_families.ipynb #aed1785c
 def read_gqa(f:Fields, rotated:float=1., **own)->Gqa:

@@ -128,9 +128,9 @@ class PagedCache:
         self.block_size, self.num_blocks, self.shape = block_size, num_blocks, shape
         self.compute = dtype if torch.device(device).type == 'cuda' else torch.promote_types(dtype, torch.float32) # what queries meet the keys in
         slots = num_blocks*block_size
-        self.num_experts = num_experts
+        self.num_experts = max(1, num_experts) # a dense model has routes, of width 0
         self.kv = torch.zeros(num_layers, slots, shape.columns, dtype=dtype, device=device) # keys, then values
-        self.routes = np.zeros((slots, moe_layers, k), route_dtype(max(1, num_experts)))
+        self.routes = np.zeros((slots, moe_layers, k), route_dtype(self.num_experts))
 
     def slots(self,
         blocks:np.ndarray,    # [...,n] int64 block tables
