@@ -1,86 +1,181 @@
-"""Asynchronous mode under SIGKILL: whichever process dies, whenever, the run goes on and the ledger of the final weights is whole."""
-import argparse, random, signal, subprocess, time
+"""Runs under SIGKILL, SIGTERM and SIGSTOP in every phase, one or two processes at a time: each is resumed to its end, and its ledger and weights are whole."""
+import argparse, os, random, signal, subprocess, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import psutil
-from _runs import Run, folders
+from _runs import folders
 from moe_rl.bench import repository
-from moe_rl.config import load_settings, to_toml
 from moe_rl.records import decode
 from moe_rl.rl.buffer import BufferState
-from moe_rl.rl.log import audit
-from moe_rl.rl.orchestrator import State
-from moe_rl.train.checkpoint import latest, load_state
+from moe_rl.rl.log import audit, read_lines
+from moe_rl.rl.run import finished, state_at
+from moe_rl.train.checkpoint import latest
+from moe_rl.train.weights import describe, fingerprint, load_tensors, version_path
+
+ENV = '''
+from moe_rl.rollout.environments import Environment, Task
+
+class Letters(Environment):
+    name = 'letters'
+    def problem(self, key):
+        word = ''.join(chr(97 + (key >> 5*i) % 26) for i in range(3))
+        return Task(env=self.name, prompt=f'First of {word}: ', answer=word[0])
+    async def score(self, task, turns): return len(set(turns[-1])) / 8
+'''
+EVERY = 20  # steps between checkpoints
+TINY = {'model.hidden_size': 32, 'model.intermediate_size': 32, 'model.moe_intermediate_size': 16, 'model.num_hidden_layers': 2, 'model.num_attention_heads': 2, 'model.num_key_value_heads': 1,
+        'model.head_dim': 8, 'model.num_experts': 4, 'model.max_position_embeddings': 256, 'tokenizer.kind': 'byte', 'warm_start.steps': 3, 'warm_start.tokens_per_step': 256, 'warm_start.threads': 1,
+        'rl.groups_per_step': 4, 'rl.group_size': 2, 'rl.tokens_per_batch': 512, 'rl.max_staleness': 2, 'eval.prompts': 8, 'eval.every': 8, 'engine.replicas': 2, 'engine.kv_tokens': 2048, 'engine.max_seqs': 8,
+        'engine.max_tokens': 6, 'checkpoint.every': EVERY, 'checkpoint.keep': 2, 'schedule.silence_seconds': 8, 'schedule.engine_restarts': 100, 'env': 'letters_task:Letters'}
+POINTS = ('warm_start', 'evaluation', 'publication', 'saving', 'commit', 'end')   # stop points; `start` and `far` are moments of their own
+PLANS = (('start', 'far', 'evaluation', 'commit', 'far'), ('warm_start', 'publication', 'far', 'saving', 'end'), ('far', 'publication', 'evaluation', 'far', 'end'), ('start', 'warm_start', 'far', 'commit', 'end'))
+print_lock = threading.Lock()
 
 
-def workers(run, role: str) -> list[psutil.Process]:
-    "Live worker processes of a run."
-    try: children = psutil.Process(run.process.pid).children(recursive=True)
-    except psutil.NoSuchProcess: return []
-    out = []
-    for p in children:
+class Story:
+    "One run through all its lives."
+    def __init__(self, folder: Path, plan: tuple, seed: int, loading: float, patience: float):
+        self.folder, self.plan, self.rng, self.patience = folder, plan, random.Random(seed), patience
+        self.marks, self.process, self.kills, self.hangs, self.unresumable, self.phases = folder.with_name(f'{folder.name}.points'), None, 0, 0, 0, []
+        self.marks.mkdir(parents=True)
+        hooks = str(Path(__file__).with_name('_chaos'))
+        self.environ = os.environ | dict(MOE_CHAOS=str(self.marks), MOE_CHAOS_LOADING=str(loading), OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([hooks, str(repository()), os.environ.get('PYTHONPATH', '')]))
+
+    def say(self, text):
+        with print_lock: print(f'{self.folder.name}: {text}', flush=True)
+
+    def start(self):
+        "A new life."
+        self.born = time.time()
+        known = ('--resume', str(self.folder)) if (self.folder / 'config.toml').exists() else \
+            [part for k, v in (TINY | {'rl.steps': 30 * (len(self.plan) + 1), 'dir': self.folder}).items() for part in (f'--{k}', str(v))]
+        with self.folder.with_suffix('.log').open('ab') as out:
+            self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.cli', 'run', *known], cwd=self.folder.parent, env=self.environ, stdout=out, stderr=out, start_new_session=True)
+
+    def workers(self, role: str = '') -> list[psutil.Process]:
+        "Live worker processes, of one role or of both."
+        out = []
+        try: children = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess: return out
+        for p in children:
+            try:
+                line = p.cmdline()
+                if 'moe_rl.rl.workers' in line and (not role or role in line): out.append(p)
+            except psutil.NoSuchProcess: pass
+        return out
+
+    def steps(self) -> int: return len(read_lines(self.folder / 'metrics.jsonl'))
+    def over(self) -> bool: return self.process.poll() is not None
+
+    def until(self, what, condition, seconds=None) -> bool:
+        "Whether the condition came, before the run ended or patience did; the latter is a hang."
+        limit = time.monotonic() + (seconds or self.patience)
+        while not condition():
+            if self.over(): return False
+            if time.monotonic() > limit:
+                self.hangs += 1
+                self.say(f'HANG: no {what} in {seconds or self.patience:.0f} s')
+                return False
+            time.sleep(0.02)
+        return True
+
+    def approach(self, phase: str) -> bool:
+        "Wait for the moment at which to strike."
+        if phase == 'start':
+            time.sleep(self.rng.uniform(0.3, 6))
+            return not self.over()
+        if phase == 'far':
+            ahead = self.rng.randint(5, EVERY - 3)
+            def there(): # in this life: what lies there from the one before is cut when it has come up
+                log = self.folder / 'metrics.jsonl'
+                return log.exists() and log.stat().st_mtime > self.born and self.steps() >= int((latest(self.folder) or Path('step_0')).name[5:]) + ahead
+            return self.until('step far from a checkpoint', there)
+        for old in self.marks.glob('*'): old.unlink()
+        if phase == 'warm_start' and latest(self.folder): return False      # it is over
+        (self.marks / f'arm.{phase}').touch()
+        return self.until(f'point {phase}', (self.marks / f'reached.{phase}').exists)
+
+    def victims(self) -> list[tuple[str, psutil.Process]]:
+        "One or two processes."
+        crew = [('orchestrator', psutil.Process(self.process.pid)), *(('trainer', p) for p in self.workers('trainer')), *(('engine', p) for p in self.workers('engine'))]
+        return self.rng.sample(crew, min(len(crew), self.rng.choice((1, 1, 2))))
+
+    def strike(self, phase: str):
+        "Signals, and what must follow: the run goes on, or it ends and is resumed."
+        how, victims = self.rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)), self.victims()
+        if how == signal.SIGSTOP and phase in ('start', 'warm_start'): how = signal.SIGKILL     # what has not come up may be silent for longer
+        before, names = self.steps(), [n for n, _ in victims]
+        for _, p in victims:
+            try: p.send_signal(how)
+            except psutil.NoSuchProcess: pass
+        self.kills, self.phases = self.kills + 1, [*self.phases, phase]
+        self.say(f'{how.name} to {" and ".join(names)} in {phase}, {before} steps in the log, checkpoint {(latest(self.folder) or Path("none")).name}')
+        if 'orchestrator' in names and how == signal.SIGSTOP:
+            time.sleep(self.rng.uniform(2, 6))
+            victims[names.index('orchestrator')][1].send_signal(signal.SIGCONT)
+        ends = 'orchestrator' in names and how != signal.SIGSTOP or 'trainer' in names and how != signal.SIGTERM
+        if ends: self.until('end of the life', self.over)
+        if self.hangs: self.process.kill()
+
+    def well(self) -> bool:
+        "A life that was not struck ends well or not at all."
+        if not (code := self.process.wait()): return True
+        self.unresumable += 1
+        self.say(f'UNRESUMABLE: code {code}: {self.folder.with_suffix(".log").read_text()[-500:]}')
+        return False
+
+    def live(self):
+        "All lives, up to the end of the run."
         try:
-            if 'moe_rl.rl.workers' in p.cmdline() and role in p.cmdline(): out.append(p)
-        except psutil.NoSuchProcess: pass
-    return out
+            self.start()
+            for phase in self.plan:
+                if self.over() and not finished(self.folder): self.start()
+                if self.approach(phase): self.strike(phase)
+                elif self.hangs or self.over() and not self.well(): return self
+            if self.over() and not finished(self.folder): self.start()
+            self.until('end of the run', self.over, 2 * self.patience)
+            if not self.hangs: self.well()
+        finally: self.process.kill()
+        return self
 
 
 def books(folder: Path) -> dict:
-    "Audit of the last commit: every rollout ever issued is trained, dropped with a reason, waiting, or being played; once."
-    state = load_state(latest(folder) / 'orchestrator.msgpack', State)
+    "Audit of a run that is over: every rollout ever issued is trained, dropped with a reason, waiting, or being played; once. And the weights are those of the last step."
+    state = state_at(folder, latest(folder))
     buffer = decode(BufferState, state.buffer)
-    from moe_rl.rl.log import read_lines
     issued = {f'{g}-{i}' for g in range(state.next_group) for i in range(buffer.group_size)}
     waiting = {f'{g}-{i}' for g, indices in state.live.items() for i in indices}
     waiting |= {r.id for rs in buffer.members.values() for r in rs} | {r.id for g in buffer.complete for r in g.rollouts}
     ledger = read_lines(folder / 'ledger.jsonl')
-    steps = [line['step'] for line in ledger]
     found = audit(ledger, issued, waiting)
-    trained = sum(len(line['trained']) for line in ledger)
-    print(f'{state.step} steps, {len(issued)} rollouts issued, {trained} trained, {len(waiting)} waiting; ledger of steps {steps[0]} to {steps[-1]}')
-    if steps != list(range(1, state.step + 1)): found['lost'].append('steps')
+    if [line['step'] for line in ledger] != list(range(1, state.step + 1)): found['lost'].append('steps of the ledger')
+    if [line['step'] for line in read_lines(folder / 'metrics.jsonl')] != list(range(1, state.step + 1)): found['lost'].append('steps of the metrics')
+    trained, published = (fingerprint(load_tensors(p / 'model.safetensors')) for p in (latest(folder), version_path(folder / 'weights', state.step)))
+    if trained != published or latest(folder).name != f'step_{state.step}' or not (folder / 'model' / 'model.safetensors').exists(): found['lost'].append('weights')
+    print(f'{folder.name}: {state.step} steps, {len(issued)} rollouts issued, {sum(len(line["trained"]) for line in ledger)} trained, {len(waiting)} waiting')
     return found
 
 
 def measure(args):
     p = argparse.ArgumentParser(prog='moe-rl bench chaos')
-    p.add_argument('--kills', type=int, default=30)
+    p.add_argument('--full', action='store_true', help='64 strikes; without it 15')
     p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--loading', type=float, default=10, help='seconds that an engine needs to load')
+    p.add_argument('--beside', type=int, default=3, help='runs at a time')
+    p.add_argument('--patience', type=float, default=180, help='seconds after which a run hangs')
     a = p.parse_args(args)
-    root, rng = repository(), random.Random(a.seed)
-    folder = folders(root, 'chaos') / 'run'
-    run = Run(folder, '--config', str(root / 'configs' / 'main_job.toml'), '--dir', str(folder), '--warm_start.steps', '20', '--rl.reward', 'score', '--rl.zero_variance', 'keep', '--rl.seconds', '0', '--rl.stop_at', '0', '--rl.steps', '100000',
-              '--checkpoint.every', '3', '--eval.every', '20', '--eval.prompts', '64', '--schedule.engine_restarts', '1000').start()
-    hangs = kills = 0
-    while kills < a.kills:
-        victim = rng.choice(('orchestrator', 'trainer', 'engine'))
-        start, limit = latest(folder), time.monotonic() + 40
-        while rng.random() < 0.9 and latest(folder) == start and time.monotonic() < limit and run.process.poll() is None: time.sleep(0.5) # mostly after a new commit, sometimes before
-        time.sleep(rng.uniform(0, 2))
-        if run.process.poll() is not None: raise RuntimeError(f'run ended by itself with code {run.process.poll()}: ' + folder.with_suffix('.log').read_text()[-600:])
-        targets = [psutil.Process(run.process.pid)] if victim == 'orchestrator' else workers(run, victim)
-        if not targets: continue
-        before = latest(folder)
-        rng.choice(targets).send_signal(signal.SIGKILL)
-        kills += 1
-        print(f'{kills:2} {victim} killed at committed step {before.name[5:] if before else "none"}', flush=True)
-        if victim == 'engine':                         # the run itself must go on: a new commit within a minute
-            limit = time.monotonic() + 60
-            while latest(folder) == before and time.monotonic() < limit and run.process.poll() is None: time.sleep(0.2)
-            hangs += latest(folder) == before
-            continue
-        try: run.process.wait(60)
-        except subprocess.TimeoutExpired: hangs += 1; run.kill()
-        run.args = ('--resume', str(folder))
-        run.start()
-    run.kill()                                         # the last life: a few steps more, to the end
-    time.sleep(1)
-    if not latest(folder): raise RuntimeError('no step was ever committed')
-    settings = load_settings(folder / 'config.toml')
-    settings.rl.steps = int(latest(folder).name[5:]) + 5
-    (folder / 'config.toml').write_text(to_toml(settings))
-    run.args = ('--resume', str(folder))
-    if code := run.start().wait(300): raise RuntimeError(f'last life ended with code {code}: ' + folder.with_suffix('.log').read_text()[-600:])
-    found = books(folder)
-    for key, ids in found.items():
-        if ids: print(f'{key}: {ids[:10]}')
-    return dict(figures=dict(kills=kills, lost=len(found['lost']), duplicated=len(found['duplicated']) + len(found['invented']), hangs=hangs, steps=settings.rl.steps))
+    out = folders(repository(), 'chaos')
+    (out / 'letters_task.py').write_text(ENV)
+    stories = [Story(out / f'run_{i}', PLANS[i % len(PLANS)], 1000*a.seed + i, a.loading, a.patience) for i in range(14 if a.full else 3)]
+    with ThreadPoolExecutor(a.beside) as pool: done = list(pool.map(Story.live, stories))
+    lost = duplicated = 0
+    for s in done:
+        if not finished(s.folder): continue
+        found = books(s.folder)
+        for key, ids in found.items():
+            if ids: print(f'{s.folder.name}: {key}: {ids[:10]}')
+        lost, duplicated = lost + len(found['lost']), duplicated + len(found['duplicated']) + len(found['invented'])
+    phases = {p: sum(s.phases.count(p) for s in done) for p in ('start', 'far', *POINTS)}
+    figures = dict(kills=sum(s.kills for s in done), lost=lost, duplicated=duplicated, hangs=sum(s.hangs for s in done), unresumable=sum(s.unresumable or not finished(s.folder) for s in done))
+    if any(figures[k] for k in ('lost', 'duplicated', 'hangs', 'unresumable')): print('NOT SOUND', flush=True)
+    return dict(figures=figures | dict(phases=sum(map(bool, phases.values()))), phases=phases, runs=len(done))

@@ -107,7 +107,8 @@ class Shared:
         "Until something changed, or `seconds` are over."
         if self.error: raise self.error
         self.changed.clear()
-        try: await asyncio.wait_for(self.changed.wait(), seconds)
+        try:
+            async with asyncio.timeout(seconds): await self.changed.wait()     # `wait_for` of Python 3.11 may swallow that we are cancelled
         except TimeoutError: pass
         if self.error: raise self.error
 
