@@ -62,18 +62,17 @@ def run_settings(args:list[str]) -> tuple[Settings, bool, dict]: # settings, whe
     return extend(folder, given), True, line.flags
 
 # %% ../nbs/06_app/04_cli.ipynb #1ca817a1
-def rehearse(s:Settings, resume:bool) -> int:
+def rehearse(s:Settings, resume:bool, step:int|None) -> int: # step: of the checkpoint to go on from
     "Everything that a run checks before it starts; nothing is written."
-    from moe_rl.rl.run import get_ready, guard_of
-    from moe_rl.train.checkpoint import latest, verify
+    from moe_rl.rl.run import choose, get_ready, guard_of
     folder = Path(s.dir)
     if not resume and folder.exists() and any(folder.iterdir()): raise UserError(f"{folder} exists and is not empty: use --resume to go on, or --dir for another folder")
     ready = get_ready(s, resume)
     guard_of(ready.settings, ready.env, s.rl.reward).close()
     for line in ready.lines: say(line)
     model, tokenizer = ready.model, ready.tokenizer
-    checkpoint = latest(folder) if resume else None
-    if checkpoint: verify(checkpoint)
+    at = choose(folder, step, say) if resume else None
+    checkpoint = at and at[0]
     say(f"{folder}: ready to {'go on from ' + checkpoint.name if checkpoint else 'start'}: {model.num_hidden_layers} layers, {model.num_experts} experts, {tokenizer.vocab_size} token ids; nothing was started")
     return 0
 
@@ -82,7 +81,7 @@ def cmd_run(args:list[str]) -> int:
     s, resume, flags = run_settings(args)
     if flags["print_config"]: print(to_toml(s), end=""); return 0
     check_names(s)
-    if flags["dry_run"]: return rehearse(s, resume)
+    if flags["dry_run"]: return rehearse(s, resume, flags["step"])
     if s.schedule.deterministic and os.environ.get("PYTHONHASHSEED") != "0":
         if flags.get("extend"): args = ["--resume", s.dir]
         return start_again(["run", *args], PYTHONHASHSEED="0", MKL_CBWR="COMPATIBLE")

@@ -144,7 +144,9 @@ def ready_again(s:Settings) -> Ready:
     check_first(s)
     said = []
     env, tokenizer = processes(s, said.append), tokenizer_at(folder/'tokenizer')
-    numbers = json.loads((folder/'held_out.json').read_bytes())
+    try: numbers = msgspec.json.decode((folder/'held_out.json').read_bytes(), type=dict[str, list[int]])
+    except msgspec.DecodeError as e: raise StorageError(f'{folder}/held_out.json was altered ({e}): take it from a copy') from None
+    if lost := [label for label in env.envs if label not in numbers]: raise StorageError(f'{folder}/held_out.json has no problems of {lost[0]}: take it from a copy')
     held = [t for label, part in env.envs.items() for t in recall(part, numbers[label])]
     return Ready(s, env, tokenizer, check(s, tokenizer, {}), held, numbers, said)
 

@@ -292,7 +292,10 @@ def calculate(
 class Calculator(Environment):
     "Sums of `terms` products; a turn that starts with `=` is computed and answered, any other turn is the final answer."
     name = 'calculator'
-    def __init__(self, terms:int=2, largest:int=99, seed:int=0):
+    def __init__(self, terms:int=2, largest:int=99, seed:int=0, **unknown):
+        for name in unknown: raise UserError(f'env calculator: params refused: no setting {name!r}; it has terms and largest')
+        fine = all(type(v) is int for v in (terms, largest)) and 1 <= terms <= 100 and 2 <= largest <= 10**9
+        if not fine: raise UserError(f'env calculator: params refused: terms is a number from 1 to 100, largest one from 2 to 10**9; got {terms!r:.40}, {largest!r:.40}')
         self.terms, self.largest, self.seed, self.recipe = terms, largest, seed, [dict(name='calculator', params=dict(terms=terms, largest=largest))] if type(self) is Calculator else ()
     def problem(self, key):
         rng = random.Random(key)
