@@ -315,7 +315,7 @@ def explain(error:ValidationError, origin:dict[str, str]) -> str: # origin: dott
             message = (key + ": " if key else "") + message
             got = fault["input"]
             text = isinstance(got, (str, int, float, bool)) and (repr(got) if not isinstance(got, str) or not re.fullmatch(r"-?[\d.]+", got) else got)
-            if text and text not in message: message += f" (got {text if len(text) < 80 else text[:77] + '...'})"
+            if text and not (isinstance(got, str) and repr(got) in message): message += f" (got {text if len(text) < 80 else text[:77] + '...'})"
         out.append(" ".join(f"{source_of(key, origin)}: {message}".split()))
     return "\n".join(out)
 

@@ -231,10 +231,10 @@ def test_a_mistake_is_found_before_torch_is_imported(home):
     (home / 'slow' / 'torch.py').write_text('raise SystemExit("torch was imported")\n')
     env = os.environ | dict(PYTHONPATH=f'{home}/slow:{Path(cli.__file__).parents[1]}')
     (home / 'late.toml').write_text('rl.step = 3\n')
-    for args in (['--rl.stepz', '3'], ['--rl.loss', 'dpo'], ['--env', 'broken:Env'], ['--config', 'late.toml'], ['--resume', 'nowhere']):
+    for args in (['--rl.stepz', '3'], ['--rl.loss', 'dpo'], ['--rl.loss', 'broken:loss'], ['--model.checkpoint', 'no/model'], ['--config', 'late.toml'], ['--resume', 'nowhere']):
         for command in ('run', 'sft', 'eval'):
             if command != 'run' and '--resume' in args: continue
-            out = subprocess.run([sys.executable, '-m', 'moe_rl.cli', command, *(['model'] if command == 'eval' else []), *args], capture_output=True, text=True, env=env, cwd=home)
+            out = subprocess.run([sys.executable, '-m', 'moe_rl.cli', command, *(['slow'] if command == 'eval' else []), *args], capture_output=True, text=True, env=env, cwd=home)
             assert out.returncode == 2 and 'torch' not in out.stderr and len(out.stderr.splitlines()) == 1, (args, out.stderr)
 
 

@@ -16,7 +16,7 @@ def test_bad_input_is_answered_as_the_table_says(command, answer, tmp_path, monk
     (tmp_path/'llama'/'config.json').write_text(json.dumps(dict(architectures=['LlamaForCausalLM'], model_type='llama')))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
     assert main(shlex.split(command)) == 2
-    assert capsys.readouterr().err == f'moe-rl: {answer}\n'
+    assert capsys.readouterr().err == ''.join(f'moe-rl: {line}\n' for line in answer.split('<br>'))
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == before, 'something was written'
 
 def test_the_table_of_bad_input_is_read(): assert len(MISTAKES) >= 15

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DONE', 'DRAW_SECONDS', 'EXTENDS', 'tokenizer_at', 'keep_tokenizer', 'make_tokenizer', 'check_balance', 'check_first',
-           'check_goals', 'check', 'Ready', 'processes', 'guard_of', 'draw_profiles', 'make_ready', 'ready_again',
-           'get_ready', 'keep_ready', 'start', 'end', 'stop', 'finished', 'extend', 'state_at', 'choose', 'set_aside',
-           'code_of', 'flat', 'provenance', 'complete', 'first_version', 'Crew', 'drive', 'run_async', 'signals', 'run',
-           'evaluate_async', 'evaluate']
+           'check_goals', 'check', 'Ready', 'processes', 'guard_of', 'draw_profiles', 'make_ready', 'measured',
+           'ready_again', 'get_ready', 'keep_ready', 'start', 'end', 'stop', 'finished', 'extend', 'state_at', 'choose',
+           'set_aside', 'code_of', 'flat', 'provenance', 'complete', 'first_version', 'Crew', 'drive', 'run_async',
+           'signals', 'run', 'evaluate_async', 'evaluate']
 
 # %% ../../nbs/05_rl/09_run.ipynb #c87043bf
 import asyncio, hashlib, importlib.util, itertools, json, math, os, platform, shutil, signal, subprocess, sys, threading, time
@@ -123,6 +123,11 @@ def make_ready(s:Settings, show=lambda row: None, hides:list[str]=()) -> Ready:
     check_first(s)
     said = []
     env = processes(s, said.append, hides)
+    try: return measured(s, env, said, show)
+    except BaseException: env.host.close(); raise
+
+def measured(s:Settings, env:Mixture, said:list[str], show) -> Ready:
+    "What its environments make of the settings."
     profiles = draw_profiles(s, env, show)
     tokenizer = make_tokenizer(s, profiles)
     positions = check_pretrained(s.model.checkpoint).max_position_embeddings if s.model.checkpoint else None
@@ -143,12 +148,13 @@ def ready_again(s:Settings) -> Ready:
     folder = Path(s.dir)
     check_first(s)
     said = []
-    env, tokenizer = processes(s, said.append), tokenizer_at(folder/'tokenizer')
+    tokenizer = tokenizer_at(folder/'tokenizer')
     try: numbers = msgspec.json.decode((folder/'held_out.json').read_bytes(), type=dict[str, list[int]])
     except msgspec.DecodeError as e: raise StorageError(f'{folder}/held_out.json was altered ({e}): take it from a copy') from None
-    if lost := [label for label in env.envs if label not in numbers]: raise StorageError(f'{folder}/held_out.json has no problems of {lost[0]}: take it from a copy')
-    held = [t for label, part in env.envs.items() for t in recall(part, numbers[label])]
-    return Ready(s, env, tokenizer, check(s, tokenizer, {}), held, numbers, said)
+    env = processes(s, said.append)
+    if lost := [label for label in env.envs if label not in numbers]: env.host.close(); raise StorageError(f'{folder}/held_out.json has no problems of {lost[0]}: take it from a copy')
+    try: return Ready(s, env, tokenizer, check(s, tokenizer, {}), [t for label, part in env.envs.items() for t in recall(part, numbers[label])], numbers, said)
+    except BaseException: env.host.close(); raise
 
 def get_ready(s:Settings, resume:bool=False, show=lambda row: None) -> Ready:
     "`ready_again` for a run that knows its numbers, else `make_ready`."

@@ -359,6 +359,9 @@ class Doors(Apart):
         "End all processes."
         async def end():
             for crew in self.crews.values(): crew.close()
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left: task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)     # a task that is left behind complains when Python ends
         if self.loop.is_running(): self.send(end()).result()
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000020
