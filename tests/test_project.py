@@ -142,6 +142,13 @@ def test_import_of_the_package_is_light():
     r = blocked('import moe_rl, moe_rl.moe, moe_rl.rl\nsys.exit(" ".join({"torch", "transformers", "numpy"} & set(sys.modules)) or 0)')
     assert r.returncode == 0, f'`import moe_rl` alone pulls in {r.stderr}'
 
+def test_the_package_offers_what_a_user_needs():
+    "Ten names, each there when it is asked for, and none before."
+    r = blocked('import moe_rl, sys\nassert len(moe_rl.__all__) == 10 and set(moe_rl.__all__) <= set(dir(moe_rl))\nassert "pydantic" not in sys.modules\n'
+                'from moe_rl import Settings\nassert Settings().rl.steps and "torch" not in sys.modules\nfor n in moe_rl.__all__: assert callable(getattr(moe_rl, n))\n'
+                'try: moe_rl.runs\nexcept AttributeError as e: assert "load_settings" in str(e)\nelse: sys.exit("a name that is not there")')
+    assert r.returncode == 0, r.stderr[-2000:]
+
 def test_mathematics_needs_no_settings_and_no_threads():
     "Layers, losses, advantages and optimisers refuse a name or an argument without the settings (pydantic) and without what plays environments."
     names = [name_of(p) for p in MODULES if name_of(p).split('.')[1] in ('moe', 'gpu', 'fp8')] + ['moe_rl.rl.loss', 'moe_rl.rl.advantage', 'moe_rl.train.optim', 'moe_rl.train.weights', 'moe_rl.train.checkpoint']
