@@ -169,7 +169,7 @@ class EngineSection(Section):
 # %% ../nbs/00_start/03_config.ipynb #3b0b5f69
 ADVANTAGES = ("grpo", "grpo_std", "rloo", "maxrl")
 LOSSES = ("dppo", "ipo", "icepop", "tis", "cispo", "gspo", "grpo")
-REWARDS = ("score", "exact")
+REWARDS = ("auto", "score", "exact")
 
 def one_of(names:tuple[str, ...])->BeforeValidator:
     "A validator: one of `names`, or an import path."
@@ -194,7 +194,7 @@ class RLSection(Section):
     advantage: Annotated[str, one_of(ADVANTAGES)] = Field("grpo", description=f'{", ".join(ADVANTAGES)}, or "module:attribute"')
     loss: Annotated[str, one_of(LOSSES)] = Field("dppo", description=f'{", ".join(LOSSES)}, or "module:attribute"')
     loss_params: dict[str, float] = Field({}, description="the loss's own settings")
-    reward: Annotated[str, one_of(REWARDS)] = Field("score", description="score: the environment's own; exact: 1 for an exact answer, else 0; or \"module:attribute\"")
+    reward: Annotated[str, one_of(REWARDS)] = Field("auto", description="score: the environment's own; exact: 1 for an exact answer, else 0; auto: exact once the warm start gets some right, until then the mean of both; or \"module:attribute\"")
     kl_coef: NotNegative = Field(0.0, description="weight of the KL to the warm-started model")
     replay: bool = Field(True, description="R3: train on the routes that the engine took")
     patience: Positive = Field(100, description="steps' worth of groups dropped one after the other after which the run ends: nothing to learn")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DONE', 'DRAW_SECONDS', 'EXTENDS', 'tokenizer_at', 'keep_tokenizer', 'make_tokenizer', 'check_balance', 'check_first',
-           'check_goals', 'check', 'Ready', 'processes', 'guard_of', 'draw_profiles', 'make_ready', 'measured',
+           'idle_goals', 'check', 'Ready', 'processes', 'guard_of', 'draw_profiles', 'make_ready', 'measured',
            'ready_again', 'get_ready', 'keep_ready', 'start', 'end', 'stop', 'finished', 'extend', 'state_at', 'choose',
-           'set_aside', 'code_of', 'flat', 'provenance', 'complete', 'first_version', 'Crew', 'drive', 'run_async',
-           'signals', 'run', 'evaluate_async', 'evaluate']
+           'set_aside', 'code_of', 'flat', 'provenance', 'complete', 'first_version', 'verdicts', 'Crew', 'drive',
+           'run_async', 'signals', 'run', 'evaluate_async', 'evaluate']
 
 # %% ../../nbs/05_rl/09_run.ipynb #c87043bf
 import asyncio, hashlib, importlib.util, itertools, json, math, os, platform, shutil, signal, subprocess, sys, threading, time
@@ -28,12 +28,13 @@ from .log import RunLog, claim, read_lines, require_whole
 from .orchestrator import END, Interrupted, Orchestrator, State, receive, watch
 from .pool import Clocked, EnginePool, Free, Worker
 from .trainer import model_config
+from .verdict import course_of, verdict
 from .wire import Server, Stop
 from .workers import device_of, prepare
 from ..rollout.environments import Mixture, Task
 from ..rollout.episode import play
 from ..rollout.guard import Guard, RolloutLost, open_envs
-from ..rollout.profile import Lengths, Profile, draw_profile, fit, profile_tokenizer, recall, task_lines, warnings
+from ..rollout.profile import Lengths, Profile, draw_profile, facts, fit, profile_tokenizer, recall, task_lines, warnings
 from ..train.checkpoint import CheckpointError, committed_steps, load_state, step_path, verify
 DONE = 'finished.json' # written last: the model is there
 
@@ -72,10 +73,10 @@ def check_first(s:Settings):
     advantage.resolve(s.rl.advantage)
     loss.resolve(s.rl.loss, **s.rl.loss_params)
 
-def check_goals(s:Settings, tasks:list[Task]):
-    "`UserError` for a goal that counts exact answers where there is nothing to be exact about."
-    for goal in ('stop_at', 'stop_solved'):
-        if getattr(s.rl, goal) and tasks and all(t.answer is None for t in tasks): raise UserError(f'rl.{goal} is a share of exact answers, and no task here has a reference answer: set rl.steps or rl.seconds')
+def idle_goals(s:Settings, tasks:list[Task]) -> list[str]: # lines for the user
+    "Goals that count exact answers where there is nothing to be exact about."
+    goals = [f'rl.{goal}' for goal in ('stop_at', 'stop_solved') if getattr(s.rl, goal) and tasks and all(t.answer is None for t in tasks)]
+    return [f'{goal} is a share of exact answers, and no task here has a reference answer: rl.steps and rl.seconds end this run' for goal in goals]
 
 def check(s:Settings, tokenizer:Tokenizer, sizes:dict[str, Lengths]) -> ModelSpec: # of the model to be trained
     "Raise `UserError` in one line for a checkpoint, a vocabulary or sizes with which this run cannot work. `sizes`: of each environment."
@@ -99,6 +100,7 @@ class Ready(NamedTuple):
     held_out:list[Task]
     numbers:dict[str, list[int]]  # environment -> draws that gave its held-out problems
     lines:list[str]      # for the user
+    facts:dict[str, dict[str, float]] = {} # of each environment, for the verdict
 
 def processes(s:Settings, say, hides:list[str]=()) -> Mixture: # proxies
     "The environments of the settings, in processes of their own, which do not see the run's folder."
@@ -141,7 +143,8 @@ def measured(s:Settings, env:Mixture, said:list[str], show) -> Ready:
     held = [t for part in kept.values() for _, t in part]
     if asked != 'auto' and len(held) < asked: lines.append(f'eval.prompts = {asked}: {len(held)} held-out problems could be had')
     s.eval.prompts = len(held)
-    return Ready(s, env, tokenizer, model, held, {name: [n for n, _ in part] for name, part in kept.items()}, lines)
+    numbers, found = {name: [n for n, _ in part] for name, part in kept.items()}, {p.env: facts(p, size) for p, size in zip(profiles, sizes)}
+    return Ready(s, env, tokenizer, model, held, numbers, lines + idle_goals(s, held), found)
 
 def ready_again(s:Settings) -> Ready:
     "The same for a run that is resumed."
@@ -164,6 +167,7 @@ def keep_ready(ready:Ready, folder:Path):
     "Leave in the run folder what a resume needs; the list of held-out problems comes last."
     if (folder/'held_out.json').exists(): return
     keep_tokenizer(ready.tokenizer, folder/'tokenizer')
+    replace_file(folder/'profile.json', json.dumps(ready.facts).encode())
     replace_file(folder/'config.toml', to_toml(ready.settings).encode())
     replace_file(folder/'held_out.json', json.dumps(ready.numbers).encode())
 
@@ -303,9 +307,22 @@ async def first_version(loop:Orchestrator, state:State|None) -> dict: # what the
         loop.log.cut({n: 0 for n in loop.log.CUT})
         (loop.folder/END).unlink(missing_ok=True)
         loop.log.event(f'warm start: {report}')
+        skills = {k.removeprefix('sft_skill/'): v for k, v in report.items() if k.startswith('sft_skill/')}
+        loop.state.sharp = [e for e, skill in skills.items() if skill >= loop.s.warm_start.stop_at]
+        loop.guard.sharp |= set(loop.state.sharp)
     await loop.until(loop.spawn(loop.pool.update(loop.state.step, str(loop.folder/'weights'))))
     if not state: loop.commit()
     return report
+
+def verdicts(loop:Orchestrator) -> list[str]:
+    "What the run says of each of its environments."
+    out, st = [], loop.state
+    for env in loop.mixture():
+        reward = 'exact' if env in st.sharp else loop.s.rl.reward
+        mine = [p for p in st.played if p.env == env]
+        try: out.append(verdict(course_of(loop.folder, env, reward, loop.s.engine.max_tokens, loop.s.rl.group_size, [p.score for p in mine])))
+        except ValueError: pass         # it ended before its first evaluation
+    return out
 
 class Crew:
     "The processes of a run: a trainer and its engines."
@@ -328,6 +345,7 @@ async def drive(loop:Orchestrator, crew:Crew, state:State|None) -> dict:
     for e in crew.pool.engines.values(): loop.spawn(crew.pool.introduce(e))
     warm = await first_version(loop, state)
     last = await loop.run() | dict(why=loop.state.ended)
+    for line in verdicts(loop): loop.say(line)
     watching.cancel()
     loop.show(dict(phase=f'over: {last["why"]}; writing the model'))
     loop.trained = written = asyncio.get_running_loop().create_future()
@@ -345,7 +363,6 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None, step:i
     if resume and step is None and (done := finished(folder)): return done | dict(total_seconds=0.0)
     ready = get_ready(s, resume, show)
     s, tokenizer = ready.settings, ready.tokenizer
-    check_goals(s, ready.held_out)
     guard = guard_of(s, ready.env, s.rl.reward)
     server, crew = Server(port=s.schedule.port), None
     try: lock = claim(folder, s, resume)
@@ -403,7 +420,7 @@ async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder wi
     s.model.checkpoint, s.warm_start.seconds, s.warm_start.steps, k = str(folder), 0, 0, s.eval.samples
     if k > 1 and not s.eval.temperature: raise UserError('eval.samples > 1 needs eval.temperature > 0: greedy answers are all the same')
     check_pretrained(folder)
-    s, env, tokenizer, model, tasks, _, _ = make_ready(s, hides=[str(folder)])
+    s, env, tokenizer, model, tasks, *_ = make_ready(s, hides=[str(folder)])
     limit = longest(s, model.max_position_embeddings)[0]
     engine = build_engine(s, load_pretrained(folder).to(prepare(s)))
     guard, done = guard_of(s, env, 'score'), itertools.count(1)

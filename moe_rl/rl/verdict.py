@@ -21,15 +21,14 @@ class Course(msgspec.Struct, kw_only=True):
     last:dict[str, Any]               # of the last
     rows:list[dict[str, Any]] = []    # metrics, one for each step
     seconds:float = 0.0               # of RL
-    reward:str = "exact"              # rl.reward
+    reward:str = "exact"              # how answers were rewarded
     prompt:float = math.nan           # median tokens of a prompt
     answer:float = math.nan           # of a reference answer
     draw:float = 0.0                  # seconds that drawing a problem takes
     constant:float = 0.0              # share of problems that the best constant answer solves
     max_tokens:int = 0                # engine.max_tokens
-    played:int = 0                    # answers since the last step, of a run that made none
-    exact:float|None = None           # share of them that is exact
-    score:float = 0.0                 # their mean score
+    group_size:int = 8
+    rest:list[float] = []             # rewards of the answers since the last step
 
 # %% ../../nbs/05_rl/11_verdict.ipynb #71a00009
 LEAST = 0.1 # of exact answers, or of the score
@@ -57,13 +56,10 @@ def mean(c:Course, key:str)->float:
 
 def nothing_seen(c:Course)->str:
     "No answer was ever rewarded."
-    played = total(c, "played") + c.played
-    key = "exact" if c.reward == "exact" else "score"
-    seen = [v for v in [mean(c, key), getattr(c, key) if c.played else None] if v is not None and math.isfinite(v)]
-    if not played or not seen or max(seen) > .002: return ""
-    score = max([v for v in (mean(c, "score"), c.score) if math.isfinite(v)], default=0)
-    more = f' (rl.reward = "exact"; their mean score is {score:.2f})' if c.reward == "exact" else ""
-    return f"no reward seen: {'hardly any' if max(seen) else 'none'} of {played:,.0f} answers {'was exact' if key == 'exact' else 'scored'}{more}"
+    played, seen = total(c, "played") + len(c.rest), [v for v in (mean(c, "score"), float(np.mean(c.rest)) if c.rest else math.nan) if math.isfinite(v)]
+    if not seen or max(seen) > .002: return ""
+    what = f'was exact (their score is {c.last.get("score") or 0:.2f} in the evaluation)' if c.reward == "exact" else "scored"
+    return f"no reward seen: {'hardly any' if max(seen) else 'none'} of {played:,.0f} answers {what}"
 
 def already_best(c:Course)->str:
     "There was nothing left to learn."
@@ -78,7 +74,8 @@ def few_steps(c:Course)->str:
     if c.draw > .05: return f"only {pace}: drawing one problem takes {c.draw:.2g} s"
     if c.prompt > 150: return f"only {pace}: too long a prompt ({c.prompt:.0f} tokens in the middle)"
     if c.answer > 100: return f"only {pace}: too long an answer ({c.answer:.0f} tokens in the middle)"
-    if (waste := total(c, "wasted_groups")) > 4*max(1, total(c, "groups")) : return f"only {pace}: {waste:,.0f} groups told nothing, since their answers got equal rewards"
+    played, taught = (total(c, "played") + len(c.rest))/c.group_size, total(c, "rollouts")/c.group_size
+    if played > 4*taught: return f"only {pace}: {played - taught:,.0f} of {played:,.0f} groups told nothing, since their answers got equal rewards"
     return f"only {pace}"
 
 def cut_short(c:Course)->str:
@@ -111,8 +108,14 @@ def verdict(c:Course)->str:
     return f"{c.env}: not learned: " + next(text for reason in REASONS if (text := reason(c)))
 
 # %% ../../nbs/05_rl/11_verdict.ipynb #71a00013
-def course_of(folder:Path, env:str, settings, # of the run
-              played:int=0, exact:float|None=None, score:float=0.0)->Course: # of answers since the last step
+def course_of(
+    folder:Path,
+    env:str,
+    reward:str,             # how its answers were rewarded
+    max_tokens:int,         # engine.max_tokens
+    group_size:int,
+    rest:list[float]=()     # rewards of the answers since the last step
+)->Course:
     "The course of one environment of the run in `folder`. `ValueError` before its first evaluation."
     evals, rows = read_lines(folder/"evals.jsonl"), read_lines(folder/"metrics.jsonl")
     if not evals: raise ValueError(f"{folder}: no evaluation yet")
@@ -120,5 +123,5 @@ def course_of(folder:Path, env:str, settings, # of the run
     path = folder/"profile.json"
     facts = json.loads(path.read_text()).get(env, {}) if path.exists() else {}
     mine = [r | {k.removeprefix(f"{env}/"): v for k, v in r.items() if k.startswith(f"{env}/")} for r in rows]
-    return Course(env=env, first=of(evals[0]), last=of(evals[-1]), rows=mine, seconds=float(evals[-1].get("seconds", 0)), reward=settings.rl.reward, max_tokens=settings.engine.max_tokens,
-                  played=played, exact=exact, score=score, **facts)
+    return Course(env=env, first=of(evals[0]), last=of(evals[-1]), rows=mine, seconds=float(evals[-1].get("seconds", 0)), reward=reward, max_tokens=max_tokens,
+                  group_size=group_size, rest=list(rest), **facts)

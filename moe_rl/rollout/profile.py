@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SHARES', 'ENOUGH', 'LONG', 'LETTERS', 'LONGEST_ANSWER', 'LONGEST_PROMPT', 'STEP_TOKENS', 'Profile', 'choose_share',
            'Drawing', 'own_list', 'own_profile', 'recall', 'draw_profile', 'Lengths', 'lengths', 'profile_phrases',
-           'profile_tokenizer', 'best_constant', 'up', 'answer_limit', 'groups_for', 'task_lines', 'warnings', 'fit']
+           'profile_tokenizer', 'best_constant', 'up', 'answer_limit', 'groups_for', 'task_lines', 'facts', 'warnings',
+           'fit']
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f00004
 import math, time
@@ -70,6 +71,10 @@ class Drawing:
         if self.drawn % 64 == 0 and sum(h < usual for h in self.seen.values()) >= self.wanted: return len(self.tasks) >= min(self.keep, len(self.seen))
         return self.idle > max(1000, 4*(len(self.seen) + 1)) or self.drawn >= 64*self.wanted/usual
 
+    def sound(self)->bool:
+        "Whether there is enough for a profile that says something: the least that a slow task is given time for."
+        return self.drawn >= 48 or len(self.held) >= 8 and len(self.tasks) >= 16
+
     def profile(self)->Profile:
         "Both sides, by the share that was given or that fits. `UserError` when one of them is empty."
         share = self.share or choose_share(self.seen.values(), self.wanted)
@@ -105,7 +110,7 @@ def draw_profile(
     env:Environment,
     wanted:int=512,          # held-out problems
     share:float|None=None,   # of all texts that is held out; None: the environment's own, or chosen from what was drawn
-    seconds:float=math.inf,  # after which the drawing ends
+    seconds:float=math.inf,  # after which the drawing ends; a slow task gets up to four times as many
 )->Profile:
     "Draw problems of `env` one after another."
     if own_list(env): return own_profile(env, wanted)
@@ -113,7 +118,8 @@ def draw_profile(
     drawing, started = Drawing(env, wanted, share), time.monotonic()
     for number, task, spent in env.candidates():
         if task is not None: drawing.add(number, task, spent)      # one that can't be drawn is skipped
-        if drawing.enough() or time.monotonic() - started > seconds: return drawing.profile()
+        passed = time.monotonic() - started
+        if drawing.enough() or passed > 4*seconds or passed > seconds and drawing.sound(): return drawing.profile()
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f00017
 class Lengths(NamedTuple):
@@ -178,6 +184,10 @@ def task_lines(profile:Profile, size:Lengths)->list[str]:
     text, share = best_constant(profile.tasks)
     known = f'answers {span(size.answers)} tokens, best constant answer {_share(share)}' if len(size.answers) else 'no reference answers'
     return [f'{profile.env}: prompts {span(size.prompts)} tokens, {known}; {len(profile.held_out)} held-out problems of {profile.drawn} draws ({1000*profile.seconds:.2g} ms each)']
+
+def facts(profile:Profile, size:Lengths)->dict[str, float]:
+    "What a run keeps of a profile, for its verdict: median tokens, seconds of a draw, share of the best constant answer."
+    return dict(prompt=float(np.median(size.prompts)), answer=float(np.median(size.answers)) if len(size.answers) else 0., draw=profile.seconds, constant=best_constant(profile.tasks)[1])
 
 def warnings(s:Settings, profile:Profile, size:Lengths, room:int)->list[str]: # room: tokens of the longest conversation
     "What the profile says against the sizes of `s`."
