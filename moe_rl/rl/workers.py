@@ -64,12 +64,15 @@ class Probes:
 
     def draw(self, env:str, start:int, n:int, seconds:float=math.inf) -> list[Task]:
         "Worked examples number `start` and on, as many as there is time for, at least 8; none without reference answers."
-        out, began = [], (told := time.monotonic())
+        out, part, began = [], self.envs[env], (told := time.monotonic())
         self.alive(f'drawing worked examples of {env}')
-        while len(out) < n and (len(out) < 8 or time.monotonic() - began < seconds):
+        numbers = range(start, start + n)
+        found = (t for _, t, _ in part.series('draw', (['warm start', i] for i in numbers))) if hasattr(part, 'series') else (part.draw('warm start', i) for i in numbers)
+        for task in found:
+            if task is not None and task.answer is None: return []
+            out += [task] if task is not None else []       # one that can't be drawn is skipped
+            if len(out) >= 8 and time.monotonic() - began > seconds: break
             if time.monotonic() - told > 1: told = time.monotonic(); self.alive(f'drawing worked examples of {env}, {len(out)} of {n}')
-            out.append(self.envs[env].draw('warm start', start + len(out)))
-            if out[-1].answer is None: return []
         return out
 
     def right(self, env:str) -> list[str]: return [t.answer.strip() for t in self.asked[env]]
