@@ -49,6 +49,8 @@ class ServeStack:
     prefill:float          # share of the peak on prompts
     mtp_accept:float       # tokens beyond the first of a speculative step
     buffers:float          # bytes of a GPU that are neither weights nor cache
+    seq_seconds:dict       # GPU generation -> host seconds per sequence of a step
+    overlap:float          # share of the exchange of a wide engine that hides under another batch
     sigma:float            # of the logarithm of a rate
 
 @lru_cache(maxsize=8)
@@ -87,9 +89,10 @@ def cache_copies(spec:ModelSpec, e:Engine)->float:
 def engine_memory(
     spec:ModelSpec, e:Engine, gpu:Gpu,
     length:int=32768, # of a text, for what does not grow
+    st:ServeStack|None=None, # None: that of the engine
 )->tuple[int,Terms]: # tokens of the cache of a replica, and bytes
     "What is left for keys and values. Negative: the weights do not fit."
-    st = serve_stack(e.stack)
+    st = st or serve_stack(e.stack)
     all_, w = e.utilisation*gpu.hbm*e.tp, weight_size(spec, e.precision)
     rate, fixed = cache_rate(spec, 65536, e.kv_bytes)
     per = (rate + fixed/length)*cache_copies(spec, e)
@@ -137,23 +140,28 @@ def exchange_seconds(spec:ModelSpec, e:Engine, c:Cluster, batch:int)->float: # o
     volume = low_latency_bytes(max(1, batch/e.tp), getattr(moe, "latent", 0) or spec.hidden_size, moe.per_token)
     return layers*1e-6*sum(low_latency_time(e.tp, v, l, c.domain) for v, l in zip(volume, low_latency(c.gpu.name, c.nic, c.domain)))
 
-# %% ../../nbs/13_scale/04_serve.ipynb #161ea7bb
+# %% ../../nbs/13_scale/04_serve.ipynb #eaa82813
 def decode_terms(
     spec:ModelSpec, e:Engine, c:Cluster,
     batch:int, context:float, # sequences of a replica; mean tokens of one
+    st:ServeStack|None=None, # None: that of the engine
 )->Terms: # seconds
     "One step of a replica."
-    st, gpu, G = serve_stack(e.stack), c.gpu, e.tp
+    st, gpu, G = st or serve_stack(e.stack), c.gpu, e.tp
     peak = gpu.fp8 if e.precision == "fp8" and gpu.fp8 else gpu.bf16
     hop = st.hop_seconds*np.log2(G) if G > 1 else 0.
     w, f = touched(spec, e, batch), flops_per_token(spec)
     kv = read_bytes(spec, context, e.kv_bytes)*batch*cache_copies(spec, e)
     L = len(spec.layers)
-    return Terms((Term("launches and waits", L*(st.layer_seconds + hop), f"{L} layers*({st.layer_seconds*1e6:.0f} + {hop*1e6:.0f} us)", f"fitted, {st.name} {st.release}"),
+    swap = exchange_seconds(spec, e, c, batch)*(1 - st.overlap)
+    gpu_terms = (Term("launches and waits", L*(st.layer_seconds + hop), f"{L} layers*({st.layer_seconds*1e6:.0f} + {hop*1e6:.0f} us)", f"fitted, {st.name} {st.release}"),
         Term("weights", w/(G*gpu.bandwidth*st.weights), f"{w/1e9:.1f} GB touched/({G}*{gpu.bandwidth/1e12:.2f}e12*{st.weights:.2f})", "experts hit: E(1-(1-k/E)^B)"),
         Term("arithmetic", f*batch/(G*peak*st.products), f"{f/1e9:.1f} GFLOP*{batch}/({G}*{peak/1e12:.0f}e12*{st.products:.2f})", "two per active parameter"),
         Term("cache", kv/(G*gpu.bandwidth*st.cache), f"{kv/1e9:.2f} GB/({G}*{gpu.bandwidth/1e12:.2f}e12*{st.cache:.2f})", "keys and values of all contexts"),
-        Term("experts' rows", exchange_seconds(spec, e, c, batch), f"EP{G}" if e.ep else "none", "DeepEP low latency, fitted on its table")))
+        Term("experts' rows, exposed", swap, f"EP{G}, {st.overlap:.0%} hidden under another batch" if e.ep else "none", "DeepEP low latency, fitted on its table"))
+    each = st.seq_seconds.get(gpu.generation, 0.)
+    host = max(0., batch*each - sum(t.value for t in gpu_terms))
+    return Terms((*gpu_terms, Term("host, exposed", host, f"{batch} sequences*{each*1e6:.0f} us, less what the GPU takes", f"fitted, {st.name} {st.release}")))
 
 # %% ../../nbs/13_scale/04_serve.ipynb #eb4b5997
 class Pace(NamedTuple):
@@ -162,9 +170,9 @@ class Pace(NamedTuple):
     context:float   # seconds per token of context, in every step
     prefill:float   # seconds per token whose keys and values must be made
 
-def prefill_seconds(spec:ModelSpec, e:Engine, c:Cluster, prompt:float)->float: # per token
+def prefill_seconds(spec:ModelSpec, e:Engine, c:Cluster, prompt:float, st:ServeStack|None=None)->float: # per token
     "A prompt's token: products and pairs at the engine's share of the peak."
-    st = serve_stack(e.stack)
+    st = st or serve_stack(e.stack)
     peak = c.gpu.fp8 if e.precision == "fp8" and c.gpu.fp8 else c.gpu.bf16
     matrices = flops_per_token(spec) - 2.*spec.vocab_size*spec.hidden_size
     pairs_ = float(attention_flops(spec, max(2., prompt)))/max(2., prompt)
@@ -173,11 +181,12 @@ def prefill_seconds(spec:ModelSpec, e:Engine, c:Cluster, prompt:float)->float: #
 def engine_pace(
     spec:ModelSpec, e:Engine, c:Cluster,
     prompt:float=1024, # tokens, for the pairs of a prompt
+    st:ServeStack|None=None, # None: that of the engine
 )->Pace:
     "What a simulated engine needs to know."
     speed, grid = 1 + e.mtp, sorted({0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, e.max_seqs})
     grid = [b for b in grid if b <= e.max_seqs]
-    near, far = (decode_terms(spec, e, c, 1, n)["cache"]/speed for n in (8192., 40960.))
+    near, far = (decode_terms(spec, e, c, 1, n, st)["cache"]/speed for n in (8192., 40960.))
     slope = (far - near)/32768
-    base = [decode_terms(spec, e, c, max(b, 1), 0.).total/speed + b*max(0., near - 8192*slope) for b in grid]
-    return Pace(tuple(np.interp(np.arange(e.max_seqs+1), grid, base).tolist()), slope, prefill_seconds(spec, e, c, prompt))
+    base = [decode_terms(spec, e, c, max(b, 1), 0., st).total/speed + b*max(0., near - 8192*slope) for b in grid]
+    return Pace(tuple(np.interp(np.arange(e.max_seqs+1), grid, base).tolist()), slope, prefill_seconds(spec, e, c, prompt, st))

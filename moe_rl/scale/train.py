@@ -46,11 +46,12 @@ class Stack:
     date:str
     passes:float          # times that every activation of attention and dense nets moves through memory, per token and layer, forward and backward
     moe_passes:float      # the same of what is routed
-    head_passes:float     # passes over the float32 logits
+    head_passes:float     # passes over the float32 logits, in RL
+    sft_passes:float      # the same in supervised training
     lora_seconds:float    # per layer and micro-batch, of adapters
     issue:float           # bytes/s that element-wise kernels manage on infinitely fast memory (Hopper)
     attention:float       # time of attention against the kernel table
-    level:dict            # GPU generation -> time of everything against this formula
+    level:dict            # GPU, or its generation -> time of everything against this formula
     overlap:float         # share of compute under which gathers hide
     ep_overlap:float      # the same for exchanges of experts
     base:float            # bytes of a process before anything is in it
@@ -58,6 +59,8 @@ class Stack:
     live_moe:float        # the same of what is routed
     in_flight:float       # layers whose gathered weights exist at once
     sigma:float           # of the logarithm of a step's time
+    step_seconds:float=0. # of a step of RL that no formula explains: data, hand-over, start of phases
+    fsdp:bool=True        # weights in shards, gathered for every micro-batch; False: whole on every rank, only moments in shards
 
 @lru_cache(maxsize=4)
 def constants(path:str|None=None)->dict:
@@ -157,6 +160,7 @@ def trainer_memory(
     kept = mine*d*2*L if layout.recompute == "full" else 0. if layout.recompute == "offload" else mine*2*L*(dense + routed)
     work = mine*2*(st.live*dense + st.live_moe*routed)
     state = each*((P-Pe)/layout.shard/layout.tp + Pe/(layout.ep*layout.expert_shard))/layout.pp
+    if not st.fsdp: state = state*(each-6)/each + 6*((P-Pe)/layout.tp + Pe/layout.ep)/layout.pp
     out = [Term("weights, gradients, moments", state, f"{each} B*({(P-Pe)/1e9:.1f}e9/{layout.shard*layout.tp} + {Pe/1e9:.1f}e9/{layout.ep*layout.expert_shard})/pp {layout.pp}", "FSDP2 in float32; AdamW 16, Muon 12, moments on the host 8, LoRA 4"),
            Term("gathered layers", st.in_flight*2*(layer_d/layout.tp + layer_e/layout.ep), f"{st.in_flight:.1f}*2 B*({layer_d/1e6:.0f}e6/tp {layout.tp} + {layer_e/1e6:.0f}e6/ep {layout.ep})", f"fitted, {st.name} {st.release}"),
            Term("residuals", kept, f"{mine:.0f} tokens*{d}*2 B*{L:.0f} layers" if kept else "on the host", "one per layer with full recomputation"),
@@ -238,7 +242,7 @@ def compute_terms(
     dense, routed = widths(spec)
     issue = st.issue*(1 if gpu.generation in ("hopper", "ampere") else 1.6)
     rate, part = 1/(1/gpu.bandwidth + 1/issue), 1. if training else .25
-    level, here = st.level.get(gpu.generation, st.level.get("hopper", 1.)), mine/layout.tp
+    level, here = st.level.get(gpu.name, st.level.get(gpu.generation, st.level.get("hopper", 1.))), mine/layout.tp
     out = [("dense products", sums["dense"]*times, f"{times} passes at M={mine:.0f}, shares by shape", src), ("expert products", sums["experts"]*times, f"{times} passes, M={rows:.0f} rows a group, x{imbalance:.2f} imbalance", src),
            ("head", sums["head"]*(3 if training else 1), f"V={spec.vocab_size}", src), ("attention", att*st.attention, f"{f:.3g} FLOP forward at {pair_tokens:.0f} tokens, x{st.attention:.2f}", src),
            ("passes over memory", part*2*here*(st.passes*dense + st.moe_passes*routed)/rate, f"{here:.0f} tokens*2 B*({st.passes:.1f}*{dense:.3g} + {st.moe_passes:.1f}*{routed:.3g})/{rate/1e12:.2f}e12", f"fitted, {st.name} {st.release}"),
@@ -264,11 +268,11 @@ def traffic_terms(
     inside = 1 if layout.replicas == 1 else layout.replicas
     gather = ring(lv, layout.shard, 2*(P-Pe)/layout.tp/layout.pp) + ring(lv, layout.expert_shard, 2*Pe/layout.ep/layout.pp, layout.ep)
     passes = (2 if again else 1) + (2 if not layout.lora else 0) if training else 1   # gradients are float32: twice the bytes
-    fsdp = gather*passes
+    fsdp = gather*passes*st.fsdp
     tp = ring(lv, layout.tp, tokens/layout.cp*d*2)*2*len(spec.layers)*(3 + again if training else 1)
     hidden = lambda t, share: max(0., t - share*compute)
     return Terms((Term("experts' rows, exposed", hidden(ep[0], st.ep_overlap), f"{ep[0]:.3g} s of {ep[1]/1e9:.2f} GB on NVLink and {ep[2]/1e9:.2f} GB on the fabric, less {st.ep_overlap:.2f}*{compute:.3g} s of compute", "bytes: DeepEP's; speeds: links of constants.toml"),
-                  Term("weights, exposed", hidden(fsdp, st.overlap), f"{passes} passes of {gather:.3g} s, less {st.overlap:.2f}*{compute:.3g} s of compute", "FSDP: two gathers and a scatter a micro-batch"),
+                  Term("weights, exposed", hidden(fsdp, st.overlap), f"{passes*st.fsdp} passes of {gather:.3g} s, less {st.overlap:.2f}*{compute:.3g} s of compute", "FSDP: two gathers and a scatter a micro-batch"),
                   Term("tensor parallel", tp, f"tp={layout.tp}", "all-gather and reduce-scatter, four a layer")))
 
 # %% ../../nbs/13_scale/03_train.ipynb #8dffed9b
@@ -300,10 +304,11 @@ def trainer_step(
     state = ((P-Pe)/layout.shard/layout.tp + Pe/(layout.ep*layout.expert_shard))/layout.pp
     update = 28*state/c.gpu.bandwidth if training and not layout.lora else 0.
     if layout.optimiser == "offload": update = 28*state/40e9
-    sync = ring(links(c), layout.replicas, 4*state*layout.shard/layout.shard, layout.shard) if training else 0.
+    sync = ring(links(c), layout.replicas, 4*state, layout.shard) if training else 0.
+    if not st.fsdp and training: sync = ring(links(c), layout.shard, 6*(P-Pe)/layout.tp/layout.pp) + ring(links(c), layout.expert_shard, 6*Pe/layout.ep/layout.pp, layout.ep)
     terms = [Term(t.name, t.value*m/layout.pp, f"{m} x {t.value/layout.pp:.4g} s: {t.formula}", t.source) for t in (*comp, *moved)]
     terms += [Term("pipeline bubble", bubble, f"(pp {layout.pp} - 1)/{layout.virtual} of a micro-batch", "1F1B"), Term("optimizer", update, f"28 B*{state/1e9:.2f}e9 / memory", "AdamW reads and writes master, gradient, moments"),
-              Term("replicas", sync, f"all-reduce over {layout.replicas}", "HSDP")]
+              Term("replicas", sync, f"all-reduce over {layout.replicas}" if st.fsdp else "gradients scattered, weights gathered, once", "HSDP" if st.fsdp else "distributed optimizer")]
     whole = Terms(terms)
     again = training and layout.recompute != "none"
     return StepPlan(whole, m, tokens, _ep_seconds(spec, layout, c, micro, training, again)*m/layout.pp/max(whole.total, 1e-12))
