@@ -13,6 +13,7 @@ from moe_rl.errors import UserError
 from moe_rl.data.batch import micro_batch, micro_batches, to_torch
 from moe_rl.moe.attention import packed_attend
 from moe_rl.moe.families import new_afmoe
+from moe_rl.moe.families import new_afmoe
 from moe_rl.moe.model import Model, init_weights, moe_modules
 from moe_rl.records import Request, Rollout, replace, sampling_of
 from moe_rl.rl import advantage
@@ -537,3 +538,19 @@ def test_ranks_share_one_loss(ranks):
     else:
         for k, v in parts.items(): assert v == pytest.approx(test_ranks_share_one_loss.whole[0][k], rel=1e-4, abs=1e-6), k
         assert torch.cosine_similarity(grad, test_ranks_share_one_loss.whole[1], dim=0) > .999
+
+
+def test_sizes_are_judged_by_one_rule():
+    "What the settings let pass the model takes, and the other way round, for one and two sizes that are odd, huge, none or negative."
+    base = dict(hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3, num_dense_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=8,
+                num_experts_per_tok=2, num_shared_experts=1, route_scale=1., global_attn_every_n_layers=4, sliding_window=16, max_position_embeddings=128)
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(300):
+        odd = {k: int(rng.choice([0, 1, 2, 3, 7, 9, 64, 256, 10_001, 65_535, 65_536, 65_537, -1, 10**6])) for k in rng.choice(list(base), rng.integers(1, 3), replace=False)}
+        sizes, said = base | odd, []
+        for judge in (lambda: load_settings(overrides={f'model.{k}': v for k, v in sizes.items()}), lambda: new_afmoe(vocab_size=64, **sizes)):
+            try: judge(); said.append('')
+            except (UserError, ValueError) as e: said.append(str(e))
+        assert bool(said[0]) == bool(said[1]), f'{odd}: {said}'
+        refused += bool(said[0])
+    assert 50 < refused < 250
