@@ -104,7 +104,7 @@ class Ready(NamedTuple):
 
 def processes(s:Settings, say, hides:list[str]=()) -> Mixture: # proxies
     "The environments of the settings, in processes of their own, which do not see the run's folder."
-    limit = 60.0 if s.schedule.env_timeout == 'auto' else s.schedule.env_timeout
+    limit = 20.0 if s.schedule.env_timeout == 'auto' else s.schedule.env_timeout
     return open_envs([e.model_dump() for e in s.env], s.seed, s.rl.reward, limit, hides=[s.dir, *hides], workers=s.schedule.env_workers, memory=int(s.schedule.env_memory * 2**30),
                      log=str(Path(s.dir)/'logs'/'environments.log'), say=say)
 

@@ -16,7 +16,7 @@ class Call:
     "One call: what to run, and what is known of it."
     def __init__(self, id, function:Callable, args:tuple, finish:Callable, limit:float):
         self.id, self.function, self.args, self.finish, self.limit = id, function, args, finish, limit
-        self.began, self.thread, self.cpu, self.task = None, None, 0., None
+        self.began, self.thread, self.cpu, self.task, self.mark, self.awaits = None, None, 0., None, None, False
 
     def late(self, now:float)->bool: return self.began is not None and now > self.began + self.limit
 
@@ -51,16 +51,21 @@ class Loop:
             try: end(call, 'ok', call.finish(await (awaited if awaited is not None else call.function(*call.args))))
             except BaseException as e: end(call, *verdict(e))
         self.loop.call_soon_threadsafe(lambda: self.loop.create_task(make()))
-    def cancel(self, call:Call):
-        "Cancel a call that is late, and leave a mark."
+    def leave_mark(self, then:Callable=lambda: None)->threading.Event:
         mark = threading.Event()
         self.marks.append((mark, time.monotonic()))
-        self.loop.call_soon_threadsafe(lambda: (mark.set(), call.task.cancel()))
+        self.loop.call_soon_threadsafe(lambda: (mark.set(), then()))
+        return mark
+    def cancel(self, call:Call): self.leave_mark(lambda: call.task and call.task.cancel())
+    def guilty(self, call:Call)->bool:
+        "Whether a late call is late by itself: it holds the loop, or the loop turns. To be asked again until it is, or the loop is found blocked."
+        if call.task and asyncio.current_task(self.loop) is call.task: return True
+        if call.mark is None: call.mark = self.leave_mark()
+        return call.mark.is_set()
     def blocked(self, now:float)->bool:
         "Whether some call holds the loop."
         self.marks = [(m, t) for m, t in self.marks if not m.is_set()]
         return any(now > t + self.PATIENCE for _, t in self.marks)
-    def holds(self, call:Call)->bool: return call.task is not None and asyncio.current_task(self.loop) is call.task
 
 # %% ../../nbs/04_rollout/06_calls.ipynb #ca000016
 def verdict(e:BaseException)->tuple[str, str]: # kind, message
@@ -71,12 +76,13 @@ def verdict(e:BaseException)->tuple[str, str]: # kind, message
 
 class Caller:
     "Runs functions of others: `start` begins a call, `expire` ends those that are too late, `answer` is told each result once, from any thread."
-    LOST = 8    # threads that may hang
+    LOST, HELD = 8, .3  # threads that may hang; seconds between two looks after which some call must have held the interpreter
     def __init__(self, answer:Callable[[Any, str, Any], None]):
-        self.answer, self.pid, self.live, self.lock, self.idle, self.lost, self.loop, self.tired = answer, os.getpid(), {}, threading.Lock(), [], 0, None, ''
+        self.answer, self.pid, self.live, self.lock, self.idle, self.lost, self.loop, self.tired, self.looked = answer, os.getpid(), {}, threading.Lock(), [], 0, None, '', 0.
 
     def start(self, id, function:Callable, args:tuple=(), finish:Callable=lambda value: value, limit:float=10.):
         "Begin a call; `finish` turns what it returns into the value of the answer, on the same clock."
+        if not self.live: self.looked = time.monotonic()
         call = self.live[id] = Call(id, function, args, finish, limit)
         if inspect.iscoroutinefunction(function): self._await(call, None)
         else: self._thread(call)
@@ -90,6 +96,7 @@ class Caller:
         return True
     def _await(self, call:Call, value)->bool:
         with self.lock: self.loop = self.loop or Loop()
+        call.awaits = True
         self.loop.begin(call, value, self.end)
         return True
 
@@ -115,9 +122,11 @@ class Caller:
     def expire(self):
         "Answer the calls that are too late, and find out whether this process is still fit. To be called a few times a second."
         now = time.monotonic()
+        held, self.looked = now - self.looked > self.HELD, now
         for call in [c for c in list(self.live.values()) if c.late(now)]:
-            if not self.end(call, 'env_timeout', f'no answer within {call.limit:g} s'): continue
-            if call.task: self.loop.cancel(call)
+            if call.awaits and not self.loop.guilty(call): continue
+            if not self.end(call, 'suspect' if held else 'env_timeout', f'no answer within {call.limit:g} s'): continue
+            if call.awaits: self.loop.cancel(call)
             else:
                 self.lost += 1
                 if call.burning(now): self.tired = 'a call that was given up still computes'

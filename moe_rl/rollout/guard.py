@@ -56,6 +56,7 @@ class Here:
         return await future
     def _answer(self, number, kind, value):
         loop, future = self.out.pop(number)
+        if kind == 'suspect': kind = 'env_timeout' if value.startswith('no answer') else 'env_error'     # here nobody can be asked again alone
         try: loop.call_soon_threadsafe(lambda: future.done() or future.set_result((kind, value)))
         except RuntimeError: pass           # the loop has ended, and nobody waits
     def _tick(self, loop):
@@ -280,6 +281,7 @@ class Crew(Staff):
                 finally: self.alone.remove(remote); self.bury(remote)
             if kind not in ('suspect', 'again'): return kind, value
             if value == 'frozen': return 'env_timeout', f'no answer within {limit:g} s, and it held the interpreter'
+            if value.startswith('no answer'): return 'env_timeout', value
         return 'env_error', value
 
     def _watch(self):
@@ -289,7 +291,7 @@ class Crew(Staff):
         while any(r.calls for r in [*self.remotes, *self.alone]):
             await asyncio.sleep(.2)
             for r in [*self.remotes, *self.alone]:
-                if r.frozen(self.GRACE): self.bury(r, 'suspect', 'frozen')
+                if r.frozen(self.GRACE): self.bury(r, *(('suspect', 'frozen') if len(r.calls) > 1 else ('env_timeout', 'no answer in time, and it held the interpreter')))
                 elif r.retiring == 'blocked': self.bury(r, 'again', 'its loop was blocked by another call')
                 elif r.retiring and not r.calls: self.bury(r)
             self.remotes = [r for r in self.remotes if not r.gone]
@@ -482,7 +484,7 @@ class Proxy(Environment):
     "An environment that lives in another process."
     PIECE, SECONDS, FAILS = 64, .5, 64
     recipe = ()
-    def __init__(self, host:Doors, label:str, limit:float=60.):
+    def __init__(self, host:Doors, label:str, limit:float=20.):
         self.host, self.label, self.limit, self.good, self.bad, self.last = host, label, limit, 0, 0, ''
         self.facts, self.name, self.seed = host.facts_now()[label], host.facts_now()[label].name, host.seed
     @property
@@ -510,9 +512,14 @@ class Proxy(Environment):
         "The first few of these draws; one at a time where together they fail."
         kind, value = self.host.now(op, self.label, (numbers, self.SECONDS), self.limit + self.SECONDS)
         if kind == 'ok': return value
-        if len(numbers) > 1: return self.piece(op, numbers[:len(numbers)//2])
-        self.bad += 7*(kind == 'env_timeout')       # eight times as bad, since it takes so long
-        return [[value, self.limit]]
+        if len(numbers) == 1:
+            self.bad += 15*(kind == 'env_timeout')  # sixteen times as bad, since it takes so long
+            return [[value, self.limit]]
+        out = []
+        for number in numbers:      # one of them spoils the piece
+            out += self.piece(op, [number])
+            if isinstance(out[-1][0], str): break
+        return out
     def series(self, op:str, numbers):
         "Of each of these draws, in order: its number, the task or None, and the seconds."
         numbers = iter(numbers)
@@ -552,7 +559,7 @@ def open_envs(
     sections:list[dict], # {name, weight, params, held_out, isolate} each
     seed:int=0,
     reward:str='score',  # `rl.reward`
-    limit:float=60.,     # seconds of one draw
+    limit:float=20.,     # seconds of one draw
     **apart              # what else `Apart` takes
 )->Proxies:
     "The mixture that the settings describe, in processes of its own."
