@@ -129,7 +129,7 @@ class WarmStartSection(Section):
     "Supervised warm start on solved examples of the environment."
     seconds: NotNegative = Field(85.0, description="time limit; 0: no warm start")
     steps: Natural = Field(0, description="when > 0: exactly so many steps, no clock and no probe (deterministic)")
-    stop_at: Share = Field(0.03, description="stop when this share of sampled answers to fresh problems is exact")
+    stop_at: Share = Field(0.03, description="stop when sampled answers to fresh problems are so far from the best constant answer to perfect")
     probe_every: Positive = Field(25, description="steps between probes")
     tokens_per_step: Positive = Field(4096, description="token budget of one step")
     threads: Natural = Field(0, description="CPU threads of the warm start, when the engines have nothing to do; 0: all cores")
@@ -164,7 +164,7 @@ class EngineSection(Section):
     max_tokens: Size = Field("auto", description="longest answer of one turn, in tokens; auto: the reference answers fit")
     temperature: float = Field(1.0, gt=0, le=1e9, description="of sampling during RL")
     top_k: Natural = Field(0, description="sample among the k likeliest tokens; 0: all")
-    top_p: float = Field(1.0, gt=0, le=1, description="sample among the likeliest tokens that hold this share; 1: all")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample among the likeliest tokens that hold this share; 1: all. Less biases what is learned off policy")
     kv: Literal["keep", "recompute"] = Field("keep", description="what a running request does with its KV when new weights arrive")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the engine's weights and cache")
 

@@ -14,14 +14,16 @@ from moe_rl.data.batch import micro_batch, micro_batches, to_torch
 from moe_rl.moe.attention import packed_attend
 from moe_rl.moe.families import new_afmoe
 from moe_rl.moe.families import new_afmoe
-from moe_rl.moe.model import Model, init_weights, moe_modules
+from moe_rl.moe.checkpoint import save_pretrained
+from moe_rl.moe.model import Model, init_weights, lower_precision, moe_modules
 from moe_rl.records import Request, Rollout, replace, sampling_of
 from moe_rl.rl import advantage
 from moe_rl.rl.buffer import Buffer, BufferBroken
 from moe_rl.rl.loss import BOUND, LOSSES, LossOut, Ratio, loss_means, loss_sums, policy_loss
 from moe_rl.rl.replay import check_plausible, disagreement, live_choice, replay_of, require_routes, verify_replay
 from moe_rl.routes import RouteError, check_routes
-from moe_rl.rl.trainer import Trainer, rl_loss
+from moe_rl.rl.ask import build_engine
+from moe_rl.rl.trainer import Trainer, build_model, rl_loss
 from moe_rl.train.weights import fingerprint
 from moe_rl.rollout.engine import Engine
 from moe_rl.train.objective import global_mean, token_logprobs
@@ -554,3 +556,17 @@ def test_sizes_are_judged_by_one_rule():
         assert bool(said[0]) == bool(said[1]), f'{odd}: {said}'
         refused += bool(said[0])
     assert 50 < refused < 250
+
+def test_a_bf16_folder_is_float32_for_trainer_and_engine(tmp_path):
+    stored = lower_precision(tiny_model(), torch.bfloat16)
+    save_pretrained(stored, tmp_path/'m')
+    s = rl_settings(**{'model.checkpoint': str(tmp_path/'m'), 'engine.kv_tokens': 512, 'optim.muon_lr': 4e-6, 'optim.adamw_lr': 1e-6})
+    t = Trainer(build_model(s, 40), s.rl, s.optim, s.balance, sampling_of(s.engine))
+    before = {k: v.detach().clone() for k, v in t.model.named_parameters()}
+    for b in [played(model=stored)]*3: t.step(b)
+    assert {v.dtype for v in (t.model.state_dict() | t.optimizers.state_dict()).values()} == {torch.float32}
+    moved = sum(int((v != before[k]).sum()) for k, v in t.model.named_parameters())/sum(v.numel() for v in before.values())
+    assert moved > .8                                                              # of 16-bit weights one in a hundred moves
+    assert {p.dtype for p in build_engine(s, build_model(s, 40)).model.parameters()} == {torch.float32}
+    s.engine.dtype = 'bfloat16'
+    assert torch.bfloat16 in {p.dtype for p in build_engine(s, build_model(s, 40)).model.parameters()}

@@ -20,14 +20,14 @@ from ..config import Settings, load_settings, to_toml
 from ..errors import StorageError, UserError, replace_file
 from ..records import encode
 from ..data.tokens import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
-from ..moe.checkpoint import check_pretrained, check_vocabulary, load_pretrained
+from ..moe.checkpoint import check_pretrained, check_vocabulary
 from ..moe.spec import ModelSpec
 from . import advantage, loss
 from .ask import EVAL, build_engine, check_prompt, grade, longest, request
 from .log import RunLog, claim, read_lines, require_whole
 from .orchestrator import END, Interrupted, Orchestrator, State, receive, watch
 from .pool import Clocked, EnginePool, Free, Worker
-from .trainer import model_config
+from .trainer import build_model, model_config
 from .verdict import course_of, verdict
 from .wire import Server, Stop
 from .workers import device_of, prepare
@@ -422,7 +422,7 @@ async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder wi
     check_pretrained(folder)
     s, env, tokenizer, model, tasks, *_ = make_ready(s, hides=[str(folder)])
     limit = longest(s, model.max_position_embeddings)[0]
-    engine = build_engine(s, load_pretrained(folder).to(prepare(s)))
+    engine = build_engine(s, build_model(s, tokenizer.vocab_size).to(prepare(s)))
     guard, done = guard_of(s, env, 'score'), itertools.count(1)
     async def answer(i, j, task):
         async def generate(ids, turn): return [part async for part in engine.generate([request(s, tokenizer, ids, EVAL, i, j, turn)])][0]
