@@ -355,6 +355,20 @@ def test_a_crash_before_the_settings_were_written_has_a_way_on(tmp_path):
 
 # ---- frozen ourselves
 
+def test_the_call_that_holds_the_loop_is_named(tmp_path, monkeypatch, capfd):
+    "By a watchdog that needs no interpreter lock."
+    monkeypatch.setattr(orchestrator, 'FROZEN', .3)
+    async def a_function_of_a_user(): time.sleep(.8)
+    async def go():
+        loop = make_loop(tmp_path)
+        watching = loop.spawn(watch(loop, None))
+        await asyncio.sleep(.05)
+        await a_function_of_a_user()
+        await asyncio.sleep(.3)
+        watching.cancel()
+    asyncio.run(go())
+    assert 'a_function_of_a_user' in capfd.readouterr().err
+
 def test_a_freeze_of_this_process_is_not_blamed_on_others(tmp_path, monkeypatch):
     "The orchestrator was stopped for a while, a laptop closed say: nobody has been silent."
     async def go():

@@ -79,12 +79,12 @@ def no_leftovers():
 class Command:
     "`moe-rl run` in processes of its own, watched from outside."
     started = []
-    def __init__(self, home, *args, **settings):
+    def __init__(self, home, *args, before=None, **settings):
         if settings: args = (*args, *(part for k, v in (TINY | {k.replace('__', '.'): v for k, v in settings.items()}).items() for part in (f'--{k}', str(v))))
         self.folder = home / (settings['dir'] if settings else args[-1])
         self.out = home / f'{self.folder.name}-{time.monotonic_ns()}.txt'
         with self.out.open('wb') as out:
-            self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.cli', 'run', *map(str, args)], cwd=home, stdout=out, stderr=out, env=os.environ | dict(OMP_NUM_THREADS='1'), start_new_session=True)
+            self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.cli', 'run', *map(str, args)], cwd=home, stdout=out, stderr=out, env=os.environ | dict(OMP_NUM_THREADS='1'), start_new_session=True, preexec_fn=before)
         self.started.append(self.process)
 
     def workers(self, role=''):
@@ -327,7 +327,8 @@ def test_known_failure_29_signals_leave_nothing_behind(home):
     "SIGTERM, SIGINT and SIGKILL to the orchestrator, one life after the other: each ends soon, leaves no process, and can be resumed."
     args = None
     for how, code in ((signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        run = Command(home, *args) if args else Command(home, dir='signals', rl__steps=100000, checkpoint__keep=2)
+        def script(): signal.signal(signal.SIGINT, signal.SIG_IGN)     # what a shell leaves to a command with `&` in a script
+        run = Command(home, *args) if args else Command(home, before=script, dir='signals', rl__steps=100000, checkpoint__keep=2)
         before = run.steps()
         run.until(lambda: run.steps() >= before + 2 and (latest(run.folder) or Path('step_0')).name != 'step_0')
         workers = run.workers()
@@ -335,7 +336,7 @@ def test_known_failure_29_signals_leave_nothing_behind(home):
         if how == signal.SIGINT: os.killpg(run.process.pid, how)       # a terminal's Ctrl-C reaches every process
         else: run.process.send_signal(how)
         assert run.wait(30) == code and gone(workers)
-        if code > 0: assert 'goes on from the last checkpoint' in run.said() and 'Traceback' not in run.said(), run.said()
+        if code > 0: assert 'committed; `moe-rl run --resume' in run.said() and 'goes on from the last checkpoint' in run.said() and 'Traceback' not in run.said(), run.said()
         args = '--resume', run.folder
     assert books(run.folder) == SOUND
 
