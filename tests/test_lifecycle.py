@@ -257,6 +257,75 @@ def test_one_problem_that_cannot_be_drawn_is_one_failure(tmp_path):
     assert asyncio.run(asyncio.wait_for(go(), 60)) == 1
 
 
+# ---- those who come and go
+
+@pytest.mark.parametrize('bug', [False, True])
+def test_an_engine_that_dies_while_it_is_told_ends_nothing(tmp_path, monkeypatch, bug):
+    "Its socket is gone, its process not yet reaped. Bug: the error of the wire ends the run."
+    if bug:
+        async def tell(self, engine): await self.server.send(engine, Update(*self.latest))
+        monkeypatch.setattr(EnginePool, 'tell', tell)
+    class Gone(Puppet):
+        async def send(self, name, message): raise ConnectionError(f'{name} is not connected')
+    async def go():
+        loop = make_loop(tmp_path)
+        loop.pool.server = Gone()
+        update = loop.spawn(loop.pool.update(1, 'weights'))
+        await asyncio.sleep(.05)
+        ended = isinstance(loop.error, ConnectionError)
+        update.cancel()
+        return ended
+    assert asyncio.run(go()) == bug
+
+
+def test_a_worker_that_comes_up_during_the_end_is_told():
+    "Bug: only those who are up when the end begins are told, and the others are waited for in vain."
+    class Late:
+        code = None
+        def poll(self): return self.code
+        def kill(self): raise AssertionError('was not told')
+        def wait(self): return self.code
+    process = Late()
+    worker = Worker('engine-0.1', process)
+    class Post:
+        async def send(self, name, message): process.code = 0
+    async def go():
+        ending = asyncio.ensure_future(run.stop(Post(), [worker], patience=5))
+        await asyncio.sleep(.2)
+        worker.ready.set()
+        await asyncio.wait_for(ending, 2)
+    asyncio.run(go())
+
+
+def test_an_end_without_a_model_is_no_end(tmp_path):
+    "Code of a user ends the trainer with exit code 0. Bug: the code alone is looked at."
+    s = load_settings(overrides=TINY)
+    class Left(Alive):
+        returncode = 0
+        def poll(self): return 0
+        def wait(self): return 0
+    async def go():
+        loop = make_loop(tmp_path)
+        async def said(): return dict(exact=1.)
+        loop.run = said
+        async def nothing(loop_, state): return {}
+        crew = SimpleNamespace(pool=loop.pool, trainer=Worker('trainer', Left()), all=[], engine=None)
+        real, run.first_version = run.first_version, nothing
+        async def silent(*a): await asyncio.sleep(60)
+        loop.server.listen, loop.server.receive = silent, silent
+        try: await run.drive(loop, crew, None)
+        finally: run.first_version = real
+    with pytest.raises(UserError, match='the model was not saved: the trainer ended with code 0; --resume tries again'): asyncio.run(go())
+    assert not (tmp_path/run.DONE).exists()
+
+
+def test_large_answers_travel_in_parts():
+    "The wire refuses a message beyond its size; an engine divides what it has finished, and every part holds something."
+    done = [Finished(id=str(i), token_ids=[1]*10, logprobs=np.zeros(10, np.float32), versions=np.zeros(10, np.int32), routes=np.zeros((10, 4, 25), np.uint8), stop_reason='stop') for i in range(7)]
+    parts = workers.letters(done, most=2500)
+    assert [len(p) for p in parts] == [2, 2, 2, 1] and [f.id for p in parts for f in p] == list('0123456') and workers.letters([]) == [[]] and len(workers.letters(done, most=1)) == 7
+
+
 # ---- one distribution for all who ask
 
 @pytest.mark.parametrize('seed', range(20))

@@ -574,8 +574,8 @@ async def watch(loop:Orchestrator, start_engine): # start_engine(generation) -> 
     restarts, looked = 0, time.monotonic()
     while True:
         faulthandler.dump_traceback_later(FROZEN, file=sys.__stderr__)
-        await asyncio.sleep(0.25)
-        faulthandler.cancel_dump_traceback_later()
+        try: await asyncio.sleep(0.25)
+        finally: faulthandler.cancel_dump_traceback_later()
         slept, looked = time.monotonic() - looked, time.monotonic()
         if looked - loop.show.last > QUIET: loop.show(dict(note=goes_on(loop)))
         for worker in [loop.trainer, *loop.pool.engines.values()]:
