@@ -248,7 +248,7 @@ def sources(here:Path) -> tuple[list[Path], Path]: # model folders, a run that c
     settings = here/'start.toml'
     settings.write_text(TINY)
     run = here/'run'
-    done = subprocess.run([sys.executable, '-m', 'moe_rl.cli', 'run', '--config', str(settings), '--dir', str(run)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'moe_rl.cli', 'run', '--config', str(settings), '--dir', str(run), '--schedule.silence_seconds', '600'], capture_output=True, text=True)
     if done.returncode: raise SystemExit(f'bench mutants: the run to be damaged failed: {done.stderr[-2000:]}')
     (run/'finished.json').unlink()
     torch.manual_seed(0)

@@ -148,7 +148,7 @@ def test_fused_kernels_are_their_parts():
     dgu_, dw_ = weighted_swiglu_backward(gu, dh, w, lay)
     to = compact.rows.flatten()[lay.pairs[live].long()].long()
     same(h[to], weighted_swiglu(gu, w, lay)[live]); same(dgu[to], dgu_[live]); same_cast(part(q), part(K.cast_rows(dgu_)))
-    assert (dw-dw_).abs().max() < 1e-3
+    assert (dw-dw_).abs().max() <= 1e-5*dw_.abs().max()
 
 
 # ---- products
@@ -163,7 +163,9 @@ def test_products_by_group():
     n = torch.tensor([3, 0, 130], dtype=torch.int32)
     p, q = quantise(r(8, 150)), quantise(r(9, 150))
     z, P, Q = gemm(p, q, "k_grouped", n), dequantise(p), dequantise(q)
-    for e, (i, j) in enumerate(((0, 3), (3, 3), (3, 133))): assert (z[e]-P[:,i:j]@Q[:,i:j].T).abs().max() < 1e-4
+    for e, (i, j) in enumerate(((0, 3), (3, 3), (3, 133))):
+        want = P[:,i:j]@Q[:,i:j].T
+        assert (z[e]-want).abs().max() <= 1e-6*want.abs().max()
 
 
 @quick
