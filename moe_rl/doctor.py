@@ -7,7 +7,7 @@ __all__ = ['GIB', 'PROBE', 'CUDA_MODULES', 'COLORS', 'Check', 'judge', 'python_c
            'package_check', 'package_checks', 'extra_check', 'constraints_check', 'start_probe', 'torch_check',
            'list_gpus', 'runs_on', 'gpu_checks', 'cuda_check', 'cgroup', 'cores_check', 'memory_check',
            'compiler_check', 'place_of', 'folder_checks', 'speed_check', 'lock_check', 'clock_check', 'port_check',
-           'shm_check', 'files_check', 'safely', 'examine', 'show']
+           'shm_check', 'files_check', 'isolation_check', 'safely', 'examine', 'show']
 
 # %% ../nbs/06_app/01_doctor.ipynb #73f97321
 import fcntl, json, os, platform, resource, shutil, socket, subprocess, sys, tempfile, time
@@ -232,6 +232,14 @@ def files_check() -> Check:
     return judge('file limits', f'{files} open files' + (f', {size/GIB:.2f} GiB a file' if short else ''), stop='ulimit -f unlimited: checkpoints would be cut off' if short else '',
                  warn='ulimit -n 4096' if files < 512 else '')
 
+# %% ../nbs/06_app/01_doctor.ipynb #6f0d0002
+def isolation_check() -> Check:
+    "Whether the processes of environments can be isolated."
+    from moe_rl.rollout.sandbox import isolation
+    why = isolation()
+    return judge('isolation', 'processes of environments have no network and a read-only view' if not why else f'refused: {why}',
+                 warn='allow user namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone): tasks that execute answers are refused until then' if why else '')
+
 # %% ../nbs/06_app/01_doctor.ipynb #c3476e4b
 def safely(what:str, check:Callable) -> list[Check]:
     "The checks that `check()` gives, or a line that says why it could not be made."
@@ -251,7 +259,7 @@ def examine(folder:Path=Path('.'), # where a run would write
     out += safely('CPU cores', lambda: cores_check(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(), cgroup('cpu.max')))
     out += safely('memory', lambda: memory_check(Path('/proc/meminfo').read_text(), cgroup('memory.max'), cgroup('memory.current')))
     out += safely('C compiler', compiler_check) + safely('run folder', lambda: folder_checks(Path(folder)))
-    out += safely('loopback port', port_check) + safely('shared memory', shm_check) + safely('file limits', files_check)
+    out += safely('loopback port', port_check) + safely('shared memory', shm_check) + safely('file limits', files_check) + safely('isolation', isolation_check)
     said = {}
     def torch():
         nonlocal said
