@@ -74,6 +74,7 @@ class Remote:
         self.reader, self.writer = await asyncio.open_connection(sock=self.sock, limit=1<<20)
         self.ready = asyncio.get_running_loop().create_future()
         self.listening = asyncio.create_task(self._listen())
+        self.listening._log_destroy_pending = False     # it may outlive its loop, and nobody waits for it
     async def ask(self, op:str, label:str, args:tuple, limit:float, shares:tuple=())->tuple: # kind, value
         "Send a call and await its end."
         number, future = next(self.numbers), asyncio.get_running_loop().create_future()
@@ -106,7 +107,6 @@ class Remote:
         try:
             for future, _ in [*self.calls.values(), (self.ready, 0)]:
                 if future and not future.done(): future.set_result((kind, why))
-            self.listening._log_destroy_pending = False     # where its loop has ended, nobody will see it end
             self.listening.cancel()
             self.writer.close()
         except RuntimeError: self.sock.close()
@@ -285,7 +285,9 @@ class Crew(Staff):
         return 'env_error', value
 
     def _watch(self):
-        if self.watching is None or self.watching.done(): self.watching = asyncio.create_task(self._look())
+        if self.watching is None or self.watching.done():
+            self.watching = asyncio.create_task(self._look())
+            self.watching._log_destroy_pending = False
     async def _look(self):
         "Find frozen and tired workers, as long as calls are open."
         while any(r.calls for r in [*self.remotes, *self.alone]):
@@ -361,9 +363,6 @@ class Doors(Apart):
         "End all processes."
         async def end():
             for crew in self.crews.values(): crew.close()
-            left = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in left: task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)     # a task that is left behind complains when Python ends
         if self.loop.is_running(): self.send(end()).result()
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000020
@@ -420,13 +419,12 @@ class Guard:
     """The calls of environments: of `Apart`, or of an object. One that was made by name goes to processes of its own, any other is called in this one. What else `Apart` takes (`hides`, `workers`, `memory`, `log`) is passed on.
 
     `reward='exact'` scores every task by `exact_match` instead of the environment's own score, `'module:attribute'` by a
-    function `(task, turns) -> float`, `async def` or `def`. `reward='auto'` is the mean of score and exact match, or the exact match alone for the environments in `sharp`;
-    without a reference answer it is the score. `width` calls are open at a time; the clock of a call starts when it does."""
+    function `(task, turns) -> float`, `async def` or `def`. `width` calls are open at a time; the clock of a call starts when it does."""
     def __init__(self, env:Environment|Apart, timeout:float=10., reward:str='score', width:int=64, patience:float=300., say:Callable[[str], None]=lambda line: None, **apart):
-        if reward not in ('auto', 'score', 'exact') and ':' not in reward: raise UserError(f"rl.reward: {reward!r}, expected 'auto', 'score', 'exact' or \"module:attribute\"")
+        if reward not in ('score', 'exact') and ':' not in reward: raise UserError(f"rl.reward: {reward!r}, expected 'score', 'exact' or \"module:attribute\"")
         own = reward if ':' in reward else ''
         if own: load_attribute(own)        # a wrong name is said now
-        self.env, self.timeout, self.reward, self.sharp = env, timeout, reward, set()
+        self.env, self.timeout, self.reward = env, timeout, reward
         self.host = env if isinstance(env, Apart) else getattr(env, 'host', None) or (Doors(recipe_of(env), env.seed, own, say=say, **apart) if env.recipe else Local(env, own))
         self.width, self.patience, self.say, self.failures, self.outages, self.seats = width, patience, say, Counter(), {}, {}
     def beside(self, reward:str|None=None)->'Guard':
@@ -465,12 +463,11 @@ class Guard:
         return usable_text(await self._call('reply', task.env, (self._sent(task), turns)))
     async def score(self, task:Task, turns:list[str])->float:
         "The reward, a finite float."
-        if self.reward == 'exact' or self.reward == 'auto' and task.env in self.sharp:
+        if self.reward == 'exact':
             if task.answer is None: raise UserError(f"{task.env}: its tasks have no reference answer, so rl.reward = 'exact' is impossible: use 'score'")
             return exact_match(task, turns)      # our own and quick: no process
         await self.host.facts()
-        value = usable_reward(await self._call('reward' if ':' in self.reward else 'score', task.env, (self._sent(task), turns)))
-        return value if self.reward != 'auto' or task.answer is None else (value + exact_match(task, turns))/2
+        return usable_reward(await self._call('reward' if ':' in self.reward else 'score', task.env, (self._sent(task), turns)))
     def _task(self, value, label:str)->Task:
         if isinstance(value, Task): return value
         p = msgspec.convert(value, Parcel)
