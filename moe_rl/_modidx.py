@@ -1401,6 +1401,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'moe_rl.rl.orchestrator.neediest': ( '05_rl/orchestrator.html#neediest',
                                                                              'moe_rl/rl/orchestrator.py'),
                                         'moe_rl.rl.orchestrator.receive': ('05_rl/orchestrator.html#receive', 'moe_rl/rl/orchestrator.py'),
+                                        'moe_rl.rl.orchestrator.standing': ( '05_rl/orchestrator.html#standing',
+                                                                             'moe_rl/rl/orchestrator.py'),
                                         'moe_rl.rl.orchestrator.summary': ('05_rl/orchestrator.html#summary', 'moe_rl/rl/orchestrator.py'),
                                         'moe_rl.rl.orchestrator.watch': ('05_rl/orchestrator.html#watch', 'moe_rl/rl/orchestrator.py'),
                                         'moe_rl.rl.orchestrator.who_waits': ( '05_rl/orchestrator.html#who_waits',

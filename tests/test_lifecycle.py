@@ -167,8 +167,8 @@ def test_scores_without_reference_answers(tmp_path):
     assert last['exact'] is None and last['interval'] is None and last['pass_at_k'] == {} and 0 <= last['score'] <= 10
     assert last['score_interval'][0] < last['score'] < last['score_interval'][1]
     assert all(r['exact'] is None for r in read_lines(tmp_path/'metrics.jsonl'))
-    [line] = run.idle_goals(load_settings(overrides={'rl.stop_at': .5}), [Task(env='a', prompt='b')])
-    assert line.startswith('rl.stop_at is a share of exact answers')
+    assert run.idle_goals(load_settings(overrides={'rl.stop_at': .5}), [Task(env='a', prompt='b')])[0].startswith('rl.stop_at is a share of exact answers')
+    assert run.idle_goals(load_settings(overrides={'rl.stop_at': .5}), [Task(env='a', prompt='b', answer='c')]) == []
 
 
 def test_exact_is_of_all_that_was_played(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['END', 'FROZEN', 'QUIET', 'Played', 'State', 'Interrupted', 'summary', 'Screen', 'Shared', 'neediest', 'in_shares',
-           'Issuing', 'Playing', 'Records', 'Books', 'Evaluating', 'GoOn', 'InTurn', 'Limited', 'Leaving',
+           'standing', 'Issuing', 'Playing', 'Records', 'Books', 'Evaluating', 'GoOn', 'InTurn', 'Limited', 'Leaving',
            'Orchestrator', 'receive', 'answer', 'who_waits', 'ailing', 'goes_on', 'watch']
 
 # %% ../../nbs/05_rl/08_orchestrator.ipynb #535ac37c
@@ -58,6 +58,7 @@ class State(msgspec.Struct):
     sharp: list[str] = []               # environments whose reward is the exact match, with rl.reward = auto
     cursors: dict[str, int] = {}        # of a mixture: environment -> the first of its groups that was never issued
     trained: dict[str, float] = {}      # of a mixture: environment -> groups trained, older ones counted less
+    asked: dict[str, int] = {}          # of a mixture: environment -> groups issued for the next step
     survival: dict[str, tuple[float, float]] = {} # environment -> groups ended, and those that came to the buffer; older ones counted less
 
 class Interrupted(Exception):
@@ -145,6 +146,12 @@ def in_shares(groups:dict[int, Group], weights:dict[str, float], trained:dict[st
         out[g.id], have[env] = g, have.get(env, 0) + 1
     return out
 
+def standing(g:dict) -> str:
+    "A grade in words."
+    show = lambda key, name: f'{key} {g[key]:.3f}' + (f' (95 %: {g[name][0]:.3f} to {g[name][1]:.3f})' if g.get(name) else '')
+    return ', '.join(show(*pair) for pair in (('exact', 'interval'), ('score', 'score_interval')) if g.get(pair[0]) is not None) + f' of {g["prompts"]} held-out problems'
+
+
 # %% ../../nbs/05_rl/08_orchestrator.ipynb #0ac10004
 class Issuing(Shared):
     "Groups, from the gate to their end."
@@ -160,10 +167,12 @@ class Issuing(Shared):
             self.issue(self.next(), list(range(self.s.rl.group_size)))
 
     def next(self) -> int:
-        "The number of the next group: in turn, or in a mixture that of the environment which has the least under way for its weight."
+        "The number of the next group: in turn, or in a mixture that of the environment which has the least for its weight, but for one that was asked for eight times its share of this step."
         st, weights = self.state, self.mixture()
         if len(weights) == 1: st.next_group += 1; return st.next_group - 1
-        env = neediest(weights, self.under_way())
+        most = {e: math.ceil(8*w/sum(weights.values())*self.s.rl.groups_per_step) for e, w in weights.items()}
+        env = neediest({e: w for e, w in weights.items() if st.asked.get(e, 0) < most[e]} or weights, self.under_way())
+        st.asked[env] = st.asked.get(env, 0) + 1
         n = next(i for i in itertools.count(st.cursors.get(env, 0)) if self.guard.pick(i) == env)
         st.cursors[env], st.next_group = n + 1, max(st.next_group, n + 1)
         return n
@@ -172,12 +181,12 @@ class Issuing(Shared):
         return dict(zip(self.guard.host.labels, self.guard.host.weights))
 
     def under_way(self) -> dict[str, float]:
-        "Groups of each environment that will come to the trainer: complete ones, and of those being played as many as seem to survive, at least a quarter."
+        "Groups of each environment that came to the trainer of late or will: complete ones, and of those being played as many as seem to survive, at least a quarter."
         st, ready = self.state, [g.rollouts[0].env for g in self.buffer.complete.values()]
         live, out = [self.guard.pick(g) for g in st.live], {}
         for env in self.mixture():
             ended, kept = st.survival.get(env, (0, 0))
-            out[env] = ready.count(env) + live.count(env)*max(1/4, (kept + 1)/(ended + 1))
+            out[env] = st.trained.get(env, 0) + ready.count(env) + live.count(env)*max(1/4, (kept + 1)/(ended + 1))
         return out
 
     def issue(self, group:int, indices:list[int]):
@@ -375,6 +384,7 @@ class Evaluating(Books):
         self.state.last = dict(step=low, newest=high) | grade(got, k) | (dict(envs=envs) if len(envs) > 1 else {}) | dict(eval_seconds=time.monotonic() - started, seconds=self.seconds())
         self.log.eval(self.state.last)
         self.show(self.state.last)
+        for e, g in envs.items() if len(envs) > 1 else (): self.say(f'{e}: {standing(g)}')
         return self.state.last
 
     async def answer(self, name:int, i:int, j:int, task, seen:list[int]) -> tuple[float|None, float]: # exact, score
@@ -508,6 +518,7 @@ class Orchestrator(Leaving):
         self.buffer.complete = self.policy.sort(self.buffer.complete)
         if len(weights := self.mixture()) > 1: self.buffer.complete = in_shares(self.buffer.complete, weights, self.state.trained)
         groups = self.buffer.take(B, step)
+        self.state.asked = {}
         for env in weights: self.state.trained[env] = .9*self.state.trained.get(env, 0) + sum(g.rollouts[0].env == env for g in groups)
         return groups
 
