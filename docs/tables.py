@@ -62,7 +62,7 @@ HEADLINES = [
     ('packing', 'ms_512', 'ms to pack 512 lengths'),
     ('determinism', 'equal', 'two deterministic runs agree bit for bit'),
     ('determinism', 'resumed_equal', 'so does a run that was killed and resumed, again and again'),
-    ('chaos', 'kills', 'SIGKILLs at random moments, each run resumed'),
+    ('chaos', 'kills', 'SIGKILL, SIGTERM and SIGSTOP in every phase, each run resumed to its end'),
     ('chaos', 'lost', 'rollouts that vanished there without a counted reason'),
     ('placement', 'balance_weighted_64', 'mean over max load of 64 GPUs, 320 replicas of 256 experts'),
     ('placement', 'nodes_weighted_64', 'nodes that a token visits there'),
