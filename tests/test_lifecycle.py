@@ -9,7 +9,8 @@ from moe_rl.config import load_settings
 from moe_rl.data.tokens import byte_tokenizer
 from moe_rl.errors import StorageError, UserError
 from moe_rl.rl import orchestrator, run, workers
-from moe_rl.rl.ask import EVAL, PROBE, TRAIN, build_engine, grade, probe, request
+from moe_rl.rl.ask import EVAL, PROBE, TRAIN, build_engine, probe, request
+from moe_rl.rollout.grading import grade
 from moe_rl.rl.log import RunLog, read_lines
 from moe_rl.rl.orchestrator import END, Interrupted, Orchestrator, Playing, Shared, State, answer, ailing, watch
 from moe_rl.rl.pool import EnginePool, Worker

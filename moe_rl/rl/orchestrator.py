@@ -17,13 +17,14 @@ from ..errors import UserError, replace_file
 from ..data.batch import micro_batches
 from ..records import Rollout, encode
 from .advantage import resolve
-from .ask import EVAL, TRAIN, check_prompt, grade, longest, request
+from .ask import EVAL, TRAIN, check_prompt, longest, request
 from .buffer import Buffer, Group
 from .gate import room
 from .pool import EnginePool, Worker
 from .wire import Beat, Failure, Generated, Missing, Save, Saved, Server, Train, Trained, Updated
 from ..rollout.environments import Task
 from ..rollout.episode import play
+from ..rollout.grading import grade
 from ..rollout.guard import Guard, RolloutLost
 from ..train.checkpoint import commit, keep_last, latest, save_state, stage, step_path
 

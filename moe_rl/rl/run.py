@@ -23,7 +23,7 @@ from ..data.tokens import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from ..moe.checkpoint import check_pretrained, check_vocabulary
 from ..moe.spec import ModelSpec
 from . import advantage, loss
-from .ask import EVAL, build_engine, check_prompt, grade, longest, request
+from .ask import EVAL, build_engine, check_prompt, longest, request
 from .log import RunLog, claim, read_lines, require_whole
 from .orchestrator import END, Interrupted, Orchestrator, State, receive, watch
 from .pool import Clocked, EnginePool, Free, Worker
@@ -33,7 +33,9 @@ from .wire import Server, Stop
 from .workers import device_of, prepare
 from ..rollout.environments import Mixture, Task
 from ..rollout.episode import play
+from ..rollout.grading import grade
 from ..rollout.guard import Guard, RolloutLost, open_envs
+from ..rollout.watchdog import Watchdog
 from ..rollout.profile import Lengths, Profile, draw_profile, facts, fit, profile_tokenizer, recall, task_lines, warnings
 from ..train.checkpoint import CheckpointError, committed_steps, load_state, step_path, verify
 DONE = 'finished.json' # written last: the model is there
@@ -364,7 +366,7 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None, step:i
     ready = get_ready(s, resume, show)
     s, tokenizer = ready.settings, ready.tokenizer
     guard = guard_of(s, ready.env, s.rl.reward)
-    server, crew = Server(port=s.schedule.port), None
+    server, crew, dog = Server(port=s.schedule.port), None, None
     try: lock = claim(folder, s, resume)
     except UserError: server.close(); raise
     log = RunLog(folder)
@@ -381,11 +383,13 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None, step:i
         show(dict(phase='resuming' if checkpoint else 'warm start'))
         crew = Crew(s, folder, server, checkpoint)
         loop = Orchestrator(s, guard, tokenizer, server, crew.pool, crew.trainer, log, folder, show, ready.model.max_position_embeddings, ready.held_out)
+        dog = Watchdog(folder/'logs'/'frozen.log')
+        loop.spawn(dog.beat())
         if control: control(loop)
         return await drive(loop, crew, state) | dict(total_seconds=time.monotonic() - began)
     finally:
         if crew: end(crew.all)
-        for part in (guard, server, log, lock): part.close()
+        for part in (*([dog] if dog else []), guard, server, log, lock): part.close()
 
 # %% ../../nbs/05_rl/09_run.ipynb #0f0a0008
 @contextmanager
