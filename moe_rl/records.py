@@ -23,9 +23,12 @@ def exact_array(
     dtype,     # wanted dtype
     ndim:int=1 # wanted number of dimensions
 )->np.ndarray: # C-contiguous array of `dtype`
-    "`value` as `dtype`; integers and booleans must keep their values, floats may round. Raises `ValueError` naming the field."
+    """`value` as `dtype`; integers and booleans must keep their values, floats may round.
+
+    Raises `ValueError` naming the field."""
     old, dtype = np.asarray(value), np.dtype(dtype)
-    if old.dtype.kind not in 'biuf': raise ValueError(f'{name}: {old.dtype} array, expected numbers convertible to {dtype}')
+    if old.dtype.kind not in 'biuf':
+        raise ValueError(f'{name}: {old.dtype} array, expected numbers convertible to {dtype}')
     if old.ndim != ndim: raise ValueError(f'{name}: shape {old.shape}, expected {ndim} dimension(s)')
     if old.dtype == dtype: return np.ascontiguousarray(old)
     with np.errstate(invalid='ignore', over='ignore'): new = old.astype(dtype)
@@ -39,7 +42,9 @@ def _same(a, b)->bool:
 
 class Record(msgspec.Struct, kw_only=True, frozen=True, eq=False):
     "A frozen struct; two are equal when all fields are, arrays by dtype, shape and contents."
-    def __eq__(self, other): return type(self) is type(other) and all(_same(getattr(self, f), getattr(other, f)) for f in self.__struct_fields__)
+    def __eq__(self, other):
+        if type(self) is not type(other): return False
+        return all(_same(getattr(self, f), getattr(other, f)) for f in self.__struct_fields__)
 
 # %% ../nbs/02_data/00_records.ipynb #9917856f
 class Sampling(msgspec.Struct, kw_only=True, frozen=True):
@@ -55,7 +60,9 @@ def sampling_of(
     return msgspec.convert(section, Sampling, from_attributes=True)
 
 class Request(Sampling, kw_only=True, frozen=True):
-    "What to sample. The tokens depend on the prompt, the weights, the settings here and `seed`, and on no other request."
+    """What to sample.
+
+    The tokens depend on the prompt, the weights, the settings here and `seed`, and on no other request."""
     id:str                       # any, but no two at the same time
     prompt:list[int]             # token ids, at least one
     max_tokens:int               # tokens to sample at most, at least one
@@ -84,23 +91,29 @@ def _check_rollout(r)->None:
     for name in ('loss_mask', 'logprobs', 'versions'):
         if len(getattr(r, name)) != T: raise ValueError(f'{name}: {len(getattr(r, name))} entries for {T} tokens')
     if r.token_ids.min() < 0: raise ValueError(f'token_ids: negative id {r.token_ids.min()}')
-    if r.versions.min() < -1: raise ValueError(f'versions: {r.versions.min()}, expected -1 (not sampled) or a policy version')
-    if (r.loss_mask & (r.versions < 0)).any(): raise ValueError('loss_mask: covers a token that was not sampled (version -1)')
+    if r.versions.min() < -1:
+        raise ValueError(f'versions: {r.versions.min()}, expected -1 (not sampled) or a policy version')
+    if (r.loss_mask & (r.versions < 0)).any():
+        raise ValueError('loss_mask: covers a token that was not sampled (version -1)')
     if r.versions[0] >= 0: raise ValueError('versions: the first token cannot be sampled, nothing precedes it')
-    if not np.isfinite(r.logprobs).all() or r.logprobs.max() > LOGPROB_SLACK: raise ValueError('logprobs: must be finite and at most 0')
+    if not np.isfinite(r.logprobs).all() or r.logprobs.max() > LOGPROB_SLACK:
+        raise ValueError('logprobs: must be finite and at most 0')
     if r.logprobs[r.versions < 0].any(): raise ValueError('logprobs: must be 0 where no token was sampled')
 
 # %% ../nbs/02_data/00_records.ipynb #2cce6654
 def _check_routes(r)->None:
     "Raise `ValueError` if `r.routes` is not an unsigned `[T-1,L,k]` array of distinct experts."
-    if r.routes.dtype not in (np.uint8, np.uint16): raise ValueError(f'routes: {r.routes.dtype}, expected uint8 or uint16 (use `narrow_routes`)')
+    if r.routes.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f'routes: {r.routes.dtype}, expected uint8 or uint16 (use `narrow_routes`)')
     if r.routes.ndim != 3 or len(r.routes) != len(r.token_ids)-1:
-        raise ValueError(f'routes: shape {r.routes.shape}, expected [{len(r.token_ids)-1},L,k] (the last token is never routed)')
+        raise ValueError(f'routes: shape {r.routes.shape}, expected [{len(r.token_ids)-1},L,k] (the last token is '
+                         'never routed)')
     if repeats_expert(r.routes): raise ValueError('routes: a token names an expert twice in one layer')
 
 def _check_scalars(r)->None:
     "Raise `ValueError` if a scalar field of `Rollout` `r` is out of range."
-    if r.reward is not None and not math.isfinite(r.reward): raise ValueError(f'reward: {r.reward}, expected a finite number or None (unscored)')
+    if r.reward is not None and not math.isfinite(r.reward):
+        raise ValueError(f'reward: {r.reward}, expected a finite number or None (unscored)')
     if r.group < 0 or r.index < 0: raise ValueError(f'group, index: {r.group}, {r.index}, expected numbers from 0')
     if r.turns < 1: raise ValueError(f'turns: {r.turns}, expected at least 1')
     if not r.stop_reason: raise ValueError("stop_reason: empty, expected 'stop', 'length' or another reason")
@@ -109,7 +122,8 @@ def _check_scalars(r)->None:
 class Rollout(Record, kw_only=True, frozen=True, eq=False):
     """One finished trajectory of `T` tokens, validated on construction and on decoding.
 
-    Arrays may be given as lists; `ValueError` names the field that is wrong. `routes[t]` are the experts that processed `token_ids[t]` as an
+    Arrays may be given as lists; `ValueError` names the field that is wrong. `routes[t]` are the experts that
+    processed `token_ids[t]` as an
     input, so there are `T-1` rows and the last token has none. `versions` is -1 on prompt and tool tokens."""
     token_ids:np.ndarray            # [T] int32
     loss_mask:np.ndarray            # [T] bool, sampled tokens that are trained
@@ -125,7 +139,8 @@ class Rollout(Record, kw_only=True, frozen=True, eq=False):
     metrics:dict[str,float]={}      # anything worth plotting
 
     def __post_init__(self):
-        for name, dtype in (('token_ids', np.int32), ('loss_mask', bool), ('logprobs', np.float32), ('versions', np.int32)):
+        dtypes = dict(token_ids=np.int32, loss_mask=bool, logprobs=np.float32, versions=np.int32)
+        for name, dtype in dtypes.items():
             force_setattr(self, name, exact_array(name, getattr(self, name), dtype))
         _check_rollout(self)
         _check_scalars(self)
@@ -134,7 +149,9 @@ class Rollout(Record, kw_only=True, frozen=True, eq=False):
     @property
     def id(self)->str: return f'{self.group}-{self.index}'
     def __len__(self): return len(self.token_ids)
-    def __repr__(self): return f'Rollout({self.id}: {len(self)} tokens, {self.sampled} sampled, reward {self.reward}, {self.stop_reason})'
+    def __repr__(self):
+        sizes = f'{len(self)} tokens, {self.sampled} sampled'
+        return f'Rollout({self.id}: {sizes}, reward {self.reward}, {self.stop_reason})'
     @property
     def sampled(self)->int: return int((self.versions >= 0).sum())
 
@@ -142,7 +159,9 @@ class Rollout(Record, kw_only=True, frozen=True, eq=False):
 def min_version(
     rollout:Rollout
 )->int: # lowest policy version among the sampled tokens
-    "The oldest policy that sampled a token of `rollout`; staleness at step `n` is `n - 1 - min_version(rollout)`. `ValueError` if nothing was sampled."
+    """The oldest policy that sampled a token of `rollout`; staleness at step `n` is `n - 1 - min_version(rollout)`.
+
+    `ValueError` if nothing was sampled."""
     versions = rollout.versions[rollout.versions >= 0]
     if not versions.size: raise ValueError(f'rollout {rollout.id}: no sampled token, so it has no policy version')
     return int(versions.min())
@@ -155,7 +174,8 @@ class Example(Record, kw_only=True, frozen=True, eq=False):
     id:str='example'
 
     def __post_init__(self):
-        for name, dtype in (('token_ids', np.int32), ('loss_mask', bool)): force_setattr(self, name, exact_array(name, getattr(self, name), dtype))
+        for name, dtype in (('token_ids', np.int32), ('loss_mask', bool)):
+            force_setattr(self, name, exact_array(name, getattr(self, name), dtype))
         T = len(self.token_ids)
         if T < 2: raise ValueError(f'token_ids: {T} token(s), expected at least 2 (one input, one target)')
         if len(self.loss_mask) != T: raise ValueError(f'loss_mask: {len(self.loss_mask)} entries for {T} tokens')
@@ -167,7 +187,8 @@ class Example(Record, kw_only=True, frozen=True, eq=False):
 
 # %% ../nbs/02_data/00_records.ipynb #c234d9da
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
-    "What one optimizer step holds, all micro-batches of all ranks together: every mean is a sum divided by one of these."
+    """What one optimizer step holds, all micro-batches of all ranks together: every mean is a sum divided by one
+    of these."""
     tokens:int      # real tokens, prompts included
     loss_tokens:int # tokens that are trained
     sequences:int   # sequences with a token that is trained
@@ -185,7 +206,8 @@ def _check_packed(b)->None:
     N, cu = len(b.token_ids), b.cu_seqlens
     for name in b.dtypes.keys()-{'cu_seqlens'}:
         if len(getattr(b, name)) != N: raise ValueError(f'{name}: {len(getattr(b, name))} entries for {N} predictions')
-    if N == 0 or len(cu) < 2 or cu[0] != 0 or cu[-1] != N or (np.diff(cu) <= 0).any(): raise ValueError(f'cu_seqlens: must rise from 0 to {N}')
+    if N == 0 or len(cu) < 2 or cu[0] != 0 or cu[-1] != N or (np.diff(cu) <= 0).any():
+        raise ValueError(f'cu_seqlens: must rise from 0 to {N}')
     if len(b.ids) != len(cu)-1: raise ValueError(f'ids: {len(b.ids)} for {len(cu)-1} sequences')
     counted = np.arange(N) - np.repeat(cu[:-1], np.diff(cu))
     if not np.array_equal(b.positions, counted): raise ValueError('positions: must count from 0 in every sequence')
@@ -201,8 +223,10 @@ def _check_totals(b)->None:
 class Packed(Record, kw_only=True, frozen=True, eq=False):
     """`S` packed sequences of one rank, `N` predictions, validated on construction and on decoding.
 
-    Row `n` asks for `targets[n]` given `token_ids[:n+1]` of its own sequence. `ValueError` names the field that is wrong."""
-    dtypes:ClassVar = dict(token_ids=np.int64, targets=np.int64, positions=np.int64, cu_seqlens=np.int32, loss_mask=bool, token_mask=bool)
+    Row `n` asks for `targets[n]` given `token_ids[:n+1]` of its own sequence. `ValueError` names the field that is
+    wrong."""
+    dtypes:ClassVar = dict(token_ids=np.int64, targets=np.int64, positions=np.int64, cu_seqlens=np.int32,
+                           loss_mask=bool, token_mask=bool)
     token_ids:np.ndarray   # [N] int64, inputs
     targets:np.ndarray     # [N] int64
     positions:np.ndarray   # [N] int64, from 0 in every sequence
@@ -235,14 +259,18 @@ class Packed(Record, kw_only=True, frozen=True, eq=False):
 # %% ../nbs/02_data/00_records.ipynb #4641ef78
 def _check_targets(b)->None:
     "Raise `ValueError` naming the field of `MicroBatch` `b` that breaks a rule of RL."
-    if (b.loss_mask & (b.versions < 0)).any(): raise ValueError('loss_mask: covers a target that was not sampled (version -1)')
-    if not (np.isfinite(b.logprobs).all() and np.isfinite(b.advantages).all()): raise ValueError('logprobs, advantages: must be finite')
+    if (b.loss_mask & (b.versions < 0)).any():
+        raise ValueError('loss_mask: covers a target that was not sampled (version -1)')
+    if not (np.isfinite(b.logprobs).all() and np.isfinite(b.advantages).all()):
+        raise ValueError('logprobs, advantages: must be finite')
     if not 0 <= b.signal < math.inf: raise ValueError(f'signal: {b.signal}, expected the mean size of an advantage')
 
 def _check_batch_routes(b)->None:
     "Raise `ValueError` if `b.routes` has the wrong shape or dtype, routes a filler or leaves a real token unrouted."
-    if b.routes.dtype not in (np.int16, np.int32, np.int64): raise ValueError(f'routes: {b.routes.dtype}, expected a signed integer (-1 marks a filler)')
-    if b.routes.ndim != 3 or len(b.routes) != len(b.token_ids): raise ValueError(f'routes: shape {b.routes.shape}, expected [{len(b.token_ids)},L,k]')
+    if b.routes.dtype not in (np.int16, np.int32, np.int64):
+        raise ValueError(f'routes: {b.routes.dtype}, expected a signed integer (-1 marks a filler)')
+    if b.routes.ndim != 3 or len(b.routes) != len(b.token_ids):
+        raise ValueError(f'routes: shape {b.routes.shape}, expected [{len(b.token_ids)},L,k]')
     if (b.routes[~b.token_mask] != -1).any(): raise ValueError('routes: a filler is routed; its rows must be -1')
     real = b.routes if b.token_mask.all() else b.routes[b.token_mask]
     if (real < 0).any(): raise ValueError('routes: a real token has no route')
@@ -262,7 +290,8 @@ class MicroBatch(Packed, kw_only=True, frozen=True, eq=False):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.signal is None: force_setattr(self, 'signal', signal([self.advantages[self.loss_mask]], self.loss_tokens))
+        own = signal([self.advantages[self.loss_mask]], self.loss_tokens)
+        if self.signal is None: force_setattr(self, 'signal', own)
         _check_targets(self)
         if self.routes is not None: _check_batch_routes(self)
 
@@ -279,7 +308,8 @@ ARRAY_EXT = 1 # MessagePack extension code of a numpy array
 def _to_wire(obj):
     if isinstance(obj, np.generic): return obj.item()
     if isinstance(obj, np.ndarray) and obj.dtype.kind in 'biuf':
-        return msgspec.msgpack.Ext(ARRAY_EXT, msgspec.msgpack.encode((obj.dtype.str, obj.shape, np.ascontiguousarray(obj).data)))
+        array = obj.dtype.str, obj.shape, np.ascontiguousarray(obj).data
+        return msgspec.msgpack.Ext(ARRAY_EXT, msgspec.msgpack.encode(array))
     raise TypeError(f'cannot encode {type(obj).__name__}: only numpy arrays of numbers and booleans travel')
 
 def _from_wire(code, data):
@@ -304,4 +334,5 @@ def decode(
     "Bytes as `type`, all validation repeated. Raises `ValueError` for a truncated, foreign or invalid message."
     if type not in _decoders: _decoders[type] = msgspec.msgpack.Decoder(type, ext_hook=_from_wire)
     try: return _decoders[type].decode(data)
-    except (msgspec.MsgspecError, ValueError, TypeError) as e: raise ValueError(f'not a valid {getattr(type, "__name__", type)} message: {e}') from e
+    except (msgspec.MsgspecError, ValueError, TypeError) as e:
+        raise ValueError(f'not a valid {getattr(type, "__name__", type)} message: {e}') from e

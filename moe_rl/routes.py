@@ -24,10 +24,13 @@ def narrow_routes(
     routes:np.ndarray, # [...,k] expert ids, any integer dtype
     num_experts:int,   # E, experts per layer
 )->np.ndarray:         # the same shape in `route_dtype(num_experts)`
-    "The one door through which ids become small. Raises `ValueError` for an id outside `[0, num_experts)`, so -1 (unrouted) too."
+    """The one door through which ids become small.
+
+    Raises `ValueError` for an id outside `[0, num_experts)`, so -1 (unrouted) too."""
     routes, dtype = np.asarray(routes), route_dtype(num_experts)
     if routes.size and not (0 <= routes.min() and routes.max() < num_experts):
-        raise ValueError(f"routes: ids from {routes.min()} to {routes.max()}, only 0 to {num_experts-1} can be stored, and an unrouted token has no route to store")
+        raise ValueError(f"routes: ids from {routes.min()} to {routes.max()}, only 0 to {num_experts-1} can be stored, "
+                         "and an unrouted token has no route to store")
     return routes.astype(dtype)
 
 # %% ../nbs/01_moe/10_routes.ipynb #7ed61ed5
@@ -53,10 +56,14 @@ def route_bytes(
 def join_routes(
     turns:list[np.ndarray] # one [T_j-1,L,k] per turn; turn j has seen all T_j tokens so far
 )->np.ndarray:             # [T_last-1,L,k]
-    "Routes of a conversation: each row is from the first turn in which its token was an input. Raises `ValueError` when a turn is shorter than the one before."
+    """Routes of a conversation: each row is from the first turn in which its token was an input.
+
+    Raises `ValueError` when a turn is shorter than the one before."""
     joined = turns[0]
     for j, routes in enumerate(turns[1:], 1):
-        if len(routes) <= len(joined): raise ValueError(f'routes: turn {j} has {len(routes)} rows after {len(joined)}; every turn covers the whole conversation')
+        if len(routes) <= len(joined):
+            raise ValueError(f'routes: turn {j} has {len(routes)} rows after {len(joined)}; every turn covers the '
+                             'whole conversation')
         joined = np.concatenate([joined, routes[len(joined):]])
     return joined
 
@@ -82,12 +89,15 @@ def check_routes(
 )->None:
     "Raise `RouteError` unless `routes` could have been made by a router of this model for that many tokens."
     if routes.shape != (rows, layers, k):
-        raise RouteError(f"{who}: routes have shape {routes.shape}, expected ({rows}, {layers}, {k}): (input tokens, MoE layers, experts per token)")
+        raise RouteError(f"{who}: routes have shape {routes.shape}, expected ({rows}, {layers}, {k}): (input tokens, "
+                         "MoE layers, experts per token)")
     if routes.dtype.kind not in "iu": raise RouteError(f"{who}: routes are {routes.dtype}, expected integers")
     if not rows: return
     if routes.min() < 0 or routes.max() >= num_experts:
-        raise RouteError(f"{who}: routes name experts {routes.min()} to {routes.max()}, the model has 0 to {num_experts-1}")
+        raise RouteError(f"{who}: routes name experts {routes.min()} to {routes.max()}, the model has 0 to "
+                         f"{num_experts-1}")
     if not repeats_expert(routes): return
     ordered = np.sort(routes, -1)
     t, l = np.argwhere((ordered[..., 1:] == ordered[..., :-1]).any(-1))[0]
-    raise RouteError(f"{who}: token {t}, MoE layer {l} is routed to the same expert twice: {routes[t, l].tolist()}; this row is padding, not a route")
+    raise RouteError(f"{who}: token {t}, MoE layer {l} is routed to the same expert twice: {routes[t, l].tolist()}; "
+                     "this row is padding, not a route")

@@ -87,7 +87,7 @@ def check_finite(batch):
         assert not out.per_token[~mask].any() and not grad[~mask].any() and not (out.masked & ~mask).any() and not (out.invalid & ~mask).any()
 
 @settings(max_examples=40, deadline=None)
-@given(batches(values=wild, adv=st.one_of(finite, st.sampled_from([np.nan, np.inf, 1e20, -1e20])).map(np.float32)))
+@given(batches(values=wild, adv=st.one_of(finite, st.sampled_from([np.nan, np.inf, 1e20, -1e20, 3e38, -3e38])).map(np.float32)))
 def test_losses_and_gradients_are_finite_for_any_input(batch): check_finite(batch)
 
 @settings(max_examples=40, deadline=None)

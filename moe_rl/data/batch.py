@@ -19,7 +19,8 @@ def _rows(
 )->dict: # [T-1] arrays of one sequence
     "The predictions in a text: inputs `[:-1]`, targets `[1:]`."
     T = len(r)
-    return dict(token_ids=r.token_ids[:-1], targets=r.token_ids[1:], positions=np.arange(T-1), loss_mask=r.loss_mask[1:], token_mask=np.ones(T-1, bool))
+    return dict(token_ids=r.token_ids[:-1], targets=r.token_ids[1:], positions=np.arange(T-1),
+                loss_mask=r.loss_mask[1:], token_mask=np.ones(T-1, bool))
 
 def _sequence(
     r:Rollout,
@@ -27,7 +28,8 @@ def _sequence(
 )->dict:      # [T-1] arrays of one sequence
     "The predictions of one rollout, with what RL knows of them."
     advantage, T = np.asarray(advantage, np.float32), len(r)
-    if advantage.shape not in ((), (T,)): raise ValueError(f'advantage of rollout {r.id}: shape {advantage.shape}, expected a number or [{T}]')
+    if advantage.shape not in ((), (T,)):
+        raise ValueError(f'advantage of rollout {r.id}: shape {advantage.shape}, expected a number or [{T}]')
     if not np.isfinite(advantage).all(): raise ValueError(f'advantage of rollout {r.id}: not finite')
     rows = _rows(r)
     trained = np.where(rows['loss_mask'], np.broadcast_to(advantage, T)[1:], np.float32(0))
@@ -35,7 +37,8 @@ def _sequence(
     return rows | dict(logprobs=r.logprobs[1:], versions=r.versions[1:], advantages=trained) | routes
 
 # %% ../../nbs/02_data/03_batch.ipynb #f0443f61
-FILL = dict(token_mask=False, loss_mask=False, logprobs=0., versions=-1, advantages=0., routes=-1) # and a pad token as input and target
+# what a filler holds, and a pad token as input and target
+FILL = dict(token_mask=False, loss_mask=False, logprobs=0., versions=-1, advantages=0., routes=-1)
 
 def _filler(
     n:int,       # rows
@@ -44,7 +47,8 @@ def _filler(
 )->dict:         # [n] arrays
     "A sequence of `n` fillers."
     fill = FILL | dict(token_ids=pad_id, targets=pad_id)
-    return {name: np.arange(n) if name == 'positions' else np.full((n, *x.shape[1:]), fill[name], x.dtype) for name, x in like.items()}
+    rows = {name: np.full((n, *x.shape[1:]), fill.get(name, 0), x.dtype) for name, x in like.items()}
+    return rows | dict(positions=np.arange(n))
 
 def _join(
     kind:type,            # `Packed` or `MicroBatch`
@@ -56,7 +60,8 @@ def _join(
 )->Packed:
     "Sequences end to end."
     rows = sum(len(s['token_ids']) for s in sequences)
-    if missing := -rows % pad_multiple: sequences, ids = [*sequences, _filler(missing, pad_id, sequences[0])], [*ids, '']
+    if missing := -rows % pad_multiple:
+        sequences, ids = [*sequences, _filler(missing, pad_id, sequences[0])], [*ids, '']
     lengths = [len(s['token_ids']) for s in sequences]
     arrays = {name: np.concatenate([s[name] for s in sequences]) for name in sequences[0]}
     return kind(**arrays, cu_seqlens=np.cumsum([0]+lengths), ids=ids, **whole)
@@ -68,7 +73,8 @@ def _check_routes_agree(rollouts:list[Rollout])->None:
     first = next(iter(shapes))
     for other, shape in shapes.items():
         if shape == shapes[first]: continue
-        raise ValueError(f'routes: rollout {first} has [L,k] = {shapes[first]}, rollout {other} has {shape}; all or none must be replayed')
+        raise ValueError(f'routes: rollout {first} has [L,k] = {shapes[first]}, rollout {other} has {shape}; all or '
+                         'none must be replayed')
 
 def _sequences(
     rollouts:list[Rollout],
@@ -76,7 +82,8 @@ def _sequences(
 )->list[dict]:
     "The predictions of all rollouts."
     if not rollouts or len(rollouts) != len(advantages):
-        raise ValueError(f'micro_batches: {len(rollouts)} rollouts and {len(advantages)} advantages, expected as many, and at least one')
+        raise ValueError(f'micro_batches: {len(rollouts)} rollouts and {len(advantages)} advantages, expected as many, '
+                         'and at least one')
     _check_routes_agree(rollouts)
     return [_sequence(r, a) for r, a in zip(rollouts, advantages)]
 
@@ -87,7 +94,9 @@ def micro_batch(
     pad_multiple:int=1,    # fill up to a multiple of this many rows
     pad_id:int=0           # token id of fillers
 )->MicroBatch:
-    "All `rollouts` packed into one micro-batch, in the given order, with `sum(T-1)` rows before filling up. Raises `ValueError` naming the rollout that does not fit in."
+    """All `rollouts` packed into one micro-batch, in the given order, with `sum(T-1)` rows before filling up.
+
+    Raises `ValueError` naming the rollout that does not fit in."""
     return _join(MicroBatch, _sequences(rollouts, advantages), [r.id for r in rollouts], pad_multiple, pad_id)
 
 # %% ../../nbs/02_data/03_batch.ipynb #2518430a
@@ -95,17 +104,21 @@ def verify(
     mb:MicroBatch,
     rollouts:list[Rollout] # at least those that are in `mb`
 )->None:
-    "Raise `ValueError` naming the rollout and the field where `mb` does not hold exactly what its rollouts say, fillers included."
+    """Raise `ValueError` naming the rollout and the field where `mb` does not hold exactly what its rollouts say,
+    fillers included."""
     by_id = {r.id: r for r in rollouts}
     for rid, a, b in zip(mb.ids, mb.cu_seqlens[:-1], mb.cu_seqlens[1:]):
-        if rid == '': want = dict(token_mask=np.zeros(b-a, bool), loss_mask=np.zeros(b-a, bool)) | ({} if mb.routes is None else dict(routes=np.full_like(mb.routes[a:b], -1)))
+        if rid == '':
+            want = dict(token_mask=np.zeros(b-a, bool), loss_mask=np.zeros(b-a, bool))
+            if mb.routes is not None: want['routes'] = np.full_like(mb.routes[a:b], -1)
         else:
             r = by_id[rid]
-            want = dict(token_ids=r.token_ids[:-1], targets=r.token_ids[1:], loss_mask=r.loss_mask[1:], logprobs=r.logprobs[1:], versions=r.versions[1:], token_mask=np.ones(len(r)-1, bool))
+            want = _rows(r) | dict(logprobs=r.logprobs[1:], versions=r.versions[1:])
             if r.routes is not None: want['routes'] = r.routes
         for name, value in want.items():
             got = getattr(mb, name)
-            if got is None or not np.array_equal(got[a:b], value): raise ValueError(f'{name}: rows {a}:{b} are not those of {"rollout "+rid if rid else "a filler"}')
+            if got is None or not np.array_equal(got[a:b], value):
+                raise ValueError(f'{name}: rows {a}:{b} are not those of {"rollout "+rid if rid else "a filler"}')
 
 # %% ../../nbs/02_data/03_batch.ipynb #466faf80
 def _step(
@@ -116,10 +129,13 @@ def _step(
     **whole                # what is known of the whole step
 )->list[list[Packed]]:     # per rank
     "Pack one optimizer step, whatever its rows hold."
-    if budget % pad_multiple: raise ValueError(f'budget: {budget} rows, expected a multiple of pad_multiple {pad_multiple}')
+    if budget % pad_multiple:
+        raise ValueError(f'budget: {budget} rows, expected a multiple of pad_multiple {pad_multiple}')
     rows = np.array([len(s['token_ids']) for s in sequences])
     for name, n in zip(ids, rows):
-        if n > budget: raise ValueError(f'rollout {name}: {n} rows exceed the budget of {budget} per micro-batch; raise the budget or shorten rollouts')
+        if n > budget:
+            raise ValueError(f'rollout {name}: {n} rows exceed the budget of {budget} per micro-batch; raise the '
+                             'budget or shorten rollouts')
     whole['step'] = total([s['loss_mask'] for s in sequences])
     empty = [_filler(pad_multiple, pad_id, sequences[0])], ['']
     def make(b):
@@ -137,10 +153,14 @@ def micro_batches(
     pad_multiple:int=1,   # rows per micro-batch are a multiple of this
     pad_id:int=0          # token id of fillers
 )->list[list[MicroBatch]]: # per rank; equally many on each, fillers where a rank has less
-    "Pack one optimizer step. Every rollout is in exactly one micro-batch; all carry the step's totals. `ValueError` names a rollout above the budget."
+    """Pack one optimizer step.
+
+    Every rollout is in exactly one micro-batch; all carry the step's totals. `ValueError` names a rollout above
+    the budget."""
     sequences = _sequences(rollouts, advantages)
     strength = signal([s['advantages'] for s in sequences], sum(int(s['loss_mask'].sum()) for s in sequences))
-    return _step(MicroBatch, sequences, [r.id for r in rollouts], budget, ranks, cost, pad_multiple, pad_id, signal=strength)
+    ids = [r.id for r in rollouts]
+    return _step(MicroBatch, sequences, ids, budget, ranks, cost, pad_multiple, pad_id, signal=strength)
 
 def packed_batches(
     examples:list[Example],
@@ -152,7 +172,8 @@ def packed_batches(
 )->list[list[Packed]]:      # per rank
     "Pack one step of worked examples, like `micro_batches`."
     if not examples: raise ValueError('packed_batches: no examples')
-    return _step(Packed, [_rows(e) for e in examples], [e.id for e in examples], budget, ranks, cost, pad_multiple, pad_id)
+    sequences, ids = [_rows(e) for e in examples], [e.id for e in examples]
+    return _step(Packed, sequences, ids, budget, ranks, cost, pad_multiple, pad_id)
 
 # %% ../../nbs/02_data/03_batch.ipynb #8a0e26e4
 def per_rollout(
@@ -166,7 +187,8 @@ def per_rollout(
 class TensorBatch(SimpleNamespace):
     """A packed batch as tensors: the fields of `Packed` or `MicroBatch` with the same names, dtypes and meaning.
 
-    `tokens`, `loss_tokens` are this batch's own counts and `step` those of the whole step, as Python numbers: asking for them never waits for a GPU."""
+    `tokens`, `loss_tokens` are this batch's own counts and `step` those of the whole step, as Python numbers: asking
+    for them never waits for a GPU."""
     @property
     def share(self)->float: return self.tokens/max(1, self.step.tokens) # of the real tokens of the step
 
@@ -176,4 +198,5 @@ def to_torch(
 )->TensorBatch:
     "`b` on `device`. Tensors are copies: changing them leaves the record alone."
     move = lambda x: torch.tensor(x, device=device) if isinstance(x, np.ndarray) else x
-    return TensorBatch(**{f: move(getattr(b, f)) for f in b.__struct_fields__}, tokens=b.tokens, loss_tokens=b.loss_tokens)
+    fields = {f: move(getattr(b, f)) for f in b.__struct_fields__}
+    return TensorBatch(**fields, tokens=b.tokens, loss_tokens=b.loss_tokens)

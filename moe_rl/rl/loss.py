@@ -32,7 +32,9 @@ def make_ratio(
     adv:Tensor,      # [N] advantages
     mask:Tensor      # [N] bool, tokens of the loss
 )->Ratio:
-    "Log-ratios in float32. What is outside `mask` is never looked at; loss tokens with a non-finite input are left out of `valid`."
+    """Log-ratios in float32.
+
+    What is outside `mask` is never looked at; loss tokens with a non-finite input are left out of `valid`."""
     logp, old = logp.float(), logp_old.detach().float()
     valid = mask & logp.isfinite() & old.isfinite() & adv.isfinite()
     logp, old = logp.where(valid, 0.), old.where(valid, 0.)
@@ -44,7 +46,7 @@ class LossOut(NamedTuple):
     per_token:Tensor # [N] float32 with gradient; 0 outside the loss; to be summed, then divided by the global count
     masked:Tensor    # [N] bool, loss tokens without a policy gradient because they moved too far
     invalid:Tensor   # [N] bool, loss tokens left out because an input was not finite
-    by_sequence:bool=False # `per_token` are shares of the mean of one's own sequence: every sequence weighs the same, however long
+    by_sequence:bool=False # `per_token` are shares of one's own sequence's mean: every sequence weighs the same
 
 # %% ../../nbs/05_rl/01_loss.ipynb #366826fb
 def _shift(r:Ratio)->Tensor: # [N] p_train - p_engine
@@ -70,7 +72,8 @@ def dppo(
     threshold:float=0.2, # largest useful move of a probability
     kl_tau:float=1e-3    # weight of (log r)^2
 )->LossOut:
-    "Importance-weighted policy gradient, masked where the probability moved by more than `threshold` in the direction of the advantage."
+    """Importance-weighted policy gradient, masked where the probability moved by more than `threshold` in the
+    direction of the advantage."""
     r = make_ratio(logp, logp_old, adv, mask)
     adv, dp = _adv(adv, r.valid), _shift(r)
     return _out(adv*r.log.exp(), torch.where(adv > 0, dp > threshold, dp < -threshold), r, mask, kl_tau)
@@ -110,7 +113,8 @@ def cispo(logp, logp_old, adv, mask, cu_seqlens,
 )->LossOut:
     "MiniMax-M1's loss: policy gradient weighted by `clip(r, 1-eps_low, 1+eps_high)`, nothing masked."
     r = make_ratio(logp, logp_old, adv, mask)
-    return _out(_adv(adv, r.valid)*r.log.detach().exp().clamp(1-eps_low, 1+eps_high)*_unit(r), torch.zeros_like(r.valid), r, mask)
+    weight = r.log.detach().exp().clamp(1-eps_low, 1+eps_high)
+    return _out(_adv(adv, r.valid)*weight*_unit(r), torch.zeros_like(r.valid), r, mask)
 
 # %% ../../nbs/05_rl/01_loss.ipynb #78b6c618
 def _clip(log_ratio, adv, r, mask, eps_low, eps_high):
@@ -130,14 +134,16 @@ def grpo(logp, logp_old, adv, mask, cu_seqlens,
 
 # %% ../../nbs/05_rl/01_loss.ipynb #ea6ad1ec
 def _owners(cu_seqlens, n, device): # [n] int64: whose row it is
-    return torch.repeat_interleave(torch.arange(len(cu_seqlens)-1, device=device), cu_seqlens.diff().long(), output_size=n)
+    numbers = torch.arange(len(cu_seqlens)-1, device=device)
+    return torch.repeat_interleave(numbers, cu_seqlens.diff().long(), output_size=n)
 
 def sequence_lengths(
     valid:Tensor,      # [N] bool, what counts
     cu_seqlens:Tensor  # [S+1]
 )->Tensor:             # [S] float32
     "How many valid tokens each sequence has."
-    return torch.zeros(len(cu_seqlens)-1, device=valid.device).index_add(0, _owners(cu_seqlens, len(valid), valid.device), valid.float())
+    owner = _owners(cu_seqlens, len(valid), valid.device)
+    return torch.zeros(len(cu_seqlens)-1, device=valid.device).index_add(0, owner, valid.float())
 
 def sequence_mean(
     x:Tensor,          # [N]
@@ -190,7 +196,8 @@ def resolve(
     known = [n for n, p in parameters.items() if p.default is not p.empty]
     free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in settings:
-        if key not in known and not free: raise UserError(f'rl.loss_params: {name} has no setting {key!r}; it has {", ".join(known) or "none"}')
+        if key not in known and not free:
+            raise UserError(f'rl.loss_params: {name} has no setting {key!r}; it has {", ".join(known) or "none"}')
     return partial(function, **settings)
 
 # %% ../../nbs/05_rl/01_loss.ipynb #86f9dd30
@@ -216,13 +223,19 @@ def policy_loss(
 )->LossOut:
     """Loss per token of a packed batch, finite for any `logp`, `logp_old` and advantage.
 
-    Sum `per_token` and divide by the step's loss tokens (`global_mean`): that is the mean over tokens, or over sequences for a loss that is `by_sequence`.
+    Sum `per_token` and divide by the step's loss tokens (`global_mean`): that is the mean over tokens, or over
+    sequences for a loss that is `by_sequence`.
     `ValueError` if shapes differ or a KL is asked for without a reference."""
     for name, x in (('logp', logp), ('logp_old', logp_old), ('adv', adv), ('mask', mask)):
-        if x.shape != logp.shape or x.ndim != 1: raise ValueError(f'{name}: shape {tuple(x.shape)}, expected [N] = {tuple(logp.shape)}')
-    if kl_coef and logp_ref is None: raise ValueError(f'kl_coef is {kl_coef} but logp_ref is missing: give the log-probabilities of the reference')
-    out = (resolve(loss, **settings) if isinstance(loss, str) else partial(loss, **settings))(logp, logp_old, adv, mask, cu_seqlens)
-    if out.by_sequence: out = out._replace(per_token=out.per_token*(mean_length(mask, cu_seqlens) if length is None else length), by_sequence=False)
+        if x.shape != logp.shape or x.ndim != 1:
+            raise ValueError(f'{name}: shape {tuple(x.shape)}, expected [N] = {tuple(logp.shape)}')
+    if kl_coef and logp_ref is None:
+        raise ValueError(f'kl_coef is {kl_coef} but logp_ref is missing: give the log-probabilities of the reference')
+    function = resolve(loss, **settings) if isinstance(loss, str) else partial(loss, **settings)
+    out = function(logp, logp_old, adv, mask, cu_seqlens)
+    if out.by_sequence:
+        if length is None: length = mean_length(mask, cu_seqlens)
+        out = out._replace(per_token=out.per_token*length, by_sequence=False)
     return out._replace(per_token=out.per_token + kl_coef*reference_kl(logp, logp_ref, mask)) if kl_coef else out
 
 # %% ../../nbs/05_rl/01_loss.ipynb #4a2c2f68
@@ -234,7 +247,8 @@ def loss_sums(
 )->dict[str, Tensor]:             # float64 scalars; add them over micro-batches and ranks
     "Sums over the loss tokens of one micro-batch."
     r = make_ratio(logp, logp_old, torch.zeros_like(logp), mask)
-    parts = dict(masked=out.masked, invalid=out.invalid | (mask & ~r.valid), mismatch_kl=k3(r.log).where(r.valid, 0.), extreme=(r.log.abs() > math.log(2)) & r.valid)
+    parts = dict(masked=out.masked, invalid=out.invalid | (mask & ~r.valid), mismatch_kl=k3(r.log).where(r.valid, 0.),
+                 extreme=(r.log.abs() > math.log(2)) & r.valid)
     return {k: v.double().sum() for k, v in parts.items()}
 
 def loss_means(

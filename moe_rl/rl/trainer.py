@@ -32,18 +32,24 @@ from ..train.step import LossParts, Outcomes, StepReport, optimizer_step, regula
 
 # %% ../../nbs/05_rl/05_trainer.ipynb #74e93d77
 def model_config(settings:Settings, vocab_size:int) -> ModelSpec:
-    "The architecture that the settings ask for, with the tokenizer's vocabulary. Raises `UserError` for sizes that do not fit together."
+    """The architecture that the settings ask for, with the tokenizer's vocabulary.
+
+    Raises `UserError` for sizes that do not fit together."""
     sizes = settings.model.model_dump(exclude={'checkpoint'})
-    if sizes['max_position_embeddings'] == 'auto': sizes['max_position_embeddings'] = 2048 # nothing was measured: a model outside a run
+    if sizes['max_position_embeddings'] == 'auto': # nothing was measured: a model outside a run
+        sizes['max_position_embeddings'] = 2048
     try: return new_afmoe(vocab_size=vocab_size, **sizes)
     except ValueError as e: raise UserError(f'model: {e}') from None
 
 def build_model(settings:Settings, vocab_size:int) -> Model:
-    "A new model, seeded by the run, or the checkpoint that `model.checkpoint` names; float32 throughout. Raises `UserError` when the vocabulary does not fit."
+    """A new model, seeded by the run, or the checkpoint that `model.checkpoint` names; float32 throughout.
+
+    Raises `UserError` when the vocabulary does not fit."""
     if not settings.model.checkpoint: return init_weights(Model(model_config(settings, vocab_size)), settings.seed)
     model = load_pretrained(settings.model.checkpoint, dtype=torch.float32)
     if model.spec.vocab_size < vocab_size:
-        raise UserError(f"{settings.model.checkpoint}: vocabulary of {model.spec.vocab_size} is smaller than the tokenizer's {vocab_size}: use the tokenizer of this checkpoint")
+        raise UserError(f"{settings.model.checkpoint}: vocabulary of {model.spec.vocab_size} is smaller than the "
+                        f"tokenizer's {vocab_size}: use the tokenizer of this checkpoint")
     return model
 
 # %% ../../nbs/05_rl/05_trainer.ipynb #861f1ea3
@@ -60,7 +66,13 @@ class Recipe(NamedTuple):
     kl_coef:float=0.           # weight of the KL to the reference
     reference:Model|None=None  # frozen: where the KL is measured from
 
-def target_logprobs(model:Model, hidden:Tensor, b:TensorBatch, at:Tensor, s:Sampling)->tuple[Tensor, Tensor, Tensor]: # [n] each
+def target_logprobs(
+    model:Model,
+    hidden:Tensor, # [N,D]
+    b:TensorBatch,
+    at:Tensor,     # [n] rows of the trained tokens
+    s:Sampling
+)->tuple[Tensor, Tensor, Tensor]: # [n] each
     "Log-probabilities, entropies and log-sum-exps of the trained tokens, of the distribution that was sampled from."
     return token_logprobs(hidden[at], model.lm_head.weight, b.targets[at], s.temperature, s.top_k, s.top_p)
 
@@ -84,22 +96,26 @@ def rl_loss(
         logp, entropy, lse = target_logprobs(model, out.hidden, b, at, how.sampling)
         every, old, adv = torch.ones_like(at, dtype=torch.bool), b.logprobs[at], b.advantages[at]
         length = b.step.loss_tokens/max(1, b.step.sequences)
-        told = policy_loss(how.policy, logp, old, adv, every, borders(b), reference_logprobs(how, b, at), how.kl_coef, length)
+        base = reference_logprobs(how, b, at)
+        told = policy_loss(how.policy, logp, old, adv, every, borders(b), base, how.kl_coef, length)
         loss = told.per_token.sum()/max(1, b.step.loss_tokens)
         sane = out.hidden[at].isfinite().all() & ~(told.invalid.all() & bool(len(at)))
         loss = loss.where(sane, math.nan) # a model whose states or probabilities are not finite is broken, not silent
         parts = dict(policy=loss, **regularisers(out, lse, b, how.balance, strength=min(1., b.signal)))
     sums = loss_sums(told, logp, old, every) | dict(entropy=entropy.double().sum(), informative=(adv != 0).sum())
-    if watch and routes is not None: sums |= dict(rerouted=watch_routes(model, out, routes, b.token_mask)*b.tokens, watched=b.tokens)
+    if watch and routes is not None:
+        sums |= dict(rerouted=watch_routes(model, out, routes, b.token_mask)*b.tokens, watched=b.tokens)
     return LossParts(parts, out.counts(), ((adv != 0) & ~told.masked & ~told.invalid).sum(), sums)
 
 # %% ../../nbs/05_rl/05_trainer.ipynb #962ab87c
 def ages(batches:list[MicroBatch], step:int, oldest:int)->dict[str, float]:
-    "How many versions ago the trained tokens were sampled, on average, at most, and how many of each age up to `oldest`."
+    """How many versions ago the trained tokens were sampled, on average, at most, and how many of each age up to
+    `oldest`."""
     versions = np.concatenate([b.versions[b.loss_mask] for b in batches])
     old = step - 1 - versions if len(versions) else np.zeros(1)
     by_age = {f'stale_{a}': int(n) for a, n in enumerate(np.bincount(old.astype(int), minlength=oldest + 1))}
-    return dict(staleness=float(old.mean()), staleness_max=float(old.max()), stale_tokens=int((old >= 1).sum()), **by_age)
+    late = int((old >= 1).sum())
+    return dict(staleness=float(old.mean()), staleness_max=float(old.max()), stale_tokens=late, **by_age)
 
 def step_metrics(
     report:StepReport,
@@ -112,8 +128,10 @@ def step_metrics(
     flat = [b for rank in batches for b in rank]
     whole, sums = flat[0].step, dict(report.sums)
     watched, rerouted = sums.pop('watched', 0), sums.pop('rerouted', 0)
-    row = loss_means(sums, whole.loss_tokens) | dict(loss=report.loss) | {f'loss_{k}': v for k, v in report.parts.items()}
-    row |= dict(signal=flat[0].signal, idle=counted.idle, skipped=counted.skipped, grad_norm=report.grad_norm, max_vio=report.max_vio)
+    row = loss_means(sums, whole.loss_tokens)
+    row |= dict(loss=report.loss) | {f'loss_{k}': v for k, v in report.parts.items()}
+    row |= dict(signal=flat[0].signal, idle=counted.idle, skipped=counted.skipped)
+    row |= dict(grad_norm=report.grad_norm, max_vio=report.max_vio)
     if watched: row['route_disagreement'] = rerouted/watched
     row |= dict(tokens=whole.tokens, loss_tokens=whole.loss_tokens, utilisation=whole.tokens/(len(flat)*budget))
     return row | ages(flat, counted.step, oldest)
@@ -132,7 +150,7 @@ class Trainer:
     ):
         self.model, self.rl, self.optim, self.mesh, self.counted = model, rl, optim, mesh, Outcomes()
         self.how = Recipe(resolve(rl.loss, **rl.loss_params), sampling, balance, rl.replay, rl.kl_coef, reference)
-        self.optimizers = build_optimizer(model, muon_lr=optim.muon_lr, adamw_lr=optim.adamw_lr, weight_decay=optim.weight_decay)
+        self.optimizers = build_optimizer(model, optim.muon_lr, optim.adamw_lr, optim.weight_decay)
 
     @property
     def step_number(self)->int: return self.counted.step
@@ -141,12 +159,15 @@ class Trainer:
         batches:list[list[MicroBatch]],   # per rank: all micro-batches of the step
         alive:Callable[[str],object]=lambda doing: None # told what is being done
     )->dict[str, float]: # metrics
-        "One optimizer step. Raises `UserError` after three steps in a row that were not finite, or for routes that cannot be right."
+        """One optimizer step.
+
+        Raises `UserError` after three steps in a row that were not finite, or for routes that cannot be right."""
         started, number = time.perf_counter(), self.step_number + 1
         first = iter([True])
         def loss(model, b): return rl_loss(model, b, self.how, watch=next(first, False))
         self.optimizers.set_lr_scale(lr_schedule(number - 1, self.optim.warmup_steps))
-        report = optimizer_step(self.model, self.optimizers, batches, loss, self.how.balance, self.optim.clip, self.mesh, lambda doing: alive(f'step {number}, {doing}'))
+        def tell(doing): alive(f'step {number}, {doing}')
+        report = optimizer_step(self.model, self.optimizers, batches, loss, self.how.balance, self.optim.clip, self.mesh, tell)
         self.counted.add(report, 'trainer: lower optim.muon_lr or look at the rewards')
         row = step_metrics(report, batches, self.counted, self.rl.tokens_per_batch, self.rl.max_staleness)
         return row | dict(train_seconds=time.perf_counter()-started)

@@ -22,7 +22,9 @@ class Mesh:
     def gradients(self,
         params:list[Tensor] # their `grad` becomes the sum over ranks
     )->None:
-        "After the last backward pass of a step. Where the backward pass itself has added them up, as in FSDP, there is nothing to do."
+        """After the last backward pass of a step.
+
+        Where the backward pass itself has added them up, as in FSDP, there is nothing to do."""
 
     def gather(self,
         state:dict[str,Tensor]  # this rank's part of every tensor

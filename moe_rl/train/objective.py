@@ -66,7 +66,8 @@ def sampling_support(
 # %% ../../nbs/03_train/01_objective.ipynb #dc473911
 def check_sampling(temperature:float=1., top_k:int=0, top_p:float=1.):
     "Raise `ValueError` unless `0 <= temperature < inf`, `top_k >= 0` and `0 < top_p <= 1`."
-    if not 0 <= temperature < float('inf'): raise ValueError(f'temperature is {temperature}: give 0 (greedy) or a positive number')
+    if not 0 <= temperature < float('inf'):
+        raise ValueError(f'temperature is {temperature}: give 0 (greedy) or a positive number')
     if top_k < 0 or top_k != int(top_k): raise ValueError(f'top_k is {top_k}: give 0 (off) or a positive whole number')
     if not 0 < top_p <= 1: raise ValueError(f'top_p is {top_p}: give a number above 0 and at most 1 (1 is off)')
 
@@ -80,7 +81,8 @@ def sampling_logprobs(
 )->Tensor: # [N,V] float32; -inf for tokens that can't be sampled
     """Log-probabilities of the distribution that is sampled from: THE definition, for engine and trainer alike.
 
-    `softmax(logits/temperature)`, cut to `top_k`, then to `top_p`, renormalised; `temperature=0` is `top_k=1` at temperature 1.
+    `softmax(logits/temperature)`, cut to `top_k`, then to `top_p`, renormalised; `temperature=0` is `top_k=1` at
+    temperature 1.
     The log-probability of a token in `keep` is finite for any logits, `inf` and `nan` too (see `finite_logits`).
     A scalar out of range raises `ValueError`; tensors are checked where requests come in, with `check_sampling`."""
     for name,v in dict(temperature=temperature, top_k=top_k, top_p=top_p).items():
@@ -123,16 +125,19 @@ def token_logprobs(
     top_p:float|Tensor=1.0,       # scalar or [N]
     chunk:int=4096,               # tokens whose logits live at once
 )->tuple[Tensor,Tensor,Tensor]: # logprobs [N], entropy [N], lse [N], all float32
-    """Log-probability of each target and entropy, by `sampling_logprobs`, and log-sum-exp of the raw logits; gradients flow through all three.
+    """Log-probability of each target and entropy, by `sampling_logprobs`, and log-sum-exp of the raw logits;
+    gradients flow through all three.
 
-    Logits are made in float32 for `chunk` tokens at a time, and made again in the backward pass: no more than [chunk,V] of them live at once."""
+    Logits are made in float32 for `chunk` tokens at a time, and made again in the backward pass: no more than
+    [chunk,V] of them live at once."""
     head,n,settings = head_weight.float(),len(targets),(temperature, top_k, top_p)
     again = torch.is_grad_enabled() and n > chunk
     outs = []
     for i in range(0, max(n, 1), chunk):
         rows = slice(i, i+chunk)
         args = hidden[rows], head, targets[rows], *(s[rows] if torch.is_tensor(s) and s.ndim else s for s in settings)
-        outs.append(checkpoint(_chunk_logprobs, *args, use_reentrant=False, preserve_rng_state=False) if again else _chunk_logprobs(*args))
+        outs.append(checkpoint(_chunk_logprobs, *args, use_reentrant=False, preserve_rng_state=False) if again
+                    else _chunk_logprobs(*args))
     return tuple(torch.cat(o) for o in zip(*outs))
 
 # %% ../../nbs/03_train/01_objective.ipynb #f27bc4fd

@@ -21,7 +21,8 @@ NS_COEFFS = (3.4445, -4.7750, 2.0315)
 def orthogonalise(
     g:Tensor, # [B,r,c] matrices
 )->Tensor: # [B,r,c], singular values of each moved to about 1
-    """Newton-Schulz iteration of Muon (Jordan, 2024): five times `X <- aX + (bA + cA²)X` with `A = XXᵀ`, from `X = g/|g|`.
+    """Newton-Schulz iteration of Muon (Jordan, 2024): five times `X <- aX + (bA + cA²)X` with `A = XXᵀ`, from `X =
+    g/|g|`.
 
     Runs in float32 on CPU and in bfloat16 on GPU. A zero matrix stays zero."""
     a,b,c = NS_COEFFS
@@ -44,16 +45,19 @@ def matrices(
 
 # %% ../../nbs/03_train/00_optim.ipynb #40008c99
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: a matrix moves by `lr*sqrt(max(1, rows/cols))` along each of its singular directions (Jordan, 2024).
+    """Momentum, orthogonalised: a matrix moves by `lr*sqrt(max(1, rows/cols))` along each of its singular directions
+    (Jordan, 2024).
 
-    Parameters are [r,c] or [E,r,c]; a group's `parts` says how many matrices lie one above the other in each slice. A matrix whose gradient is zero
+    Parameters are [r,c] or [E,r,c]; a group's `parts` says how many matrices lie one above the other in each slice. A
+    matrix whose gradient is zero
     throughout (an expert without tokens) stays where it is. The only state is `momentum`, of the parameter's shape."""
     def __init__(self, params, lr:float=8e-4, momentum:float=0.95, weight_decay:float=0., parts:int=1):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts))
         for group in self.param_groups:
             for p in group['params']:
                 if p.ndim < 2 or p.shape[-2] % group['parts'] or not p.is_contiguous():
-                    raise ValueError(f'Muon got a parameter of shape {list(p.shape)}: it takes contiguous matrices of {group["parts"]} equal parts')
+                    raise ValueError(f'Muon got a parameter of shape {list(p.shape)}: it takes contiguous matrices of '
+                                     f'{group["parts"]} equal parts')
                 self.state[p]['momentum'] = torch.zeros_like(p)
 
     @torch.no_grad()
@@ -69,7 +73,8 @@ class Muon(torch.optim.Optimizer):
                 p,g,n = (matrices(t, group['parts']) for t in triple)
                 r,c = p.shape[1:]
                 if r > c: p,g,n = p.mT,g.mT,n.mT
-                jobs.setdefault((p.device, p.dtype, *p.shape[1:]), []).append((p, g, n, group['lr']*math.sqrt(max(1, r/c))))
+                rate = group['lr']*math.sqrt(max(1, r/c))
+                jobs.setdefault((p.device, p.dtype, *p.shape[1:]), []).append((p, g, n, rate))
         for job in jobs.values(): self._move(*zip(*job))
 
     def _move(self, ps, gs, ns, rates):
@@ -119,11 +124,16 @@ class Optimizers:
 
     @torch.no_grad()
     def load_state_dict(self, state:dict[str,Tensor]):
-        "Take over what `state_dict` gave; `UserError` names tensors that are missing, unknown or of another shape, and nothing is changed."
+        """Take over what `state_dict` gave; `UserError` names tensors that are missing, unknown or of another
+        shape, and nothing is changed."""
         mine = self.state_dict()
-        diffs = [f'{n} is missing' for n in mine if n not in state] + [f'{n} is not known' for n in state if n not in mine]
-        diffs += [f'{n} has shape {list(state[n].shape)} instead of {list(t.shape)}' for n,t in mine.items() if n in state and state[n].shape != t.shape]
-        if diffs: raise UserError(f'optimiser state does not fit the model: {"; ".join(diffs[:3])} ({len(diffs)} in all); resume with the config of the checkpoint')
+        diffs = [f'{n} is missing' for n in mine if n not in state]
+        diffs += [f'{n} is not known' for n in state if n not in mine]
+        diffs += [f'{n} has shape {list(state[n].shape)} instead of {list(t.shape)}' for n,t in mine.items()
+                  if n in state and state[n].shape != t.shape]
+        if diffs:
+            raise UserError(f'optimiser state does not fit the model: {"; ".join(diffs[:3])} ({len(diffs)} in all); '
+                            'resume with the config of the checkpoint')
         for n,t in mine.items(): t.copy_(state[n])
 
 # %% ../../nbs/03_train/00_optim.ipynb #68528fb8
@@ -138,17 +148,21 @@ def build_optimizer(
     "Muon for the parameters whose role in the model says so, AdamW for all others."
     names = {p: n for n,p in model.named_parameters() if p.requires_grad}
     for p,n in names.items():
-        if p.dtype != torch.float32: raise ValueError(f'{n} is {p.dtype}: steps are smaller than its last digit; train float32 weights (`model.float()`)')
+        if p.dtype != torch.float32:
+            raise ValueError(f'{n} is {p.dtype}: steps are smaller than its last digit; train float32 weights '
+                             '(`model.float()`)')
     groups = {}
     for p,n in names.items():
         kind,parts = optimiser_of(model.spec, n)
         key = (kind, parts) if kind == 'muon' else (kind, p.ndim >= 2)
         groups.setdefault(key, []).append(p)
     hidden = [dict(params=ps, parts=parts) for (kind,parts),ps in groups.items() if kind == 'muon']
-    rest = [dict(params=ps, weight_decay=weight_decay if matrix else 0.) for (kind,matrix),ps in groups.items() if kind == 'adamw']
+    rest = [dict(params=ps, weight_decay=weight_decay if matrix else 0.) for (kind,matrix),ps in groups.items()
+            if kind == 'adamw']
     adamw = torch.optim.AdamW(rest, adamw_lr, betas, fused=True) if rest else None
     for p in (p for g in rest for p in g['params']):
-        adamw.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        adamw.state[p].update(step=torch.zeros((), device=p.device), **moments)
     return Optimizers(Muon(hidden, muon_lr, momentum, weight_decay) if hidden else None, adamw, names)
 
 # %% ../../nbs/03_train/00_optim.ipynb #90a0f13c
@@ -175,7 +189,9 @@ def clip_grads(
     params,         # parameters; gradients are shortened in place
     max_norm:float, # longest global norm allowed
 )->float: # the norm before
-    "Shorten all gradients together to `max_norm`. When the norm is not finite nothing is changed: the caller skips the step."
+    """Shorten all gradients together to `max_norm`.
+
+    When the norm is not finite nothing is changed: the caller skips the step."""
     params = list(params)
     norm = grad_norm(params)
     if math.isfinite(norm) and norm > max_norm:

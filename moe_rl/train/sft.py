@@ -28,7 +28,8 @@ def example(
 )->Example:
     "A worked example, in which the answer alone is trained. `ValueError` for an empty prompt or answer."
     if not len(prompt) or not len(answer):
-        raise ValueError(f'example {index}: prompt has {len(prompt)} and answer {len(answer)} tokens, both need at least one')
+        raise ValueError(f'example {index}: prompt has {len(prompt)} and answer {len(answer)} tokens, both need at '
+                         'least one')
     return Example(token_ids=[*prompt,*answer], loss_mask=[False]*len(prompt) + [True]*len(answer), id=str(index))
 
 # %% ../../nbs/03_train/06_sft.ipynb #189abf1a
@@ -84,11 +85,16 @@ def run_sft(
     balance:BalanceSection=BalanceSection(),        # rule and weights of the small parts
     on_step:Callable[[int,StepReport],None]|None=None, # called after every step
 )->SFTReport:
-    """Train on `examples` until `seconds`, `steps` or `stop_when` says enough; with `steps` alone the result is a function of the seed.
+    """Train on `examples` until `seconds`, `steps` or `stop_when` says enough; with `steps` alone the result is a
+    function of the seed.
 
-    `ValueError` when nothing would ever stop it or there are no examples; `UserError` after three steps in a row that were not finite."""
-    if not (seconds > 0 or steps > 0 or stop_when): raise ValueError('run_sft would never stop: give seconds, steps or stop_when')
-    if not len(examples): raise ValueError('run_sft got no examples: take an environment that has worked answers, or do without a warm start')
+    `ValueError` when nothing would ever stop it or there are no examples; `UserError` after three steps in a row that
+    were not finite."""
+    if not (seconds > 0 or steps > 0 or stop_when):
+        raise ValueError('run_sft would never stop: give seconds, steps or stop_when')
+    if not len(examples):
+        raise ValueError('run_sft got no examples: take an environment that has worked answers, or do without a warm '
+                         'start')
     start,done,order,counted = time.monotonic(),[],index_batches(len(examples), batch, seed),Outcomes()
     def enough():
         if steps and len(done) >= steps: return 'steps'

@@ -24,7 +24,9 @@ from .optim import Optimizers, clip_grads
 
 # %% ../../nbs/03_train/05_step.ipynb #54e19d65
 class LossParts(NamedTuple):
-    "What a loss says of one micro-batch. All that is minimised is in `parts`; everything adds up over micro-batches and ranks."
+    """What a loss says of one micro-batch.
+
+    All that is minimised is in `parts`; everything adds up over micro-batches and ranks."""
     parts:dict[str,Tensor] # scalars with gradient, each a share of the whole step's
     counts:Tensor          # [L_moe,E] tokens per expert
     teaching:int|Tensor    # trained tokens that say something
@@ -39,10 +41,14 @@ def regularisers(
     strength:float=1.   # of the signal in this step, 0 to 1
 )->dict[str,Tensor]:    # this micro-batch's share of each, weighed
     "The small parts of a loss: `aux` and `router_z` for the routers, `head_z` for the logits."
-    parts = {}
-    if s.aux_coef: parts['aux'] = strength*b.share*sum(sequence_aux_loss(r.scores, r.idx, b.cu_seqlens, s.aux_coef) for r in out.routings)
-    if s.z_coef: parts['router_z'] = strength*b.share*s.z_coef*sum(router_z_loss(r.logits, b.token_mask) for r in out.routings)
-    if s.head_z_coef: parts['head_z'] = strength*s.head_z_coef*head_z_loss(lse, torch.ones_like(lse, dtype=torch.bool), max(1, b.step.loss_tokens))
+    parts, every = {}, torch.ones_like(lse, dtype=torch.bool)
+    if s.aux_coef:
+        uneven = sum(sequence_aux_loss(r.scores, r.idx, b.cu_seqlens, s.aux_coef) for r in out.routings)
+        parts['aux'] = strength*b.share*uneven
+    if s.z_coef:
+        large = sum(router_z_loss(r.logits, b.token_mask) for r in out.routings)
+        parts['router_z'] = strength*b.share*s.z_coef*large
+    if s.head_z_coef: parts['head_z'] = strength*s.head_z_coef*head_z_loss(lse, every, max(1, b.step.loss_tokens))
     return parts
 
 # %% ../../nbs/03_train/05_step.ipynb #9929f914
@@ -60,7 +66,7 @@ def balance_step(
 # %% ../../nbs/03_train/05_step.ipynb #64a32896
 class StepReport(NamedTuple):
     "What one step did."
-    outcome:str            # "moved", "idle" (nothing to learn) or "skipped" (a loss or gradient that is not finite): in the last two nothing changed
+    outcome:str            # "moved"; "idle": nothing to learn, "skipped": not finite, and in both nothing changed
     loss:float             # all that was minimised: the sum of `parts`
     parts:dict[str,float]
     grad_norm:float        # before clipping
@@ -97,9 +103,11 @@ def optimizer_step(
     mesh:Mesh=Mesh(),
     alive:Callable[[str],object]=lambda doing: None # told what is being done
 )->StepReport:
-    "One step of the weights and one of the expert biases; neither happens when there is nothing to learn or something is not finite."
+    """One step of the weights and one of the expert biases; neither happens when there is nothing to learn or
+    something is not finite."""
     parts, sums, counts, teaching = _gradients(model, optim, batches, loss, mesh, alive)
-    parts, sums, teaching = {k: float(v) for k, v in parts.items()}, {k: float(v) for k, v in sums.items()}, float(teaching)
+    parts, sums = [{k: float(v) for k, v in d.items()} for d in (parts, sums)]
+    teaching = float(teaching)
     norm, total = clip_grads(optim.params, clip), sum(parts.values())
     if not (math.isfinite(norm) and math.isfinite(total)): outcome = 'skipped'
     elif not teaching: outcome = 'idle'
@@ -127,4 +135,6 @@ class Outcomes(msgspec.Struct):
         self.idle += report.outcome == 'idle'
         self.skipped += report.outcome == 'skipped'
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.outcome == 'skipped' else 0
-        if self.skipped_in_a_row == 3: raise UserError(f'loss or gradient not finite in 3 steps in a row (steps {self.step-2} to {self.step}): {remedy}')
+        if self.skipped_in_a_row == 3:
+            raise UserError(f'loss or gradient not finite in 3 steps in a row (steps {self.step-2} to {self.step}): '
+                            f'{remedy}')
