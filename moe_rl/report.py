@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'HEALTH', 'NUMBERS', 'PICTURES', 'RunData', 'state_of', 'columns_of',
            'read_run', 'smooth', 'trace', 'rule', 'key', 'sheet', 'drawn', 'dress', 'graded_by', 'interval_of',
            'draw_learning', 'draw_health', 'staleness_bands', 'draw_flow', 'draw_speed', 'outcome', 'table', 'numbers',
-           'inline', 'spread', 'changed', 'page', 'write_report']
+           'inline', 'spread', 'by_environment', 'verdicts', 'changed', 'page', 'write_report']
 
 # %% ../nbs/06_app/02_report.ipynb #07fd2043
 import fcntl, html, json, math
@@ -265,6 +265,22 @@ def spread(items:list, n:int) -> list:
     "At most `n` items, evenly from first to last."
     return items if len(items) <= n else [items[round(i*(len(items) - 1)/(n - 1))] for i in range(n)]
 
+# %% ../nbs/06_app/02_report.ipynb #2ea8a6f2
+def by_environment(run:RunData) -> list[str]: # a table, or nothing for a single environment
+    "First and last grades of each environment, and how many of its rollouts were trained."
+    first, last = (run.evals[i].get('envs', {}) if run.evals else {} for i in (0, -1))
+    if not last: return []
+    show = lambda g, key, bars: '' if g.get(key) is None else f'{g[key]:.3f}' + (f' ({g[bars][0]:.3f} to {g[bars][1]:.3f})' if g.get(bars) else '')
+    cells = lambda e: [show(g.get(e, {}), *pair) for pair in (('exact', 'interval'), ('score', 'score_interval')) for g in (first, last)]
+    trained = lambda e: f'{int(np.nansum(run[f"{e}/trained"])):,}'
+    return [table([('environment', 'exact, first', 'exact, last', 'score, first', 'score, last', 'rollouts trained'), *((e, *cells(e), trained(e)) for e in last)])]
+
+def verdicts(run:RunData) -> list[str]: # one paragraph, or nothing before the end
+    "What the run says of itself."
+    path = run.folder/'finished.json'
+    lines = json.loads(path.read_text()).get('verdicts', []) if path.exists() else []
+    return ['\n'.join(f'- {line}' for line in lines)] if lines else []
+
 # %% ../nbs/06_app/02_report.ipynb #2ea8a618
 def changed(settings:dict) -> list[tuple[str, str, str]]: # key, value, default
     "Settings that differ from the defaults, `dir` aside."
@@ -281,7 +297,7 @@ def page(run:RunData) -> str:
     k = list(run.evals[0]['pass_at_k']) if run.evals else []
     parts = [f'# {run.settings.get("dir", run.folder)}', outcome(run),
         'In the pictures a pale line is single steps, a strong one their running mean; bars at held-out points are 95 % intervals.',
-        '## Learning', '![Reward and exact answers over time and steps](learning.png)', *([table([('version', 'to', 'minutes', key, '95 %', *(f'pass@{i}' for i in k)), *evals])] if evals else []),
+        '## Learning', '![Reward and exact answers over time and steps](learning.png)', *([table([('version', 'to', 'minutes', key, '95 %', *(f'pass@{i}' for i in k)), *evals])] if evals else []), *by_environment(run), *verdicts(run),
         '## Health', '![Loss, entropy, gradient norm, masked share, mismatch KL, MaxVio](health.png)',
         '## Flow', '![Staleness, fates of rollouts, length of answers](flow.png)',
         '## Speed', '![Tokens per second, utilisation, who waits](speed.png)',
