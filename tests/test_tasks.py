@@ -1,5 +1,5 @@
 "Any task by name: profiles within a bound, sizes that follow, and mixtures in which every environment has its share."
-import math, time
+import asyncio, math, time
 import numpy as np
 import pytest
 from test_lifecycle import Letters, make_loop, play
@@ -11,6 +11,7 @@ from moe_rl.rl.log import read_lines
 from moe_rl.rl.orchestrator import Playing
 from moe_rl.rl.verdict import course_of, verdict
 from moe_rl.rollout.environments import Environment, Mixture, Task, is_held_out
+from moe_rl.rollout.guard import Guard
 from moe_rl.rollout.profile import Drawing, answer_limit, draw_profile, fit, lengths, own_list, recall, warnings
 
 
@@ -91,6 +92,21 @@ def test_without_answers_there_is_no_warm_start():
 
 def test_a_few_giants_do_not_rule():
     assert answer_limit(np.array([9]*990 + [900]*10)) == 12 and answer_limit(np.array([9]*900 + [900]*100)) > 900
+
+
+# ---- rewards
+
+class Halfway(Numbers):
+    def score(self, task, turns): return .5 if turns[-1] != task.answer else 1.
+
+def test_the_automatic_reward():
+    "The mean of score and exact match; the exact match alone once the warm start gets some right; the score without an answer."
+    async def rewards(env, sharp=()):
+        guard = Guard(env, reward='auto')
+        guard.sharp |= set(sharp)
+        return [await guard.score(env.problem(1), [text]) for text in ('7', 'x')]
+    assert asyncio.run(rewards(Halfway())) == [1., .25] and asyncio.run(rewards(Halfway(), ['numbers'])) == [1., 0.]
+    assert asyncio.run(rewards(Halfway(answer=None))) == [.5, .5]
 
 
 # ---- mixtures

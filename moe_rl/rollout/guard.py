@@ -419,12 +419,13 @@ class Guard:
     """The calls of environments: of `Apart`, or of an object. One that was made by name goes to processes of its own, any other is called in this one. What else `Apart` takes (`hides`, `workers`, `memory`, `log`) is passed on.
 
     `reward='exact'` scores every task by `exact_match` instead of the environment's own score, `'module:attribute'` by a
-    function `(task, turns) -> float`, `async def` or `def`. `width` calls are open at a time; the clock of a call starts when it does."""
+    function `(task, turns) -> float`, `async def` or `def`. `reward='auto'` is the mean of score and exact match, or the exact match alone for the
+    environments in `sharp`; without a reference answer it is the score. `width` calls are open at a time; the clock of a call starts when it does."""
     def __init__(self, env:Environment|Apart, timeout:float=10., reward:str='score', width:int=64, patience:float=300., say:Callable[[str], None]=lambda line: None, **apart):
-        if reward not in ('score', 'exact') and ':' not in reward: raise UserError(f"rl.reward: {reward!r}, expected 'score', 'exact' or \"module:attribute\"")
+        if reward not in ('auto', 'score', 'exact') and ':' not in reward: raise UserError(f"rl.reward: {reward!r}, expected 'auto', 'score', 'exact' or \"module:attribute\"")
         own = reward if ':' in reward else ''
         if own: load_attribute(own)        # a wrong name is said now
-        self.env, self.timeout, self.reward = env, timeout, reward
+        self.env, self.timeout, self.reward, self.sharp = env, timeout, reward, set()
         self.host = env if isinstance(env, Apart) else getattr(env, 'host', None) or (Doors(recipe_of(env), env.seed, own, say=say, **apart) if env.recipe else Local(env, own))
         self.width, self.patience, self.say, self.failures, self.outages, self.seats = width, patience, say, Counter(), {}, {}
     def beside(self, reward:str|None=None)->'Guard':
@@ -463,11 +464,12 @@ class Guard:
         return usable_text(await self._call('reply', task.env, (self._sent(task), turns)))
     async def score(self, task:Task, turns:list[str])->float:
         "The reward, a finite float."
-        if self.reward == 'exact':
+        if self.reward == 'exact' or self.reward == 'auto' and task.env in self.sharp:
             if task.answer is None: raise UserError(f"{task.env}: its tasks have no reference answer, so rl.reward = 'exact' is impossible: use 'score'")
             return exact_match(task, turns)      # our own and quick: no process
         await self.host.facts()
-        return usable_reward(await self._call('reward' if ':' in self.reward else 'score', task.env, (self._sent(task), turns)))
+        value = usable_reward(await self._call('reward' if ':' in self.reward else 'score', task.env, (self._sent(task), turns)))
+        return value if self.reward != 'auto' or task.answer is None else (value + exact_match(task, turns))/2
     def _task(self, value, label:str)->Task:
         if isinstance(value, Task): return value
         p = msgspec.convert(value, Parcel)
