@@ -24,10 +24,11 @@ from moe_rl.scale.serve import Pace
 pace = Pace(tuple(.012 + 2e-5*b for b in range(257)), 2e-9, 1e-6)
 def loop(rollouts, turns):
     w = Workload(Lengths(1500/turns, 8192//turns, .8), Lengths(200, 800, .3), turns, 100 if turns > 1 else 0, 2. if turns > 1 else 0.)
-    return Plan(pace, 16, 256, 4_000_000, w, 128, 16, 1, rollouts//2048, P.rounds_time(65536, 64, .5, 1e-4))
+    return Plan(pace, 16, 256, 4_000_000, w, 128, 16, 1, rollouts//2048, lambda n: 30.)
 t = time.process_time(); P.plan(P.load_setup("configs/plan_h200x28.toml")); took["plan_s"] = time.process_time() - t
 t = time.process_time(); n = len(Loop(loop(1_000_000, 1)).run()); took["simulate_s"] = time.process_time() - t
 t = time.process_time(); Loop(loop(100_000, 30)).run(); took["turns_s"] = time.process_time() - t
+t = time.process_time(); pack = P.rounds_time(65536, 64, .5, 1e-4); n = Lengths(1700, 9000, .8).draw(np.random.default_rng(0), 2048).tolist(); [pack(n) for _ in range(10)]; took["packing_s"] = (time.process_time() - t)*48.8
 took["mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 print(json.dumps(took))
 '''
@@ -69,7 +70,9 @@ def measure(args:list[str])->dict:
     print("signs:", say)
     p = subprocess.run([sys.executable, "-c", SPEED], cwd=ROOT, capture_output=True, text=True)
     if p.returncode: raise SystemExit(p.stderr)
-    figs |= json.loads(p.stdout.splitlines()[-1]) | dict(signs=all(say.values()), wide_ep=wide_ep())
+    speed = json.loads(p.stdout.splitlines()[-1])
+    print("CPU seconds: a plan {plan_s:.2f}, import {import_s:.2f}, a million rollouts {simulate_s:.1f} (engines, gate, buffer) and {packing_s:.1f} for packing their 488 steps, 100,000 of thirty turns {turns_s:.1f}; {mib:.0f} MiB".format(**speed))
+    figs |= speed | dict(signs=all(say.values()), wide_ep=wide_ep())
     if "loop" in args:
         from _plan_loop import against_runs
         figs |= against_runs(ROOT)

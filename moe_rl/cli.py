@@ -192,7 +192,7 @@ COMMANDS = dict(run=(cmd_run, RUN, "warm start, asynchronous RL, evaluation, rep
                 eval=(cmd_eval, EVAL, "held-out pass@k of a model"),
                 report=(cmd_report, "report FOLDER", "report/report.md with plots, of a run in any state"),
                 doctor=(cmd_doctor, "doctor [FOLDER]", "machine, versions, GPU, disk, ports"),
-                plan=(cmd_plan, "plan SETUP.toml [--why] [--json]", "nodes, split, layouts, seconds and dollars of a run, before you rent"),
+                plan=(cmd_plan, "plan SETUP.toml [--why] [--json] [--run FOLDER]", "nodes, split, layouts, seconds and dollars of a run, before you rent"),
                 simulate=(cmd_simulate, "simulate SETUP.toml [--steps N] [--seed N] [--picture FILE.png] [--json]", "that run's loop under virtual time: staleness, and who waits for whom"),
                 bench=(cmd_bench, "bench [NAME] [ARGS] [--record]", "measure one figure; without a name, list them"),
                 completion=(cmd_completion, "completion SHELL", "a script for the tab key"))

@@ -7,8 +7,8 @@ __all__ = ['Pos', 'Share', 'Size', 'MARGIN', 'Z80', 'PLAN', 'SIMULATE', 'Hardwar
            'TrainerSetup', 'EngineSetup', 'Setup', 'read_setup', 'load_setup', 'setup_cluster', 'transport', 'layouts',
            'micro_tokens', 'text_tokens', 'Choice', 'best_trainer', 'prompt_tokens', 'rollout_seconds', 'Fleet',
            'fleets', 'sync_seconds', 'PlanResult', 'splits', 'step_of', 'loop_plan', 'simulated', 'find', 'interval',
-           'bottleneck', 'more_nodes', 'plan', 'advice', 'show_plan', 'simulate', 'draw_setup', 'flags', 'plan_command',
-           'simulate_command']
+           'bottleneck', 'more_nodes', 'plan', 'advice', 'show_plan', 'simulate', 'draw_setup', 'against_run', 'flags',
+           'plan_command', 'simulate_command']
 
 # %% ../../nbs/13_scale/07_plan.ipynb #2f044de4
 import json, tomllib
@@ -22,6 +22,7 @@ import msgspec
 import numpy as np
 
 from ..data.packing import batch_token_budget
+from ..data.rounds import plan_rounds, step_time
 from ..errors import UserError
 from ..moe.spec import ModelSpec
 from .hardware import GPUS, PRICE_DATE, Cluster, cluster
@@ -191,7 +192,7 @@ def best_trainer(s:Setup, spec:ModelSpec, c:Cluster, gpus:int)->tuple[Choice|Non
         if m.total < least[0]: least = (m.total, l, m)
         if m.total*MARGIN > c.gpu.hbm: continue
         p = trainer_step(spec, l, c, st, tokens, micro, pair, imbalance=s.trainer.imbalance)
-        seconds = p.seconds
+        seconds = p.seconds + st.step_seconds
         if s.loop.logprobs: seconds += trainer_step(spec, l, c, st, tokens, micro, pair, imbalance=s.trainer.imbalance, training=False).seconds
         if best is None or seconds < best.seconds: best = Choice(l, seconds, m.total, p)
     if best: return best, ""
@@ -313,8 +314,11 @@ def loop_plan(s:Setup, t:Choice, f:Fleet, sync:float, steps:int=6, seed:int=0)->
     per_turn, cap = r.mean/r.turns, max(1, int((r.longest - r.prompt - (r.turns-1)*r.tool_tokens)/r.turns))
     w = Workload(Lengths(per_turn, max(cap, ceil(per_turn)), _spread(s)), Lengths(r.prompt, max(int(r.prompt*4), int(r.prompt)+1), .3), r.turns, r.tool_tokens, r.tool_seconds, r.prefix_hit)
     mean, _ = text_tokens(s)
-    tokens = r.groups_per_step*r.group_size*mean
-    train = lambda lengths: t.seconds*sum(lengths)/tokens
+    tokens, micro, ranks = r.groups_per_step*r.group_size*mean, micro_tokens(s), t.layout.dp
+    def train(lengths):                                 # the rounds of the run; the plan's seconds are those of rounds that are full to 95 %
+        n = np.minimum(np.asarray(lengths), micro)
+        rounds = plan_rounds(n, n, micro, ranks)
+        return t.seconds*.95*ranks/tokens*step_time([[np.array(b, int) for b in bins] for bins in rounds], n.astype(float))
     together = s.loop.colocated or s.loop.max_staleness == 0
     return LoopPlan(f.pace, f.replicas, f.engine.max_seqs, f.kv_tokens, w, r.groups_per_step, r.group_size, 0 if s.loop.colocated else s.loop.max_staleness, steps, train, sync if together else sync, seed=seed)
 
@@ -445,6 +449,22 @@ def draw_setup(s:Setup, path:str, steps:int=6)->None:
     _, t, f, sync = found[0]
     timeline(loop_plan(s, t, f, sync, steps)).figure.savefig(path, dpi=120, bbox_inches="tight")
 
+# %% ../../nbs/13_scale/07_plan.ipynb #ded4bea1
+def against_run(
+    s:Setup,
+    folder:str|Path, # of a run; its metrics.jsonl is read
+)->list[tuple[str,float,float]]: # term, planned, measured
+    "What the plan said and what the run did, over the later half of its steps."
+    path = Path(folder)/"metrics.jsonl"
+    if not path.is_file(): raise UserError(f"{path}: no metrics to compare with")
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    if len(rows) < 4: raise UserError(f"{path}: {len(rows)} steps are too few to compare; four are the least")
+    late, p = rows[len(rows)//2:], plan(s)
+    mean = lambda key: float(np.mean([r[key] for r in late if key in r])) if any(key in r for r in late) else float("nan")
+    mean_tokens, batch = text_tokens(s)[0], s.rollouts.groups_per_step*s.rollouts.group_size
+    return [("seconds of a step", p.step_seconds, (late[-1]["seconds"] - late[0]["seconds"])/(len(late)-1)), ("seconds of the trainer", p.train_seconds, mean("step_seconds")), ("share that the trainer waits", p.trainer_waits, mean("trainer_waits")),
+            ("staleness", p.staleness, mean("staleness")), ("rollouts of a step", float(batch), mean("rollouts")), ("tokens of a step", batch*mean_tokens, mean("tokens"))]
+
 # %% ../../nbs/13_scale/07_plan.ipynb #6a31992c
 def flags(args:list[str], usage:str, switches:tuple=(), values:tuple=())->tuple[str,dict]:
     "One file and some flags. `UserError` for anything else."
@@ -460,14 +480,18 @@ def flags(args:list[str], usage:str, switches:tuple=(), values:tuple=())->tuple[
     if len(files) != 1: raise UserError(f"one setup, not {len(files)}: {usage}")
     return files[0], out
 
-PLAN = "plan SETUP.toml [--why] [--json]"
+PLAN = "plan SETUP.toml [--why] [--json] [--run FOLDER]"
 SIMULATE = "simulate SETUP.toml [--steps N] [--seed N] [--picture FILE.png] [--json]"
 
 def plan_command(args:list[str])->str:
     "What `moe-rl plan` prints."
-    path, given = flags(args, "moe-rl " + PLAN, ("--why", "--json"))
+    path, given = flags(args, "moe-rl " + PLAN, ("--why", "--json"), ("--run",))
+    if "--run" in given:
+        table = against_run(load_setup(path), given["--run"])
+        if "--json" in given: return json.dumps([dict(term=n, planned=float(a), measured=float(b)) for n, a, b in table])
+        return "\n".join(f"{n:30s} planned {a:12.4g}  measured {b:12.4g}  x{b/a if a else inf:.2f}" for n, a, b in table)
     result = plan(load_setup(path))
-    return json.dumps(msgspec.to_builtins(result)) if "--json" in given else show_plan(result, "--why" in given)
+    return json.dumps(msgspec.to_builtins(result, enc_hook=float)) if "--json" in given else show_plan(result, "--why" in given)
 
 def simulate_command(args:list[str])->str:
     "What `moe-rl simulate` prints."
