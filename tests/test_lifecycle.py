@@ -310,9 +310,9 @@ def test_an_end_without_a_model_is_no_end(tmp_path):
         async def said(): return dict(exact=1.)
         loop.run = said
         async def nothing(loop_, state): return {}
-        crew = SimpleNamespace(pool=loop.pool, trainer=Worker('trainer', Left()), all=[], engine=None)
-        real, run.first_version = run.first_version, nothing
         async def silent(*a): await asyncio.sleep(60)
+        crew = SimpleNamespace(pool=loop.pool, trainer=Worker('trainer', Left()), all=[], engine=None, dog=SimpleNamespace(beat=silent))
+        real, run.first_version = run.first_version, nothing
         loop.server.listen, loop.server.receive = silent, silent
         try: await run.drive(loop, crew, None)
         finally: run.first_version = real
@@ -425,21 +425,6 @@ def test_a_crash_before_the_settings_were_written_has_a_way_on(tmp_path):
 
 
 # ---- frozen ourselves
-
-def test_the_call_that_holds_the_loop_is_named(tmp_path, monkeypatch, capfd):
-    "By a watchdog that needs no interpreter lock."
-    monkeypatch.setattr(orchestrator, 'FROZEN', .3)
-    async def a_function_of_a_user(): time.sleep(.8)
-    async def go():
-        loop = make_loop(tmp_path)
-        watching = loop.spawn(watch(loop, None))
-        await asyncio.sleep(.05)
-        await a_function_of_a_user()
-        await asyncio.sleep(.3)
-        watching.cancel()
-    asyncio.run(go())
-    said = capfd.readouterr().err
-    assert 'a_function_of_a_user' in said or said.count('Thread 0x') >= 99      # it shows a hundred threads, and tests before this one left theirs
 
 def test_a_freeze_of_this_process_is_not_blamed_on_others(tmp_path, monkeypatch):
     "The orchestrator was stopped for a while, a laptop closed say: nobody has been silent."
