@@ -311,7 +311,7 @@ def test_an_end_without_a_model_is_no_end(tmp_path):
         loop.run = said
         async def nothing(loop_, state): return {}
         async def silent(*a): await asyncio.sleep(60)
-        crew = SimpleNamespace(pool=loop.pool, trainer=Worker('trainer', Left()), all=[], engine=None, dog=SimpleNamespace(beat=silent))
+        crew = SimpleNamespace(pool=loop.pool, trainer=Worker('trainer', Left()), all=[], engine=None)
         real, run.first_version = run.first_version, nothing
         loop.server.listen, loop.server.receive = silent, silent
         try: await run.drive(loop, crew, None)
