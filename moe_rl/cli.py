@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OWN', 'RUN', 'SFT', 'EVAL', 'COMMANDS', 'SETTINGS', 'start_again', 'check_names', 'check_folder', 'say', 'run_folder',
            'run_settings', 'rehearse', 'cmd_run', 'cmd_sft', 'cmd_eval', 'cmd_report', 'cmd_doctor', 'cmd_bench',
-           'cmd_completion', 'cmd_plan', 'cmd_simulate', 'usage', 'help_of', 'obey', 'main', 'entry']
+           'cmd_completion', 'cmd_upcycle', 'cmd_plan', 'cmd_simulate', 'usage', 'help_of', 'obey', 'main', 'entry']
 
 # %% ../nbs/06_app/04_cli.ipynb #0c74f87e
 import json, os, re, subprocess, sys
@@ -178,6 +178,10 @@ def cmd_completion(args:list[str]) -> int:
     return 0
 
 # %% ../nbs/06_app/04_cli.ipynb #51c0de02
+def cmd_upcycle(args:list[str]) -> int:
+    say(load_attribute("moe_rl.moe.upcycle:upcycle_command")(args))
+    return 0
+
 def cmd_plan(args:list[str]) -> int:
     say(load_attribute("moe_rl.scale.plan:plan_command")(args))
     return 0
@@ -192,6 +196,7 @@ COMMANDS = dict(run=(cmd_run, RUN, "warm start, asynchronous RL, evaluation, rep
                 eval=(cmd_eval, EVAL, "held-out pass@k of a model"),
                 report=(cmd_report, "report FOLDER", "report/report.md with plots, of a run in any state"),
                 doctor=(cmd_doctor, "doctor [FOLDER]", "machine, versions, GPU, disk, ports"),
+                upcycle=(cmd_upcycle, "upcycle FOLDER [--experts 8] [--top-k 2] [--out FOLDER] [--noise 3e-7] [--seed 0]", "a Mixtral of a dense Llama-type checkpoint, with the same answers at first"),
                 plan=(cmd_plan, "plan SETUP.toml [--why] [--json] [--run FOLDER]", "nodes, split, layouts, seconds and dollars of a run, before you rent"),
                 simulate=(cmd_simulate, "simulate SETUP.toml [--steps N] [--seed N] [--picture FILE.png] [--json]", "that run's loop under virtual time: staleness, and who waits for whom"),
                 bench=(cmd_bench, "bench [NAME] [ARGS] [--record]", "measure one figure; without a name, list them"),

@@ -64,7 +64,7 @@ def make_tokenizer(s:Settings, profiles:list[Profile]) -> Tokenizer:
 # %% ../../nbs/05_rl/09_run.ipynb #bb81f0a4
 def check_balance(model:ModelSpec, s:Settings):
     "Raise `UserError` for a model whose experts cannot be balanced as the settings say: a dense one, or one without a bias to move."
-    if not model.num_moe_layers: raise UserError(f'{s.model.checkpoint}: {model.family} has no experts: make a mixture of it first, with moe_rl.moe.upcycle')
+    if not model.num_moe_layers: raise UserError(f'{s.model.checkpoint}: {model.family} has no experts: make a mixture of it first, with moe-rl upcycle')
     if s.balance.rule != 'none' and not model.mixtures[0].bias:
         raise UserError(f'balance.rule = "{s.balance.rule}" moves a bias that {model.family} does not have: use balance.rule = "none", its balance is balance.aux_coef')
 
