@@ -22,9 +22,13 @@ class Call:
 
     def burning(self, now:float)->bool:
         "Whether the thread of this late call still computes, rather than sleeps."
-        try: used = time.clock_gettime(time.pthread_getcpuclockid(self.thread)) - self.cpu
-        except (OSError, TypeError): return False
-        return used > (now - self.began)/4
+        return self.share(now) > .25
+    def starved(self, now:float)->bool:
+        "Whether it computes, but got less than half of a core: others took the rest, and it is not late by itself."
+        return .02 < self.share(now) < .5
+    def share(self, now:float)->float: # of a core, since it began
+        try: return (time.clock_gettime(time.pthread_getcpuclockid(self.thread)) - self.cpu)/(now - self.began)
+        except (OSError, TypeError, ZeroDivisionError): return 0.
 
 def verdict(e:BaseException)->tuple[str, str]: # kind, message
     "How an exception is counted. Without memory it may be the fault of a neighbour: that call is suspect, no more."
@@ -125,7 +129,7 @@ class Caller:
         held, self.looked = now - self.looked > self.HELD, now
         for call in [c for c in list(self.live.values()) if c.late(now)]:
             if call.awaits and not self.loop.guilty(call): continue
-            if not self.end(call, 'suspect' if held else 'env_timeout', f'no answer within {call.limit:g} s'): continue
+            if not self.end(call, 'suspect' if held or not call.awaits and call.starved(now) else 'env_timeout', f'no answer within {call.limit:g} s'): continue
             if call.awaits: self.loop.cancel(call)
             else:
                 self.lost += 1
