@@ -7,7 +7,7 @@ from moe_rl.bench import repository
 from moe_rl.rl.log import read_lines
 
 TINY = {"model.hidden_size": 32, "model.intermediate_size": 32, "model.moe_intermediate_size": 16, "model.num_hidden_layers": 2, "model.head_dim": 8, "warm_start.steps": 2,
-        "warm_start.tokens_per_step": 1024, "warm_start.threads": 1, "eval.prompts": 8, "rl.groups_per_step": 2, "rl.steps": 1, "rl.zero_variance": "keep", "schedule.threads": 1}
+        "warm_start.tokens_per_step": 1024, "warm_start.threads": 1, "eval.prompts": 4, "rl.groups_per_step": 2, "rl.group_size": 2, "rl.steps": 1, "rl.zero_variance": "keep", "schedule.threads": 1}
 
 
 class Watched:
@@ -36,7 +36,7 @@ class Watched:
 def first_step(name: str, out: Path, config: str) -> dict:
     "Whether a tiny model makes a step on a task."
     more = [part for k, v in TINY.items() for part in (f"--{k}", str(v))]
-    run = Watched(["--config", config, "--dir", str(out / name), "--env", name, *more], 240)
+    run = Watched(["--config", config, "--dir", str(out / name), "--env", name, *more], 400)
     started = run.code == 0 and len(read_lines(out / name / "metrics.jsonl")) == 1
     row = dict(name=name, started=started, refused=run.code == 2 and not run.traceback(), seconds=round(run.seconds, 1), silence=round(run.silence, 1), line="" if started else run.word())
     print(f'{name:28} {"first step" if started else "refused" if row["refused"] else "FAILED":10} {run.seconds:6.1f} s  {row["line"][:160]}', flush=True)

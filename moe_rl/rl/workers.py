@@ -134,6 +134,7 @@ def warm_start(model:Model, tokenizer:Tokenizer, env:Environment, s:Settings, al
         done = probes.solved(model, number)
         examples.drop(probes.passed)
         return done
+    alive(f'warm start, {len(examples.rows)} worked examples')
     threads = torch.get_num_threads()
     if not s.schedule.deterministic: torch.set_num_threads(w.threads or max(threads, len(os.sched_getaffinity(0))))
     try:
