@@ -212,6 +212,7 @@ def worker(sock:socket.socket, setup:Setup, desk:Desk|None):
     "The life of a forked worker. Never returns."
     try:
         os.setsid()
+        syscall('prctl', 1, signal.SIGKILL, 0, 0, 0)     # with the nursery, also where no namespace ends it
         if 'numpy' in sys.modules: np.random.seed()
         desk = desk or desk_of(setup)
         sock.sendall(framed([0, 'ready', {label: facts_of(env) for label, env in desk.envs.items()}]))
