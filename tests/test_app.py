@@ -111,7 +111,7 @@ def test_own_code_by_import_path(finished):
     assert all(r['rollouts'] == 4 for r in rows) and rows[0]['loss'] <= 0                                                # spread makes no advantage negative
     settings = load_settings(folder / 'config.toml')
     assert settings.rl.loss_params == {'scale': 2.0} and settings.rl.reward == 'my_task:half_length'
-    assert {p.name for p in (folder / 'model').iterdir()} == {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json'}
+    assert {p.name for p in (folder / 'model').iterdir()} == {'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json'}
 
 
 def test_python_api(home):
