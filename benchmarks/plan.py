@@ -53,7 +53,8 @@ def wide_ep():
         worst = max([worst, *(abs(low_latency_time(r, volume, links)/LOW_LATENCY_US[r][i] - 1) for r in (16, 64, 256))])
     for name, gpus, ep, micro in (("glm-5", 128, 32, 65536), ("glm-5", 128, 128, 65536), ("trinity-large", 64, 32, 32768)):
         s = trainer_step(load_model(name), Layout(gpus, cp=4, ep=ep, optimiser="muon"), cluster("h200", gpus//8), stack("prime-rl"), 4e6, micro)
-        print(f"  {name} on {gpus} H200, EP{ep} over {ep//8} nodes: step {s.seconds:.1f} s, traffic of experts {s.ep_share:.1%} of it, exposed {s.terms[chr(39).join(('experts', ' rows, exposed'))]/s.seconds:.1%}")
+        exposed = s.terms["experts' rows, exposed"]/s.seconds
+        print(f"  {name} on {gpus} H200, EP{ep} over {ep//8} nodes: step {s.seconds:.1f} s, traffic of experts {s.ep_share:.1%} of it, exposed {exposed:.1%}")
     return worst
 
 
