@@ -23,12 +23,12 @@ from .families import architecture, from_hf
 from .model import Model
 from .spec import ModelSpec, TensorSpec
 
-# %% ../../nbs/01_moe/08_checkpoint.ipynb #1caf910c
+# %% ../../nbs/01_moe/08_checkpoint.ipynb #ef68df37
 def to_disk(
     state:Mapping[str,Tensor], # our `state_dict`, or a part of it
     spec:ModelSpec,
 )->dict[str,Tensor]: # views, nothing is copied
-    "Rename and unstack: one tensor per expert and projection. What has no name on disk, the bias momentum, is training state and is left out."
+    "Rename and unstack: one tensor per expert and projection. What has no name on disk is training state and is left out."
     out = {}
     for name, t in state.items():
         names = spec.tensors[name].names
@@ -49,11 +49,12 @@ def _stack(t:TensorSpec, state:Mapping[str,Tensor], where:str)->Tensor: # in the
                                                      f" (vocab_size={need[0]})"*(t.name in ("embed_tokens.weight", "lm_head.weight")))
     return parts[0] if len(parts) == 1 else torch.stack(parts).view(t.shape)
 
-# %% ../../nbs/01_moe/08_checkpoint.ipynb #0c8aa140
+# %% ../../nbs/01_moe/08_checkpoint.ipynb #5771925a
 def _unread(name:str, spec:ModelSpec)->bool:
     "Does a tensor on disk belong to the layers that predict several tokens at once?"
-    more, layer = spec.config.get("num_nextn_predict_layers", spec.config.get("num_mtp_layers", 0)) or 0, name.split(".")[2:3]
-    return name.startswith("model.layers.") and layer[0].isdigit() and spec.num_hidden_layers <= int(layer[0]) < spec.num_hidden_layers+more
+    more, L = spec.config.get("num_nextn_predict_layers", spec.config.get("num_mtp_layers", 0)) or 0, spec.num_hidden_layers
+    layer = name.removeprefix("model.layers.").partition(".")[0] if name.startswith("model.layers.") else ""
+    return layer.isdigit() and L <= int(layer) < L+more
 
 def from_disk(
     state:Mapping[str,Tensor], # tensors under their names on disk; read one at a time
@@ -79,12 +80,13 @@ def to_hf_config(
     own = {k: 0 if k == "num_nextn_predict_layers" else v for k, v in spec.config.items() if k not in _GONE}
     return own | dict(architectures=[architecture(spec.config)], dtype=str(dtype).removeprefix("torch."))
 
-# %% ../../nbs/01_moe/08_checkpoint.ipynb #74c57bdd
+# %% ../../nbs/01_moe/08_checkpoint.ipynb #f90d9506
 def unread_by_transformers(spec:ModelSpec)->list[str]: # "name=value"; empty: it computes what we compute
     "Settings of the model that transformers' class does not read."
     if spec.family != "afmoe": return []
     m = spec.mixtures[0]
-    return [f"score_func={m.score!r}"]*(m.score != "sigmoid") + ["route_norm=False"]*(not m.norm) + [f"topk_group={m.topk_group} of n_group={m.n_group}"]*(m.topk_group < m.n_group)
+    odd = [f"score_func={m.score!r}"]*(m.score != "sigmoid") + ["route_norm=False"]*(not m.norm)
+    return odd + [f"topk_group={m.topk_group} of n_group={m.n_group}"]*(m.topk_group < m.n_group)
 
 # %% ../../nbs/01_moe/08_checkpoint.ipynb #693591c7
 def from_hf_config(
@@ -104,20 +106,22 @@ def _read_json(path:Path)->dict:
     if not isinstance(table, dict): raise CheckpointError(f"{path} is no table of settings; copy it again")
     return table
 
-# %% ../../nbs/01_moe/08_checkpoint.ipynb #8567a118
+# %% ../../nbs/01_moe/08_checkpoint.ipynb #f755b818
 def _tensor_files(folder:Path)->list[Path]:
     "The safetensors files of a checkpoint. Raises `CheckpointError` when there are none or the index leaves the folder."
     index = folder/"model.safetensors.index.json"
     if not index.exists():
         if not (folder/"model.safetensors").exists() and (old := sorted(p.name for p in folder.glob("pytorch_model*.bin"))):
-            raise CheckpointError(f"{folder/old[0]}: pickled weights are not read, they could run code; convert them: load and save the folder with transformers")
+            raise CheckpointError(f"{folder/old[0]}: pickled weights are not read, they could run code; "
+                                  "convert them: load and save the folder with transformers")
         return [folder/"model.safetensors"]
     where = _read_json(index).get("weight_map")
     names = set(where.values()) if isinstance(where, dict) and all(isinstance(n, str) for n in where.values()) else {None}
-    if bad := [n for n in names if not n or Path(n).name != n or "\0" in n]: raise CheckpointError(f"{index}: weight_map names {bad[0]!r:.80}, which is no file of this folder; copy it again")
+    if bad := [n for n in names if not n or Path(n).name != n or "\0" in n]:
+        raise CheckpointError(f"{index}: weight_map names {bad[0]!r:.80}, which is no file of this folder; copy it again")
     return [folder/n for n in sorted(names)]
 
-# %% ../../nbs/01_moe/08_checkpoint.ipynb #9ce37619
+# %% ../../nbs/01_moe/08_checkpoint.ipynb #86d56fab
 _DTYPES = dict(F32=torch.float32, BF16=torch.bfloat16, F16=torch.float16)
 
 class _Files(Mapping):
@@ -137,7 +141,9 @@ class _Files(Mapping):
     def dtype(self, name:str)->torch.dtype:
         handle, f = self.at[name]
         kind = handle.get_slice(name).get_dtype()
-        if kind not in _DTYPES: raise CheckpointError(f"{f}: {name} is stored as {kind}, which is not for training; give a checkpoint in bfloat16 or float32")
+        if kind not in _DTYPES:
+            raise CheckpointError(f"{f}: {name} is stored as {kind}, which is not for training; "
+                                  "give a checkpoint in bfloat16 or float32")
         return _DTYPES[kind]
 
     def __iter__(self)->Iterator[str]: return iter(self.at)
@@ -224,7 +230,7 @@ def _write(
         (folder/"model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (folder/"config.json").write_text(json.dumps(to_hf_config(model.spec, model.dtype), indent=1))
 
-# %% ../../nbs/01_moe/08_checkpoint.ipynb #126e6177
+# %% ../../nbs/01_moe/08_checkpoint.ipynb #03517ef0
 def save_pretrained(
     model:Model,
     folder:str|Path,      # made; its parent too
@@ -232,11 +238,14 @@ def save_pretrained(
     overwrite:bool=False, # replace an older checkpoint of this name once the new one is complete
     shard_bytes:int=4<<30, # size of a file
 )->Path: # the folder
-    """Write a checkpoint that transformers, vLLM and `load_pretrained` read. The folder appears under its name complete or not at all. Warns if transformers would compute another model.
+    """Write a checkpoint that transformers, vLLM and `load_pretrained` read; warns if transformers would compute another model.
+
+    The folder appears under its name complete or not at all.
 
     Raises `CheckpointError` if the folder exists and `overwrite` is off, or if writing fails (disk full); what was there before stays."""
     folder = Path(folder)
-    if other := unread_by_transformers(model.spec): warnings.warn(f"{folder}: moe_rl and vLLM read this model; transformers ignores {', '.join(other)} and computes other logits", stacklevel=2)
+    if other := ", ".join(unread_by_transformers(model.spec)):
+        warnings.warn(f"{folder}: moe_rl and vLLM read this model; transformers ignores {other} and computes other logits", stacklevel=2)
     if folder.exists() and not overwrite: raise CheckpointError(f"{folder} exists; choose another folder or pass overwrite=True")
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:

@@ -42,9 +42,9 @@ class Experts(nn.Module):
     def forward(self, x:Tensor, idx:Tensor, weights:Tensor)->Tensor: # [N,D], [N,k], [N,k] -> [N,D]
         return self.compute(x, idx, weights, self.gate_up_proj, self.down_proj)
 
-# %% ../../nbs/01_moe/07_model.ipynb #a3bb62a2
+# %% ../../nbs/01_moe/07_model.ipynb #15e1eb10
 class MoE(nn.Module):
-    "`k` routed experts, and a shared one if there is one. Bias and momentum are buffers: saved with the model, moved by a balancing rule, never by a gradient."
+    "`k` routed experts, perhaps a shared one. Bias and momentum are buffers: saved, and moved by a balancing rule alone."
     def __init__(self, dim:int, mixture:Mixture, experts:ExpertsFn):
         super().__init__()
         self.mixture = m = mixture
@@ -71,21 +71,24 @@ class MoE(nn.Module):
         routed = lambda: self.experts(x, routing.idx, routing.weights)
         return routed() if self.shared_experts is None else self.shared_experts(x) + routed(), routing
 
-# %% ../../nbs/01_moe/07_model.ipynb #43e7c910
+# %% ../../nbs/01_moe/07_model.ipynb #f6731b5b
 def attention_module(
     spec:ModelSpec,
     l:int, # absolute index of the layer
 )->nn.Module:
     "The attention that the record of layer `l` describes."
     a, dim = spec.layers[l].attention, spec.hidden_size
-    if isinstance(a, Mla): return LatentAttention(dim, a.heads, a.q_rank, a.kv_rank, a.nope_dim, a.rope_dim, a.v_dim, l, a.scale, a.rope.interleaved, a.bias)
-    return Attention(dim, a.heads, a.kv_heads, a.head_dim, l, a.window, spec.rms_norm_eps, a.qk_norm, a.gate, a.bias, a.out_bias)
+    if isinstance(a, Mla):
+        sizes = a.q_rank, a.kv_rank, a.nope_dim, a.rope_dim, a.v_dim
+        return LatentAttention(dim, a.heads, *sizes, l, a.scale, a.rope.interleaved, a.bias)
+    options = a.qk_norm, a.gate, a.bias, a.out_bias
+    return Attention(dim, a.heads, a.kv_heads, a.head_dim, l, a.window, spec.rms_norm_eps, *options)
 
 def ffn_module(dim:int, ffn:Glu|Mixture, experts:ExpertsFn)->nn.Module:
     "The feed-forward part that a record describes."
     return SwiGLU(dim, ffn.hidden) if isinstance(ffn, Glu) else MoE(dim, ffn, experts)
 
-# %% ../../nbs/01_moe/07_model.ipynb #5f323395
+# %% ../../nbs/01_moe/07_model.ipynb #bc14de44
 class Layer(nn.Module):
     "`x + norm(attention(norm(x)))`, then `x + norm(ffn(norm(x)))`; the outer norms only in a sandwich."
     def __init__(self, spec:ModelSpec, l:int, experts:ExpertsFn):
@@ -98,7 +101,13 @@ class Layer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = norm(), outer()
         self.pre_mlp_layernorm, self.post_mlp_layernorm = norm(), outer()
 
-    def forward(self, x:Tensor, tables:dict, attend:AttendFn, replay:Tensor|None, token_mask:Tensor|None)->tuple[Tensor,Routing|None]:
+    def forward(self,
+        x:Tensor,               # [N,D] residual stream
+        tables:dict,            # of each `Rope` of the model
+        attend:AttendFn,
+        replay:Tensor|None,     # [N,k]
+        token_mask:Tensor|None, # [N]
+    )->tuple[Tensor,Routing|None]:
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), tables[self.rope], attend))
         h = self.pre_mlp_layernorm(x)
         h, routing = self.mlp(h, replay, token_mask) if isinstance(self.mlp, MoE) else (self.mlp(h), None)
@@ -121,7 +130,7 @@ class ModelOutput(NamedTuple):
         if not self.routings: return self.hidden.new_zeros(0, 0, dtype=torch.int64)
         return torch.stack([count_tokens(r.idx, r.scores.shape[-1]) for r in self.routings])
 
-# %% ../../nbs/01_moe/07_model.ipynb #93d2f1df
+# %% ../../nbs/01_moe/07_model.ipynb #e7874f62
 class Model(nn.Module):
     "A model of any family over a flat row of tokens. Its tensors are those of its record, by name."
     def __init__(self,
@@ -133,7 +142,8 @@ class Model(nn.Module):
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.layers = nn.ModuleList(Layer(spec, l, experts) for l in range(spec.num_hidden_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.lm_head = Tied(self.embed_tokens) if spec.tied else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        head = lambda: nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.lm_head = Tied(self.embed_tokens) if spec.tied else head()
 
     @property
     def dtype(self)->torch.dtype: return self.layers[0].self_attn.o_proj.weight.dtype # of the matrices
@@ -154,7 +164,8 @@ class Model(nn.Module):
         x = self.embed_tokens(token_ids).float() # the residual stream, a sum of many small things
         if s.embed_scale != 1: x = x*s.embed_scale
         given = dict(zip(s.moe_layers, replay.unbind(1))) if replay is not None else {} # by absolute layer
-        tables = {r: rope(positions, r.dim, r.theta, x.dtype, r.yarn) for r in {layer.rope for layer in self.layers} - {None}} | {None: None}
+        kinds = {layer.rope for layer in self.layers} - {None}
+        tables = {r: rope(positions, r.dim, r.theta, x.dtype, r.yarn) for r in kinds} | {None: None}
         routings = []
         for l, layer in enumerate(self.layers):
             x, routing = layer(x, tables, attend, given.get(l), token_mask)

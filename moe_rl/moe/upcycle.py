@@ -19,19 +19,21 @@ from .families import from_hf
 from .model import Model, moe_modules
 from .spec import ModelSpec
 
-# %% ../../nbs/01_moe/10_upcycle.ipynb #f0bdb606
+# %% ../../nbs/01_moe/10_upcycle.ipynb #84eec709
 def mixtral_of(
     dense:ModelSpec, # a Llama
     experts:int=8,   # E
     top_k:int=2,     # k
 )->ModelSpec:
-    "The Mixtral whose experts have the shape of the dense model's feed-forward net. Raises `ValueError` for a model that is no Llama or has biases."
-    if dense.family != "llama": raise ValueError(f"a {dense.family} can't be upcycled; give a Llama-type model (LlamaForCausalLM)")
+    "The Mixtral whose experts have the shape of the dense feed-forward net. Raises `ValueError` for other models."
+    if dense.family != "llama":
+        raise ValueError(f"a {dense.family} can't be upcycled; give a Llama-type model (LlamaForCausalLM)")
     if dense.layers[0].attention.bias: raise ValueError("attention_bias=True can't be upcycled: Mixtral has no biases")
     own = {k: v for k, v in dense.config.items() if k not in ("attention_bias", "mlp_bias", "pretraining_tp")}
-    return from_hf(own | dict(architectures=["MixtralForCausalLM"], model_type="mixtral", num_local_experts=experts, num_experts_per_tok=top_k, sliding_window=None))
+    return from_hf(own | dict(architectures=["MixtralForCausalLM"], model_type="mixtral", sliding_window=None,
+                              num_local_experts=experts, num_experts_per_tok=top_k))
 
-# %% ../../nbs/01_moe/10_upcycle.ipynb #782a8bab
+# %% ../../nbs/01_moe/10_upcycle.ipynb #aa243a0a
 @torch.no_grad()
 def router_inputs(
     model:Model,
@@ -40,7 +42,8 @@ def router_inputs(
     "What the feed-forward part of each layer receives."
     seen = []
     hooks = [l.pre_mlp_layernorm.register_forward_hook(lambda m, args, out: seen.append(out)) for l in model.layers]
-    try: model(ids, torch.arange(len(ids), device=ids.device), packed_attend(torch.tensor([0, len(ids)], device=ids.device)))
+    cu = torch.tensor([0, len(ids)], device=ids.device)
+    try: model(ids, torch.arange(len(ids), device=ids.device), packed_attend(cu))
     finally:
         for h in hooks: h.remove()
     return seen
@@ -55,7 +58,7 @@ def new_router(
     rows = rows - torch.outer(rows @ common, common)/common.square().sum()
     return rows/(x @ rows.T).std()
 
-# %% ../../nbs/01_moe/10_upcycle.ipynb #2e276091
+# %% ../../nbs/01_moe/10_upcycle.ipynb #bdf260d1
 @torch.no_grad()
 def mixture_of(
     dense:Model,       # a Llama
@@ -66,10 +69,11 @@ def mixture_of(
     seed:int=0,
 )->Model:
     "A Mixtral that computes what the dense model computes, to about `noise`."
-    spec, gen, inputs = mixtral_of(dense.spec, experts, top_k), torch.Generator().manual_seed(seed), router_inputs(dense, ids)
+    spec, gen = mixtral_of(dense.spec, experts, top_k), torch.Generator().manual_seed(seed)
+    inputs = router_inputs(dense, ids)
     with torch.device("meta"): model = Model(spec)
     state = {n: t.clone() for n, t in dense.state_dict().items() if n in spec.tensors}
-    copies = lambda w: w.expand(experts, *w.shape)*(1+noise*torch.randn(experts, *w.shape, generator=gen, dtype=torch.float32)).to(w.dtype)
+    copies = lambda w: (w.float()*(1 + noise*torch.randn(experts, *w.shape, generator=gen))).to(w.dtype)
     for l, layer in enumerate(dense.layers):
         at, m = f"layers.{l}.mlp", layer.mlp
         state[f"{at}.router.weight"] = new_router(inputs[l].float(), experts, gen)
@@ -78,8 +82,9 @@ def mixture_of(
     model.load_state_dict(state, assign=True)
     return model
 
-# %% ../../nbs/01_moe/10_upcycle.ipynb #b99149f4
-KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "vocab.json", "merges.txt")
+# %% ../../nbs/01_moe/10_upcycle.ipynb #58d69110
+KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+        "generation_config.json", "vocab.json", "merges.txt")
 
 def upcycle(
     folder:str|Path,    # of a Llama-type checkpoint
@@ -90,7 +95,7 @@ def upcycle(
     seed:int=0,
     ids:Tensor|None=None, # [N] int64 tokens of a text like those to come; None: 512 drawn from the vocabulary
 )->ModelSpec: # of the mixture
-    "Make a Mixtral of a dense checkpoint: equal in what it computes, with the tokenizer and the chat template. Raises `CheckpointError` in one line."
+    "Make a Mixtral of a dense checkpoint, tokenizer and chat template included. Raises `CheckpointError` in one line."
     folder = Path(folder)
     dense = load_pretrained(folder)
     if ids is None: ids = torch.randint(0, dense.spec.vocab_size, (512,), generator=torch.Generator().manual_seed(seed))
@@ -102,17 +107,19 @@ def upcycle(
     save_pretrained(model, out, tokenizer)
     return model.spec
 
-# %% ../../nbs/01_moe/10_upcycle.ipynb #75ca028b
+# %% ../../nbs/01_moe/10_upcycle.ipynb #ffe86117
 def upcycle_command(args:list[str])->str:
     "What `moe-rl upcycle` prints. Raises `UserError` for words that make no sense."
     parser = argparse.ArgumentParser(prog="moe-rl upcycle", add_help=False, exit_on_error=False)
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--out", default="")
-    for name, kind, value in (("--experts", int, 8), ("--top-k", int, 2), ("--noise", float, 3e-7), ("--seed", int, 0)): parser.add_argument(name, type=kind, default=value)
+    for name, value in (("--experts", 8), ("--top-k", 2), ("--noise", 3e-7), ("--seed", 0)):
+        parser.add_argument(name, type=type(value), default=value)
     try: a, rest = parser.parse_known_args(args)
     except argparse.ArgumentError as e: raise UserError(f"upcycle: {e}") from None
     if not a.folder: raise UserError("upcycle: give the folder of a Llama-type checkpoint")
-    if rest: raise UserError(f"upcycle: {rest[0]!r} is not understood; there are --experts, --top-k, --out, --noise, --seed")
-    if a.experts < 1 or a.top_k < 1: raise UserError(f"upcycle: --experts {a.experts} and --top-k {a.top_k} must be at least 1")
+    if rest: raise UserError(f"upcycle: {rest[0]!r} is not understood; use --experts, --top-k, --out, --noise, --seed")
+    if min(a.experts, a.top_k) < 1:
+        raise UserError(f"upcycle: --experts {a.experts} and --top-k {a.top_k} must be at least 1")
     out = a.out or f"{a.folder.rstrip('/')}-{a.experts}x"
     return f"{out}: {upcycle(a.folder, out, a.experts, a.top_k, a.noise, a.seed)}"
