@@ -2343,6 +2343,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'moe_rl.scale.loop.changed': ('13_scale/loop.html#changed', 'moe_rl/scale/loop.py'),
                                    'moe_rl.scale.loop.feed': ('13_scale/loop.html#feed', 'moe_rl/scale/loop.py'),
                                    'moe_rl.scale.loop.finished': ('13_scale/loop.html#finished', 'moe_rl/scale/loop.py'),
+                                   'moe_rl.scale.loop.play': ('13_scale/loop.html#play', 'moe_rl/scale/loop.py'),
                                    'moe_rl.scale.loop.rounds_time': ('13_scale/loop.html#rounds_time', 'moe_rl/scale/loop.py'),
                                    'moe_rl.scale.loop.run': ('13_scale/loop.html#run', 'moe_rl/scale/loop.py'),
                                    'moe_rl.scale.loop.timeline': ('13_scale/loop.html#timeline', 'moe_rl/scale/loop.py'),

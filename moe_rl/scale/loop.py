@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Workload', 'Plan', 'Since', 'Ghost', 'StepRecord', 'Loop', 'Play', 'feed', 'turn', 'finished', 'changed', 'run',
-           'timeline', 'rounds_time']
+           'play', 'timeline', 'rounds_time']
 
-# %% ../../nbs/13_scale/06_loop.ipynb #cb89e86e
-import heapq
+# %% ../../nbs/13_scale/06_loop.ipynb #081977fa
+import gc, heapq
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -92,7 +92,7 @@ class Loop:
         self.buffer = Buffer(p.group_size, p.max_staleness, p.zero_variance)
         self.version, self.load = [0]*p.replicas, [0]*p.replicas
         self.live, self.next_group, self.started, self.step, self.training, self.now = {}, 0, 0, 0, False, 0.
-        self.events, self.count, self.stamp = [], 0, [0]*p.replicas
+        self.events, self.count, self.planned = [], 0, [inf]*p.replicas
         self.steps, self.free, self.draws, self.since = [], 0., [], {}
         self.issued_tokens, self.trained_tokens, self.lengths, self.stale = 0, 0, {}, Counter()
 
@@ -107,10 +107,11 @@ class Loop:
         heapq.heappush(self.events, (t, self.count, kind, what))
 
     def look(self, r:int):
-        "A replica changed: its next event is on the calendar."
-        self.stamp[r] += 1
+        "A replica changed: an event that came nearer goes on the calendar; one that moved away is looked at when its old time comes."
         due = self.replicas[r].due
-        if due < inf: self.later(due, "engine", (r, self.stamp[r]))
+        if due < self.planned[r]:
+            self.planned[r] = due
+            self.later(due, "engine", r)
 
     def send(self, t:float, turn:Turn)->int: # the engine
         "To the engine with the fewest tokens out."
@@ -198,23 +199,32 @@ def changed(self, t:float):
 
 Loop.finished, Loop.changed = finished, changed
 
-# %% ../../nbs/13_scale/06_loop.ipynb #b538465c
+# %% ../../nbs/13_scale/06_loop.ipynb #4937237c
 def run(self)->list[StepRecord]:
     "All steps."
-    p, events, stamp, replicas = self.p, self.events, self.stamp, self.replicas
+    collect = gc.isenabled()
+    gc.disable()                      # millions of small objects, none in a circle: looking for circles would take a third of the time
+    try: return self.play()
+    finally:
+        if collect: gc.enable()
+
+def play(self)->list[StepRecord]:
+    "All steps, event by event."
+    p, events, planned, replicas = self.p, self.events, self.planned, self.replicas
     self.feed(0.)
     while self.step < p.steps:
         if not events: raise UserError("the simulated run stands still: nothing is on its way and the gate is closed")
         t, _, kind, what = heapq.heappop(events)
         if kind == "engine":
-            r, number = what
-            if stamp[r] != number: continue
-            done = replicas[r].step()
-            t = max(t, replicas[r].at if done else t)
+            if planned[what] != t: continue
+            planned[what], engine = inf, replicas[what]
+            if engine.due > t: self.look(what); continue
+            done = engine.step()
+            if done: t = max(t, engine.at)
             self.now = t
             fresh = False
-            for request in done: fresh = self.finished(t, r, request) or fresh
-            self.look(r)
+            for request in done: fresh = self.finished(t, what, request) or fresh
+            self.look(what)
             if fresh: self.changed(t)
         elif kind == "turn": self.turn(t, *what)
         elif kind == "trained":
@@ -231,7 +241,7 @@ def run(self)->list[StepRecord]:
             self.changed(t)
     return self.steps
 
-Loop.run = run
+Loop.run, Loop.play = run, play
 
 # %% ../../nbs/13_scale/06_loop.ipynb #a5468b11
 def timeline(
