@@ -4,9 +4,11 @@ A cell with `#| echo: false` is a table: it is computed here, kept in the notebo
 Other code cells are shown with the output that is stored; `#| hide` cells are left out; links go from nbs/ to the folder above."""
 import ast, json, os, re, sys
 from pathlib import Path
+from tables import learning_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = ROOT/'nbs'/'index.ipynb'
+PICTURE = ROOT/'docs'/'_static'/'learning.svg'
 
 def evaluate(source:str, names:dict):
     "Run a cell; value of its last expression."
@@ -16,8 +18,8 @@ def evaluate(source:str, names:dict):
 
 def lines(text:str) -> list[str]: return text.splitlines(keepends=True)
 
-def render() -> tuple[str, str]: # README.md, index.ipynb
-    "Both texts as they should be."
+def render() -> tuple[str, str, str]: # README.md, index.ipynb, the picture of a model that learns
+    "All three as they should be."
     nb, names, out = json.loads(INDEX.read_text()), {}, []
     os.chdir(INDEX.parent)   # cells run where the notebook lies
     for cell in nb['cells']:
@@ -35,10 +37,10 @@ def render() -> tuple[str, str]: # README.md, index.ipynb
     text = '\n\n'.join(t.strip('\n') for t in out)
     text = re.sub(r'\]\((?!https?:|#|\.\./)([^)]+)\)', r'](nbs/\1)', text)
     text = re.sub(r'\]\(\.\./([^)]+)\)', r'](\1)', text)
-    return '<!-- Made from nbs/index.ipynb by docs/readme.py. -->\n' + text + '\n', json.dumps(nb, indent=1, ensure_ascii=False) + '\n'
+    return '<!-- Made from nbs/index.ipynb by docs/readme.py. -->\n' + text + '\n', json.dumps(nb, indent=1, ensure_ascii=False) + '\n', learning_picture()
 
 if __name__ == '__main__':
-    targets = dict(zip((ROOT/'README.md', INDEX), render()))
+    targets = dict(zip((ROOT/'README.md', INDEX, PICTURE), render()))
     stale = [p for p, text in targets.items() if not p.exists() or p.read_text() != text]
     if '--check' not in sys.argv:
         for p in stale: p.write_text(targets[p])

@@ -74,6 +74,26 @@ HEADLINES = [
     ('traffic', 'worst_published', "largest error of predicted times, DeepEP's table"),
 ]
 
+def learning_picture() -> str: # SVG
+    "Curves of the recorded main job: held-out share of exact answers over minutes of RL, beside the run that cannot learn."
+    figures = records('main_job')[0]['figures']
+    curves = [(figures.get('control_curve', []), '#8a8a8a', 'learning rate 0'), (figures.get('curve', []), '#2f7fd6', 'asynchronous RL')]
+    width, height, left, top, right, bottom = 640, 240, 44, 12, 120, 34
+    last = max((minute for curve, *_ in curves for minute, _ in curve), default=1.)
+    x = lambda minute: left + minute/last*(width - left - right)
+    y = lambda share: height - bottom - share*(height - top - bottom)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12" fill="#8a8a8a" role="img">',
+           '<title>Share of held-out problems answered exactly, over minutes of reinforcement learning</title>']
+    for share in (0, .25, .5, .75, 1):
+        out += [f'<path d="M{left} {y(share):.1f}H{width - right}" stroke="#8a8a8a" stroke-opacity=".3"/>', f'<text x="{left - 8}" y="{y(share) + 4:.1f}" text-anchor="end">{share:g}</text>']
+    for minute in range(int(last) + 1): out.append(f'<text x="{x(minute):.1f}" y="{height - bottom + 16}" text-anchor="middle">{minute}</text>')
+    out.append(f'<text x="{(left + width - right)/2:.1f}" y="{height - 2}" text-anchor="middle">minutes of reinforcement learning</text>')
+    for curve, colour, name in curves:
+        if not curve: continue
+        out += [f'<polyline fill="none" stroke="{colour}" stroke-width="2.5" points="{" ".join(f"{x(m):.1f},{y(s):.1f}" for m, s in curve)}"/>',
+                f'<text x="{x(curve[-1][0]) + 8:.1f}" y="{y(curve[-1][1]) + 4:.1f}" fill="{colour}">{name}</text>']
+    return '\n'.join([*out, '</svg>', ''])
+
 def headline_table() -> str: # Markdown
     "The recorded figures that README.md shows."
     have = {}
