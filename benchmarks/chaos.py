@@ -10,7 +10,7 @@ from moe_rl.rl.buffer import BufferState
 from moe_rl.rl.log import audit, read_lines
 from moe_rl.rl.run import finished, state_at
 from moe_rl.train.checkpoint import latest
-from moe_rl.train.weights import describe, fingerprint, load_tensors, version_path
+from moe_rl.train.weights import fingerprint, load_tensors, version_path
 
 ENV = '''
 from moe_rl.rollout.environments import Environment, Task

@@ -1,5 +1,5 @@
 """Six families of models against transformers: logprobs, gradients, files byte for byte, decoding from the cache, and parameters. Configurations are drawn at random, quirks included."""
-import argparse, copy, json, random, shutil, tempfile
+import argparse, copy, random, shutil, tempfile
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_rl.moe.attention import packed_attend, packed_positions
 from moe_rl.moe.checkpoint import load_pretrained, save_pretrained
-from moe_rl.moe.model import Model, moe_modules
+from moe_rl.moe.model import Model
 from moe_rl.moe.spec import count_parameters, kv_bytes
 from moe_rl.moe.zoo import PRESETS, preset
 from moe_rl.rollout.engine import Engine, Request

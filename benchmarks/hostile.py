@@ -5,9 +5,7 @@ import psutil
 from _hostile_env import FINE, KINDS, MAY
 from _runs import folders
 from moe_rl.bench import repository
-from moe_rl.errors import UserError
 from moe_rl.rl.log import read_lines
-from moe_rl.rollout.environments import mix
 from moe_rl.rollout.guard import EnvError, Guard, open_envs
 from moe_rl.rollout.profile import draw_profile
 from moe_rl.rollout.sandbox import isolation
@@ -66,7 +64,7 @@ def draws(count, names, hides):
             guard = Guard(env, timeout=LIMIT, patience=0)
             async def sample(i):
                 try: return await guard.sample(i)
-                except EnvError as e: return None
+                except EnvError: return None
             async def many(): return await asyncio.wait_for(asyncio.gather(*map(sample, range(64))), SOON)
             got = asyncio.run(many())
             count.case(f'training, {kind} in problem', sum(t is not None for t in got) >= 48)

@@ -124,7 +124,7 @@ GROUPS = [("attention", r"flash_?attn|sdpa|FlashAttention"), ("optimizer", r"^_a
 def shape_group(shapes, cfg):
     "Which product of torch this is, by a size that only it has."
     sizes = {s for shape in shapes if shape for s in shape}
-    D, I, hd = cfg.hidden_size, cfg.moe_intermediate_size, cfg.head_dim
+    I = cfg.moe_intermediate_size
     if cfg.vocab_size in sizes: return "head"
     if cfg.intermediate_size in sizes or 2*cfg.intermediate_size in sizes: return "dense block"
     if cfg.num_experts in sizes or 3*cfg.num_experts in sizes or 2*cfg.num_experts in sizes: return "router"

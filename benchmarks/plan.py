@@ -5,10 +5,9 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from moe_rl.bench import load_records, repository
+from moe_rl.bench import load_records
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEED = '''

@@ -1,7 +1,6 @@
 "Environments in processes of their own: what a call may do to others, what an answer that is code may do to anybody, and what is checked where it is made."
-import asyncio, os, signal, socket, subprocess, sys, time
+import asyncio, os, signal, socket, subprocess, sys
 from collections import Counter
-from pathlib import Path
 import pytest
 from moe_rl.errors import UserError
 from moe_rl.rollout.environments import Environment, Mixture, Task, load_env, usable_reward

@@ -1,5 +1,5 @@
 """What a run meets without a process that dies: nothing to learn, limits, interruptions, late weights, foreign peers, damaged folders. A loop with an engine and a trainer that answer at once."""
-import asyncio, json, os, shutil, signal, time
+import asyncio, os, signal, time
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -10,15 +10,13 @@ from moe_rl.data.tokens import byte_tokenizer
 from moe_rl.errors import StorageError, UserError
 from moe_rl.rl import orchestrator, run, workers
 from moe_rl.rl.ask import EVAL, PROBE, TRAIN, build_engine, probe, request
-from moe_rl.rollout.grading import grade
 from moe_rl.rl.log import RunLog, read_lines
-from moe_rl.rl.orchestrator import END, Interrupted, Orchestrator, Playing, Shared, State, answer, ailing, watch
+from moe_rl.rl.orchestrator import END, Interrupted, Orchestrator, Playing, State, answer, watch
 from moe_rl.rl.pool import EnginePool, Worker
-from moe_rl.rl.trainer import model_config
 from moe_rl.rl.wire import Abort, Generate, Generated, Save, Train, Update
 from moe_rl.rollout.engine import Finished
 from moe_rl.rollout.environments import Environment, Task
-from moe_rl.rollout.guard import Guard, RolloutLost
+from moe_rl.rollout.guard import Guard
 from moe_rl.train.checkpoint import commit, latest, save_state, stage, step_path
 
 TINY = {'model.hidden_size': 32, 'model.intermediate_size': 32, 'model.moe_intermediate_size': 16, 'model.num_hidden_layers': 2, 'model.num_attention_heads': 2, 'model.num_key_value_heads': 1,
@@ -51,7 +49,7 @@ class Puppet:
         match message:
             case Generate(requests=requests): self.spawn(self.finish(name, requests))
             case Update(version=version): self.spawn(self.take(name, version))
-            case Train(step=step, checkpoint=target): self.spawn(self.done(target, dict(tokens=10., step_seconds=0.)))
+            case Train(checkpoint=target): self.spawn(self.done(target, dict(tokens=10., step_seconds=0.)))
             case Save(folder=target): self.spawn(self.done(target, target))
     async def finish(self, name, requests):
         await asyncio.sleep(self.slow)
@@ -300,7 +298,6 @@ def test_a_worker_that_comes_up_during_the_end_is_told():
 
 def test_an_end_without_a_model_is_no_end(tmp_path):
     "Code of a user ends the trainer with exit code 0. Bug: the code alone is looked at."
-    s = load_settings(overrides=TINY)
     class Left(Alive):
         returncode = 0
         def poll(self): return 0

@@ -13,7 +13,6 @@ from moe_rl.errors import UserError
 from moe_rl.data.batch import micro_batch, micro_batches, to_torch
 from moe_rl.moe.attention import packed_attend
 from moe_rl.moe.families import new_afmoe
-from moe_rl.moe.families import new_afmoe
 from moe_rl.moe.checkpoint import save_pretrained
 from moe_rl.moe.model import Model, init_weights, lower_precision, moe_modules
 from moe_rl.records import Request, Rollout, replace, sampling_of

@@ -8,8 +8,8 @@ from moe_rl.errors import UserError
 from moe_rl.moe.spec import count_parameters
 from moe_rl.scale.hardware import GPUS, cluster
 from moe_rl.scale.loop import Loop, Plan, Workload
-from moe_rl.scale.models import AnySpec, FOREIGN, Fields, cache_bytes, load_model
-from moe_rl.scale.plan import load_setup, plan, plan_command, read_setup, show_plan, simulate, simulate_command
+from moe_rl.scale.models import FOREIGN, Fields, cache_bytes, load_model
+from moe_rl.scale.plan import load_setup, plan, plan_command, read_setup, show_plan, simulate_command
 from moe_rl.scale.rollouts import Lengths, Replica, Turn, by_token
 from moe_rl.scale.serve import Engine, Pace, decode_terms, engine_memory
 from moe_rl.scale.train import Layout, constants, places, stack, trainer_memory, trainer_step

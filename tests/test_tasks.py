@@ -12,7 +12,7 @@ from moe_rl.rl.orchestrator import Playing
 from moe_rl.rl.verdict import course_of, verdict
 from moe_rl.rollout.environments import Environment, Mixture, Task, is_held_out
 from moe_rl.rollout.guard import Guard
-from moe_rl.rollout.profile import Drawing, answer_limit, draw_profile, fit, lengths, own_list, recall, warnings
+from moe_rl.rollout.profile import answer_limit, draw_profile, fit, own_list, recall, warnings
 
 
 class Numbers(Environment):

@@ -10,7 +10,7 @@ from moe_rl.moe.families import new_afmoe
 from moe_rl.moe.model import Model, init_weights, moe_modules
 from moe_rl.records import Example, replace, total
 from moe_rl.train import checkpoint as ck, objective as ob, sft, weights as wt
-from moe_rl.train.step import LossParts, optimizer_step
+from moe_rl.train.step import optimizer_step
 from moe_rl.train.optim import Muon, build_optimizer, clip_grads, matrices, orthogonalise
 
 quick = settings(max_examples=60, deadline=None)

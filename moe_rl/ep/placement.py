@@ -198,7 +198,7 @@ def lone_visits(
     routes:np.ndarray, # [T,L,k] recorded routes
 )->tuple[np.ndarray,np.ndarray]: # [L,E,N], [L]
     "Per token: how often e is chosen while no other expert of the token is on node v; and the distinct nodes of a token."
-    (T, L, k), (E, N) = routes.shape, share.shape[1:]
+    (T, L, _), (E, N) = routes.shape, share.shape[1:]
     lone, visits = np.empty((L, E, N)), np.empty(L)
     for l in range(L):
         away = 1 - share[l][routes[:,l]]                                  # [T,k,N]

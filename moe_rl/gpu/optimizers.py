@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .kernels import INTERPRETED, on_device, tl, triton
-from ..train.optim import NS_COEFFS, Optimizers, matrices, optimiser_of, orthogonalise
+from .kernels import on_device, tl, triton
+from ..train.optim import NS_COEFFS, Optimizers, matrices, optimiser_of
 
 # %% ../../nbs/10_gpu/06_optimizers.ipynb #a758ca77
 @triton.jit
@@ -128,11 +128,14 @@ def newton_schulz(
     (a, b, c), tall, symmetric = NS_COEFFS, x.shape[1] > x.shape[2], SYMMETRIC[products]
     for iterations in (3, 2):
         A = symmetric(x.mT, x) if tall else symmetric(x, x.mT)
+        Q = None
         for i in range(iterations):
             W = symmetric(A, A, A, c, b)                                 # bA + cA^2; the iteration multiplies by P = aI + W
             if i: Q = symmetric(W, Q, Q, 1., a)                          # Q <- PQ
             if i < iterations-1: A = symmetric(W, H := symmetric(W, A, A, 1., a), H, 1., a) # A <- PAP
-            if not i: Q = W; Q.diagonal(dim1=1, dim2=2).add_(a)          # Q = P
+            if not i:                                                    # Q = P, in place of W
+                Q = W
+                Q.diagonal(dim1=1, dim2=2).add_(a)
         x = torch.bmm(x, Q) if tall else torch.bmm(Q, x)
     return x
 

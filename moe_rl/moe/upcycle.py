@@ -16,7 +16,7 @@ from ..errors import UserError
 from .attention import packed_attend
 from .checkpoint import CheckpointError, load_pretrained, save_pretrained
 from .families import from_hf
-from .model import Model, moe_modules
+from .model import Model
 from .spec import ModelSpec
 
 # %% ../../nbs/01_moe/11_upcycle.ipynb #84eec709

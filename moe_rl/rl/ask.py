@@ -6,7 +6,7 @@
 __all__ = ['TRAIN', 'EVAL', 'PROBE', 'seed_of', 'request', 'longest', 'check_prompt', 'build_engine', 'probe']
 
 # %% ../../nbs/05_rl/06_ask.ipynb #a5c00004
-import copy, math
+import copy
 import numpy as np
 import torch
 from ..config import Settings

@@ -25,7 +25,7 @@ from ..moe.spec import ModelSpec
 from . import advantage, loss
 from .ask import EVAL, build_engine, check_prompt, longest, request
 from .log import RunLog, claim, read_lines, require_whole
-from .orchestrator import END, Interrupted, Orchestrator, State, receive, watch
+from .orchestrator import END, Orchestrator, State, receive, watch
 from .pool import Clocked, EnginePool, Free, Worker
 from .trainer import build_model, model_config
 from .verdict import course_of, verdict
@@ -37,7 +37,7 @@ from ..rollout.grading import grade
 from ..rollout.guard import Guard, RolloutLost, open_envs
 from ..rollout.watchdog import Watchdog
 from ..rollout.profile import Lengths, Profile, draw_profile, facts, fit, profile_tokenizer, recall, task_lines, warnings
-from ..train.checkpoint import CheckpointError, committed_steps, load_state, step_path, verify
+from ..train.checkpoint import committed_steps, load_state, step_path, verify
 DONE = 'finished.json' # written last: the model is there
 
 # %% ../../nbs/05_rl/09_run.ipynb #070e5f07

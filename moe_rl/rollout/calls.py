@@ -72,12 +72,6 @@ class Loop:
         return any(now > t + self.PATIENCE for _, t in self.marks)
 
 # %% ../../nbs/04_rollout/06_calls.ipynb #ca000016
-def verdict(e:BaseException)->tuple[str, str]: # kind, message
-    "How an exception is counted. Memory may have been taken by another call, so that one is suspect, no more."
-    if isinstance(e, Unusable): return 'env_reward', str(e)
-    if isinstance(e, MemoryError): return 'suspect', 'MemoryError'
-    return 'env_error', complaint(e)
-
 class Caller:
     "Runs functions of others: `start` begins a call, `expire` ends those that are too late, `answer` is told each result once, from any thread."
     LOST, HELD = 8, .3  # threads that may hang; seconds between two looks after which some call must have held the interpreter

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import msgspec
 from ..errors import UserError
 from ..plugins import load_attribute
-from .apart import FRAME, Desk, Facts, Parcel, Section, Setup, facts_of, framed, sealed, section_of, stock
+from .apart import FRAME, Desk, Facts, Parcel, Setup, facts_of, framed, sealed, section_of, stock
 from .calls import Caller
 from .environments import (Environment, Mixture, Task, choose, exact_match, labelled, labels, mix, solved, usable_reward, usable_text)
 from .sandbox import Plan, plan_for

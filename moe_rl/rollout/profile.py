@@ -17,7 +17,7 @@ import numpy as np
 from ..config import Settings
 from ..errors import UserError
 from ..data.tokens import TextTokenizer, Tokenizer, find_wording, with_phrases
-from .environments import Environment, Mixture, Task, mix, text_hash
+from .environments import Environment, Task, mix, text_hash
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f00007
 class Profile(msgspec.Struct, kw_only=True):

@@ -9,7 +9,7 @@ __all__ = ['NEW_USER', 'NEW_MOUNT', 'NEW_PID', 'NEW_NET', 'NEW_IPC', 'NEW_UTS', 
            'isolation']
 
 # %% ../../nbs/04_rollout/05_sandbox.ipynb #sb000003
-import ast, ctypes, functools, inspect, os, re, resource, signal, subprocess, sys, textwrap
+import ctypes, functools, os, re, resource, signal, subprocess, sys
 from collections.abc import Callable
 from pathlib import Path
 import msgspec

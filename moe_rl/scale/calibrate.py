@@ -10,7 +10,7 @@ __all__ = ['BARS', 'PROMPT', 'SIGMA', 'Z80', 'load_rows', 'predict_memory', 'pre
 # %% ../../nbs/13_scale/08_calibrate.ipynb #d9103105
 import tomllib
 from dataclasses import replace
-from math import ceil, exp, inf, log, sqrt
+from math import ceil, exp, log
 from pathlib import Path
 
 import numpy as np

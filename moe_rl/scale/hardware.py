@@ -6,7 +6,7 @@
 __all__ = ['GPUS', 'PRICE_DATE', 'Gpu', 'Cluster', 'cluster']
 
 # %% ../../nbs/13_scale/00_hardware.ipynb #228a1295
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 # %% ../../nbs/13_scale/00_hardware.ipynb #6bbb56e8
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ __all__ = ['Workload', 'Plan', 'Since', 'Ghost', 'StepRecord', 'Loop', 'Play', '
 import gc, heapq
 from array import array
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from typing import Callable
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from ..data.rounds import plan_rounds, step_time
 from ..errors import UserError
-from ..rl.buffer import IN_FLIGHT, PENDING, TAKEN, Buffer
+from ..rl.buffer import Buffer
 from ..rl.gate import room
 from .rollouts import Lengths, Replica, Turn
 from .serve import Pace

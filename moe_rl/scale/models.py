@@ -10,15 +10,15 @@ __all__ = ['PLANNED', 'FOREIGN', 'vector', 'Indexed', 'Recurrent', 'DeltaNet', '
 
 # %% ../../nbs/13_scale/02_models.ipynb #6a20f549
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import UserError
-from ..moe.families import Fields, architecture, depth, from_hf, read_gqa, read_rope, read_sigmoid_moe
-from ..moe.spec import (BALANCE, EMBEDDING, EXPERTS, HEAD, MATRIX, NORM, ROUTER, TIED, Glu, Gqa, KvShape, LayerSpec, Mla, ModelSpec, Mixture, Rope, TensorSpec,
+from ..moe.families import Fields, depth, from_hf, read_sigmoid_moe
+from ..moe.spec import (BALANCE, EMBEDDING, EXPERTS, HEAD, MATRIX, NORM, ROUTER, TIED, Glu, Gqa, KvShape, Mla, ModelSpec, Mixture, Rope, TensorSpec,
     count_parameters, expert_parameters, linear, pairs)
 from ..moe.zoo import PRESETS as RUNNABLE
 

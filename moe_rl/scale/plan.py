@@ -12,7 +12,6 @@ __all__ = ['Pos', 'Share', 'Size', 'MARGIN', 'Z80', 'PLAN', 'SIMULATE', 'Hardwar
 
 # %% ../../nbs/13_scale/07_plan.ipynb #2f044de4
 import json, tomllib
-from dataclasses import replace
 from functools import lru_cache
 from math import ceil, exp, inf, log, sqrt
 from pathlib import Path
@@ -25,12 +24,12 @@ from ..data.packing import batch_token_budget
 from ..data.rounds import plan_rounds, step_time
 from ..errors import UserError
 from ..moe.spec import ModelSpec
-from .hardware import GPUS, PRICE_DATE, Cluster, cluster
-from .loop import Loop, Plan as LoopPlan, Workload, rounds_time
-from .models import attention_flops, load_model
+from .hardware import PRICE_DATE, Cluster, cluster
+from .loop import Loop, Plan as LoopPlan, Workload
+from .models import load_model
 from .rollouts import Lengths
 from .serve import Engine, decode_terms, engine_memory, engine_pace, serve_stack, weight_size
-from .train import GIB, Layout, Term, Terms, constants, stack, trainer_memory, trainer_step
+from .train import GIB, Layout, constants, stack, trainer_memory, trainer_step
 
 # %% ../../nbs/13_scale/07_plan.ipynb #f74b0ee5
 Pos = Annotated[int, msgspec.Meta(ge=1)]

@@ -10,7 +10,6 @@ __all__ = ['Engine', 'ServeStack', 'serve_stack', 'matrices', 'mixtures', 'weigh
 # %% ../../nbs/13_scale/04_serve.ipynb #821a7137
 from dataclasses import dataclass
 from functools import lru_cache
-from math import comb, hypot
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from ..ep.traffic import LOW_LATENCY_US, Links, fit_links, low_latency_bytes, low_latency_time
 from ..moe.spec import EXPERTS, MATRIX, Mla, ModelSpec, Mixture
 from .hardware import Cluster, Gpu, cluster
-from .models import Compressed, Indexed, Recurrent, attention_flops, cache_rate, counts, flops_per_token, load_model, mixers, of_spec
+from .models import Compressed, Indexed, Recurrent, attention_flops, cache_rate, counts, flops_per_token, mixers, of_spec
 from .train import Term, Terms, constants
 
 # %% ../../nbs/13_scale/04_serve.ipynb #f453ad6f

@@ -8,19 +8,18 @@ __all__ = ['GIB', 'Term', 'Terms', 'Stack', 'constants', 'stack', 'kernel', 'Lay
 
 # %% ../../nbs/13_scale/03_train.ipynb #f3303ef4
 import tomllib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
-from math import ceil, comb, hypot, inf
+from math import ceil, comb, hypot
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 
 from ..moe.spec import EXPERTS, Glu, Mla, ModelSpec, Mixture
-from .hardware import GPUS, Cluster, Gpu, cluster
+from .hardware import Cluster, Gpu
 from .kernels import Attention, Product, attention_time, product_time
-from .models import attention_flops, counts, load_model, mixers, of_spec, products
+from .models import attention_flops, counts, mixers, of_spec, products
 
 # %% ../../nbs/13_scale/03_train.ipynb #f767937f
 class Term(NamedTuple):
@@ -265,7 +264,6 @@ def traffic_terms(
         there, back = (exchange(lv, layout.ep, mine, moe.num_experts, moe.per_token, row, limit) for row in ((wide if layout.precision == "fp8" else 2*wide) + 8*moe.per_token, 2*wide))
         ep = tuple((a+b)*n_moe*((2 + again) if training else 1) for a, b in zip(there, back))
     P, Pe = counts(spec)
-    inside = 1 if layout.replicas == 1 else layout.replicas
     gather = ring(lv, layout.shard, 2*(P-Pe)/layout.tp/layout.pp) + ring(lv, layout.expert_shard, 2*Pe/layout.ep/layout.pp, layout.ep)
     passes = (2 if again else 1) + (2 if not layout.lora else 0) if training else 1   # gradients are float32: twice the bytes
     fsdp = gather*passes*st.fsdp

@@ -8,7 +8,7 @@ __all__ = ['MARKER', 'PartInfo', 'Commit', 'CheckpointError', 'file_info', 'save
            'load_tensors']
 
 # %% ../../nbs/03_train/03_checkpoint.ipynb #de343383
-import os, re, shutil, zlib
+import re, shutil, zlib
 from contextlib import contextmanager
 from pathlib import Path
 import msgspec

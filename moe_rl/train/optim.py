@@ -9,7 +9,7 @@ __all__ = ['NS_COEFFS', 'orthogonalise', 'matrices', 'Muon', 'optimiser_of', 'Op
 # %% ../../nbs/03_train/00_optim.ipynb #11478f18
 import math
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from ..errors import UserError
 from ..moe.model import Model
 from ..moe.spec import ModelSpec
