@@ -40,7 +40,8 @@ class Watchdog:
     def __init__(self, log:str|Path, seconds:float=20.):
         self.seconds, self.stack = seconds, tempfile.NamedTemporaryFile('a', prefix='moe-rl-stack-')
         faulthandler.register(signal.SIGUSR2, file=self.stack, all_threads=True)
-        self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.rollout.watchdog', str(os.getpid()), str(threading.get_ident()), str(seconds), self.stack.name, str(log)], stdin=subprocess.PIPE)
+        self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.rollout.watchdog', str(os.getpid()), str(threading.get_ident()), str(seconds), self.stack.name, str(log)],
+                                        stdin=subprocess.PIPE, start_new_session=True)     # a terminal's Ctrl-C is for the run, not for its watchdog
         os.set_blocking(self.process.stdin.fileno(), False)
     async def beat(self):
         "To be run as a task of the loop."
