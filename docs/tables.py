@@ -68,7 +68,7 @@ def learning_picture() -> str: # SVG
     "Curves of the recorded main job: held-out share of exact answers over minutes of RL, beside the run that cannot learn."
     figures = records('main_job')[0]['figures']
     curves = [(figures.get('control_curve', []), '#8a8a8a', 'learning rate 0'), (figures.get('curve', []), '#2f7fd6', 'asynchronous RL')]
-    width, height, left, top, right, bottom = 640, 240, 44, 12, 120, 34
+    width, height, left, top, right, bottom = 640, 246, 44, 12, 120, 40
     last = max((minute for curve, *_ in curves for minute, _ in curve), default=1.)
     x = lambda minute: left + minute/last*(width - left - right)
     y = lambda share: height - bottom - share*(height - top - bottom)
