@@ -297,7 +297,7 @@ def page(run:RunData) -> str:
     k = list(run.evals[0]['pass_at_k']) if run.evals else []
     parts = [f'# {run.settings.get("dir", run.folder)}', outcome(run),
         'In the pictures a pale line is single steps, a strong one their running mean; bars at held-out points are 95 % intervals.',
-        '## Learning', '![Reward and exact answers over time and steps](learning.png)', *([table([('version', 'to', 'minutes', key, '95 %', *(f'pass@{i}' for i in k)), *evals])] if evals else []), *by_environment(run), *verdicts(run),
+        '## Learning', '![Reward and exact answers over time and steps](learning.png)', *([table([('version', 'to', 'minutes', key, 'interval', *(f'pass@{i}' for i in k)), *evals])] if evals else []), *by_environment(run), *verdicts(run),
         '## Health', '![Loss, entropy, gradient norm, masked share, mismatch KL, MaxVio](health.png)',
         '## Flow', '![Staleness, fates of rollouts, length of answers](flow.png)',
         '## Speed', '![Tokens per second, utilisation, who waits](speed.png)',
