@@ -22,11 +22,12 @@ def placed_for(
     enough:float=.95, # balance of a layer below which groups are given up for it
 )->Placement: # weighed
     "A placement made for these loads: groups stay on their nodes where that leaves a layer's GPUs balanced `enough`."
-    free = place_ungrouped(loads, slots, nodes, gpus)
-    if groups % nodes: return free
+    if groups % nodes: return place_ungrouped(loads, slots, nodes, gpus)
     near = relieve(weigh(place(loads, slots, groups, nodes, gpus), loads), loads, np.full(len(loads), slots))
-    even = [(g.mean(1)/g.max(1))[:,None] for g in (gpu_loads(near, loads), gpu_loads(free, loads))]
-    stay = even[0] >= np.minimum(enough, even[1])
+    even = lambda p: (g := gpu_loads(p, loads)).mean(1)/g.max(1)
+    if (even(near) >= enough).all(): return near
+    free = place_ungrouped(loads, slots, nodes, gpus)
+    stay = (even(near) >= np.minimum(enough, even(free)))[:,None]
     return replace(near, slots=np.where(stay, near.slots, free.slots), share=np.where(stay, near.share, free.share))
 
 # %% ../../nbs/12_ep/09_foresight.ipynb #b7d02f11
