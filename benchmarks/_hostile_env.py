@@ -38,15 +38,18 @@ class Kinds(Environment):
     def own_loop(self): return asyncio.run(asyncio.sleep(.001, .5))
 
     # it raises
-    error, system_exit, interrupt, generator_exit, cancelled = map(raising, (RuntimeError('two\nlines'), SystemExit(1), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()))
-    mute, base, memory_error, surrogate_message = map(raising, (Mute(), BaseException('base'), MemoryError(), ValueError('\ud83d')))
+    error, system_exit, interrupt, generator_exit, cancelled = map(raising,
+        (RuntimeError('two\nlines'), SystemExit(1), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()))
+    mute, base, memory_error, surrogate_message = map(raising,
+        (Mute(), BaseException('base'), MemoryError(), ValueError('\ud83d')))
     recursion = recursion
     async def error_async(self): raise OSError('the judge is away')
     async def exit_async(self): sys.exit(1)
     async def cancel_self(self): asyncio.current_task().cancel(); await asyncio.sleep(1)
 
     # it gives no reward
-    nan, infinite, huge, huge_int, text, number_text, raw, true, nothing, many, complex_number, surrogate = map(giving, (
+    nan, infinite, huge, huge_int, text, number_text, raw, true, nothing, many, complex_number, surrogate = map(giving,
+        (
         float('nan'), float('-inf'), 1e300, 10**5000, 'good', ' 3 ', b'2', True, None, [1.0], 1j, '\ud83d'))
     rude, rude_hang = map(giving, (Rude('exit'), Rude('hang')))
 
@@ -102,16 +105,19 @@ class Kinds(Environment):
 
 FINE = {'fine', 'judged', 'own_loop', 'fork_return', 'fork_hang', 'threads'}        # strange, and right
 MAY = {'close_files', 'forge', 'memory'}                                             # either end will do
-KINDS = [k for k, v in vars(Kinds).items() if callable(v) and k not in ('problem', 'score', '__init__') and not k.startswith('_')]
+KINDS = [k for k, v in vars(Kinds).items() if callable(v) and k not in ('problem', 'score', '__init__')
+    and not k.startswith('_')]
 
 
 class Wild(Kinds):
     "Misbehaves now and then, in the function `where`; `rate` 0: never."
     name = 'wild'
-    def __init__(self, where='score', rate=.1, kinds=()): super().__init__(); self.where, self.rate, self.kinds = where, rate, list(kinds)
+    def __init__(self, where='score', rate=.1, kinds=()):
+        super().__init__(); self.where, self.rate, self.kinds = where, rate, list(kinds)
     def strike(self): return random.random() < self.rate
     def problem(self, key):
-        if self.where == 'problem' and key % 1000 < 1000*self.rate: return getattr(self, self.kinds[key // 1000 % len(self.kinds)])()
+        if self.where == 'problem' and key % 1000 < 1000*self.rate:
+            return getattr(self, self.kinds[key // 1000 % len(self.kinds)])()
         return super().problem(key)
     async def reply(self, task, turns):
         if self.where == 'reply' and len(turns) < 3:

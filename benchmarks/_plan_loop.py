@@ -19,8 +19,10 @@ def run(out, groups, staleness, steps=STEPS):
     "One run of the main job with these settings; its metrics."
     name = f"{groups}_{staleness}"
     # the filter would make what is trained depend on what is learned; every group is kept, so that a step is a step
-    args = ["--config", "configs/main_job.toml", "--dir", str(out/name), "--rl.steps", str(steps), "--rl.seconds", "0", "--rl.stop_at", "0", "--rl.stop_solved", "0", "--rl.zero_variance", "keep", "--eval.every", "0",
-            "--eval.prompts", "16", "--checkpoint.every", "0", "--warm_start.seconds", "20", "--rl.groups_per_step", str(groups), "--rl.max_staleness", str(staleness)]
+    args = ["--config", "configs/main_job.toml", "--dir", str(out/name), "--rl.steps", str(steps), "--rl.seconds", "0",
+            "--rl.stop_at", "0", "--rl.stop_solved", "0", "--rl.zero_variance", "keep", "--eval.every", "0",
+            "--eval.prompts", "16", "--checkpoint.every", "0", "--warm_start.seconds", "20", "--rl.groups_per_step",
+            str(groups), "--rl.max_staleness", str(staleness)]
     return finish(Run(out/name, *args), 900).metrics
 
 
@@ -28,19 +30,24 @@ def look(rows, warm=WARM):
     "What of a run is compared, and what calibrates."
     late = rows[warm:] if len(rows) > 2*warm else rows[len(rows)//3:]
     mean = lambda key: float(np.mean([r[key] for r in late if r[key] is not None]))
-    return dict(step=float(np.median(np.diff([r["seconds"] for r in late]))), staleness=mean("staleness"), trainer=float(np.median([r["step_seconds"] for r in late])), tokens=mean("tokens"), answer=mean("answer_tokens"),
+    return dict(step=float(np.median(np.diff([r["seconds"] for r in late]))), staleness=mean("staleness"),
+                trainer=float(np.median([r["step_seconds"] for r in late])), tokens=mean("tokens"),
+                answer=mean("answer_tokens"),
                 cut=mean("cut"), busy=1 - mean("engine_waits"), spread=.35)
 
 
 def simulate(p, seen, groups, staleness, train, steps=120):
     "The loop with an engine of p seconds: a step, a sequence more, the pause for weights."
     a, b, pause = p
-    most = int(seen["answer"]*(2 - seen["cut"])) + 2                # the more answers are cut, the nearer the mean is to the longest
+    # the more answers are cut, the nearer the mean is to the longest
+    most = int(seen["answer"]*(2 - seen["cut"])) + 2
     prompt = max(2., seen["tokens"]/(seen["groups"]*8) - seen["answer"])
     w = Workload(Lengths(min(seen["answer"], most - .01), most, seen["spread"]), Lengths(prompt, int(2*prompt) + 1, .1))
-    loop = Loop(Plan(Pace(tuple(a + b*n for n in range(257)), 0., b), 1, 256, 16384, w, groups, 8, staleness, steps, train, pause))
+    loop = Loop(Plan(Pace(tuple(a + b*n for n in range(257)), 0., b), 1, 256, 16384, w, groups, 8, staleness, steps,
+        train, pause))
     rows = loop.run()[20:]
-    return float(np.median(np.diff([r.ended for r in rows]))), float(np.mean([r.staleness for r in rows])), loop.replicas[0].busy/loop.now
+    return float(np.median(np.diff([r.ended for r in rows]))), float(np.mean([r.staleness
+        for r in rows])), loop.replicas[0].busy/loop.now
 
 
 def against_runs(root:Path, steps=STEPS)->dict:
@@ -52,12 +59,15 @@ def against_runs(root:Path, steps=STEPS)->dict:
     fixed = max(0., float(np.mean(y - slope*x)))
     train = lambda lengths: fixed + slope*sum(lengths)
     model = lambda p: np.concatenate([np.array(simulate(p, seen[s], *s, train))[[0, 2]] for s in CALIBRATE])
-    p, err = fit_logs(model, [.004, 1e-4, .05], np.concatenate([[seen[s]["step"], max(.02, seen[s]["busy"])] for s in CALIBRATE]), rounds=25)
-    print(f"calibrated: a decode step {1e3*p[0]:.2f} ms and {1e3*p[1]:.3f} a sequence, pause {p[2]:.3f} s, trainer {fixed:.3f} s and {1e6*slope:.2f} us a token; residuals {err.round(3)}")
+    p, err = fit_logs(model, [.004, 1e-4, .05], np.concatenate([[seen[s]["step"], max(.02, seen[s]["busy"])]
+        for s in CALIBRATE]), rounds=25)
+    print(f"calibrated: a decode step {1e3*p[0]:.2f} ms and {1e3*p[1]:.3f} a sequence, pause {p[2]:.3f} s, trainer "
+          f"{fixed:.3f} s and {1e6*slope:.2f} us a token; residuals {err.round(3)}")
     steps_off, stale_off = [], []
     for s in PREDICT:
         step, stale, _ = simulate(p, seen[s], *s, train)
-        print(f"  {s[0]} groups, at most {s[1]} behind: a step {seen[s]['step']:.3f} s, predicted {step:.3f} ({step/seen[s]['step']-1:+.1%}); staleness {seen[s]['staleness']:.2f}, predicted {stale:.2f}")
+        print(f"  {s[0]} groups, at most {s[1]} behind: a step {seen[s]['step']:.3f} s, predicted {step:.3f} "
+              f"({step/seen[s]['step']-1:+.1%}); staleness {seen[s]['staleness']:.2f}, predicted {stale:.2f}")
         steps_off.append(abs(step/seen[s]["step"] - 1))
         stale_off.append(abs(stale - seen[s]["staleness"]))
     return dict(loop_step=max(steps_off), loop_staleness=max(stale_off))

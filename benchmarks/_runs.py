@@ -60,10 +60,12 @@ class Run:
 def finish(run: Run, timeout: float) -> Run:
     "Start, wait, and raise with the log's end when it failed."
     code = run.start().wait(timeout)
-    if code: raise RuntimeError(f'{run.folder} ended with code {code}: ' + run.folder.with_suffix('.log').read_text()[-600:])
+    if code:
+        raise RuntimeError(f'{run.folder} ended with code {code}: ' + run.folder.with_suffix('.log').read_text()[-600:])
     if run.echo:
         e = run.evals
-        print(f'{run.folder.name}: {e[0]["exact"]:.3f} -> {e[-1]["exact"]:.3f} in {run.seconds/60:.2f} min, {len(run.metrics)} steps, peak {run.peak/2**30:.2f} GiB', flush=True)
+        print(f'{run.folder.name}: {e[0]["exact"]:.3f} -> {e[-1]["exact"]:.3f} in {run.seconds/60:.2f} min, '
+              f'{len(run.metrics)} steps, peak {run.peak/2**30:.2f} GiB', flush=True)
     return run
 
 

@@ -22,10 +22,12 @@ def measure(args):
     for seed in range(a.seeds):
         seconds = {}
         for name, staleness in (('async', 2), ('sync', 0)):
-            run = finish(Run(out / f'{name}_{seed}', '--config', str(root / 'benchmarks' / 'async_ratio.toml'), '--dir', str(out / f'{name}_{seed}'), '--seed', str(seed),
+            run = finish(Run(out / f'{name}_{seed}', '--config', str(root / 'benchmarks' / 'async_ratio.toml'), '--dir',
+                             str(out / f'{name}_{seed}'), '--seed', str(seed),
                              '--rl.max_staleness', str(staleness)), 900)
             seconds[name] = time_to(run, a.goal)
         ratios.append(seconds['sync'] / seconds['async'])
         rows.append(seconds)
-        print(f'seed {seed}: synchronous {seconds["sync"]:.1f} s, asynchronous {seconds["async"]:.1f} s, ratio {ratios[-1]:.2f}', flush=True)
+        print(f'seed {seed}: synchronous {seconds["sync"]:.1f} s, asynchronous {seconds["async"]:.1f} s, ratio '
+              f'{ratios[-1]:.2f}', flush=True)
     return dict(figures=dict(ratio=statistics.median(ratios), ratios=ratios), seconds=rows)

@@ -33,7 +33,8 @@ def learn(folder: Path, recorded: list) -> tuple[dict, dict]:
 def movement(before: dict, after: dict) -> tuple[float, float]:
     "Share of entries that differ, and the length of the difference."
     n = sum(v.numel() for v in before.values())
-    return sum(int((after[k] != before[k]).sum()) for k in before)/n, sum(float((after[k] - before[k]).double().square().sum()) for k in before)**.5
+    return sum(int((after[k] != before[k]).sum()) for k in before)/n, sum(float((after[k]
+        - before[k]).double().square().sum()) for k in before)**.5
 
 
 def measure(args: list[str]) -> dict:
@@ -50,7 +51,10 @@ def measure(args: list[str]) -> dict:
     moves = {name: movement(*g) for name, g in got.items()}
     before, after = got['bf16']
     kept = movement(before, {k: v.bfloat16().float() for k, v in after.items()})
-    for name, (share, size) in (*moves.items(), ('kept in bf16', kept)): print(f'{name:>12}: {share:7.2%} of the entries moved, by {size:.3e} in all', flush=True)
+    for name, (share, size) in (*moves.items(), ('kept in bf16', kept)):
+        print(f'{name:>12}: {share:7.2%} of the entries moved, by {size:.3e} in all', flush=True)
     apart = movement(got['bf16'][1], got['float32'][1])[1]
-    return dict(figures=dict(moved_share=moves['bf16'][0], moved_share_float32=moves['float32'][0], share_ratio=moves['bf16'][0]/moves['float32'][0],
-                             size_ratio=moves['bf16'][1]/moves['float32'][1], difference=apart/moves['float32'][1], moved_share_kept_in_bf16=kept[0], steps=a.steps))
+    return dict(figures=dict(moved_share=moves['bf16'][0], moved_share_float32=moves['float32'][0],
+                             share_ratio=moves['bf16'][0]/moves['float32'][0],
+                             size_ratio=moves['bf16'][1]/moves['float32'][1], difference=apart/moves['float32'][1],
+                             moved_share_kept_in_bf16=kept[0], steps=a.steps))

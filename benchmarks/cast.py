@@ -21,7 +21,8 @@ def size(*tensors): return sum(t.numel()*t.element_size() for t in tensors)
 
 def corners(M, K):
     x = torch.randn(M, K, device="cuda")*torch.randn(M, K, device="cuda").exp()**2
-    x[0] = 0; x[1] *= 1e-40; x[2,K//2] = 3e4; x[3,1] = float("inf"); x[4,K-1] = float("nan"); x[5] *= 1e-5; x[6] *= 1e-12
+    x[0] = 0
+    x[1] *= 1e-40; x[2,K//2] = 3e4; x[3,1] = float("inf"); x[4,K-1] = float("nan"); x[5] *= 1e-5; x[6] *= 1e-12
     return x.bfloat16()
 
 
@@ -29,7 +30,8 @@ def differ(got, want):
     "Numbers and scales whose bits are not the same; any NaN equals any NaN."
     count = 0
     for a, b in zip(got[:2], want[:2]):
-        if a.dtype == torch.float8_e4m3fn: a, b = (torch.where(t.view(torch.uint8) & 127 == 127, 127, t.view(torch.uint8)).float() for t in (a, b))
+        if a.dtype == torch.float8_e4m3fn:
+            a, b = (torch.where(t.view(torch.uint8) & 127 == 127, 127, t.view(torch.uint8)).float() for t in (a, b))
         count += (a.nan_to_num(-1.) != b.nan_to_num(-1.)).sum().item()
     return count
 
@@ -43,10 +45,12 @@ def check():
         x = corners(*shape)
         for ue8m0 in (False, True): bad["rows"] += differ(cast_rows(x, ue8m0), quantise(x, ue8m0=ue8m0))
         a, at = cast_both(x)
-        bad["rows_transposed"] += differ(a, quantise(x)) + differ(at, quantise(F.pad(x, (0, 0, 0, -len(x) % 128)).T.contiguous()))
+        bad["rows_transposed"] += differ(a, quantise(x)) + differ(at,
+            quantise(F.pad(x, (0, 0, 0, -len(x) % 128)).T.contiguous()))
         w = torch.stack([x, corners(*shape)])
         a, at = cast_blocks(w, transpose=True)
-        bad["blocks_transposed"] += differ(a, quantise(w, (128, 128))) + differ(at, quantise(w.mT.contiguous(), (128, 128)))
+        bad["blocks_transposed"] += differ(a, quantise(w, (128, 128))) + differ(at,
+            quantise(w.mT.contiguous(), (128, 128)))
     return bad
 
 
@@ -69,12 +73,15 @@ def measure(args):
     print(f"values that differ from the reference: {bad}")
     w = x.view(32, 2048, 4096)
     both = lambda q: [t for a in q for t in a[:2]]
-    kernels = dict(rows=(lambda: cast_rows(x), lambda q: q[:2]), rows_transposed=(lambda: cast_both(x), both), blocks=(lambda: cast_blocks(w), lambda q: q[:2]),
-                   blocks_transposed=(lambda: cast_blocks(w, transpose=True), both), swiglu=(lambda: swiglu_cast(x, gates, lay), lambda q: [*q[:2], gates, rows]))
+    kernels = dict(rows=(lambda: cast_rows(x), lambda q: q[:2]), rows_transposed=(lambda: cast_both(x), both),
+                   blocks=(lambda: cast_blocks(w), lambda q: q[:2]),
+                   blocks_transposed=(lambda: cast_blocks(w, transpose=True), both),
+                   swiglu=(lambda: swiglu_cast(x, gates, lay), lambda q: [*q[:2], gates, rows]))
     figures = {}
     for name, (f, written) in kernels.items():
         moved = size(x, *written(f()))
         t = ms(f)
         figures[name] = moved/t/1e6/copy
         print(f"{name:18s} {t:6.3f} ms  {moved/t/1e6:5.0f} GB/s  {figures[name]:.3f} of the copy", flush=True)
-    return dict(figures=dict(share_of_copy=min(figures.values()), bits_differ=sum(bad.values()), copy_gb_s=copy, **figures))
+    return dict(figures=dict(share_of_copy=min(figures.values()), bits_differ=sum(bad.values()), copy_gb_s=copy,
+        **figures))

@@ -23,12 +23,18 @@ class Letters(Environment):
     async def score(self, task, turns): return len(set(turns[-1])) / 8
 '''
 EVERY = 20  # steps between checkpoints
-TINY = {'model.hidden_size': 32, 'model.intermediate_size': 32, 'model.moe_intermediate_size': 16, 'model.num_hidden_layers': 2, 'model.num_attention_heads': 2, 'model.num_key_value_heads': 1,
-        'model.head_dim': 8, 'model.num_experts': 4, 'model.max_position_embeddings': 256, 'tokenizer.kind': 'byte', 'warm_start.steps': 3, 'warm_start.tokens_per_step': 256, 'warm_start.threads': 1,
-        'rl.groups_per_step': 4, 'rl.group_size': 2, 'rl.tokens_per_batch': 512, 'rl.max_staleness': 2, 'eval.prompts': 8, 'eval.every': 8, 'engine.replicas': 2, 'engine.kv_tokens': 2048, 'engine.max_seqs': 8,
-        'engine.max_tokens': 6, 'checkpoint.every': EVERY, 'checkpoint.keep': 2, 'schedule.silence_seconds': 8, 'schedule.engine_restarts': 100, 'env': 'letters_task:Letters'}
-POINTS = ('warm_start', 'evaluation', 'publication', 'saving', 'commit', 'end')   # stop points; `start` and `far` are moments of their own
-PLANS = (('start', 'far', 'evaluation', 'commit', 'far'), ('warm_start', 'publication', 'far', 'saving', 'end'), ('far', 'publication', 'evaluation', 'far', 'end'), ('start', 'warm_start', 'far', 'commit', 'end'))
+TINY = {'model.hidden_size': 32, 'model.intermediate_size': 32, 'model.moe_intermediate_size': 16,
+        'model.num_hidden_layers': 2, 'model.num_attention_heads': 2, 'model.num_key_value_heads': 1,
+        'model.head_dim': 8, 'model.num_experts': 4, 'model.max_position_embeddings': 256, 'tokenizer.kind': 'byte',
+        'warm_start.steps': 3, 'warm_start.tokens_per_step': 256, 'warm_start.threads': 1,
+        'rl.groups_per_step': 4, 'rl.group_size': 2, 'rl.tokens_per_batch': 512, 'rl.max_staleness': 2,
+        'eval.prompts': 8, 'eval.every': 8, 'engine.replicas': 2, 'engine.kv_tokens': 2048, 'engine.max_seqs': 8,
+        'engine.max_tokens': 6, 'checkpoint.every': EVERY, 'checkpoint.keep': 2, 'schedule.silence_seconds': 8,
+        'schedule.engine_restarts': 100, 'env': 'letters_task:Letters'}
+# stop points; `start` and `far` are moments of their own
+POINTS = ('warm_start', 'evaluation', 'publication', 'saving', 'commit', 'end')
+PLANS = (('start', 'far', 'evaluation', 'commit', 'far'), ('warm_start', 'publication', 'far', 'saving', 'end'),
+    ('far', 'publication', 'evaluation', 'far', 'end'), ('start', 'warm_start', 'far', 'commit', 'end'))
 print_lock = threading.Lock()
 
 
@@ -36,10 +42,12 @@ class Story:
     "One run through all its lives."
     def __init__(self, folder: Path, plan: tuple, seed: int, loading: float, patience: float):
         self.folder, self.plan, self.rng, self.patience = folder, plan, random.Random(seed), patience
-        self.marks, self.process, self.kills, self.hangs, self.unresumable, self.phases = folder.with_name(f'{folder.name}.points'), None, 0, 0, 0, []
+        self.marks, self.process, self.kills = folder.with_name(f'{folder.name}.points'), None, 0
+        self.hangs, self.unresumable, self.phases = 0, 0, []
         self.marks.mkdir(parents=True)
         hooks = str(Path(__file__).with_name('_chaos'))
-        self.environ = os.environ | dict(MOE_CHAOS=str(self.marks), MOE_CHAOS_LOADING=str(loading), OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([hooks, str(repository()), os.environ.get('PYTHONPATH', '')]))
+        self.environ = os.environ | dict(MOE_CHAOS=str(self.marks), MOE_CHAOS_LOADING=str(loading), OMP_NUM_THREADS='1',
+            PYTHONPATH=os.pathsep.join([hooks, str(repository()), os.environ.get('PYTHONPATH', '')]))
 
     def say(self, text):
         with print_lock: print(f'{self.folder.name}: {text}', flush=True)
@@ -48,9 +56,11 @@ class Story:
         "A new life."
         self.born = time.time()
         known = ('--resume', str(self.folder)) if (self.folder / 'config.toml').exists() else \
-            [part for k, v in (TINY | {'rl.steps': 30 * (len(self.plan) + 1), 'dir': self.folder}).items() for part in (f'--{k}', str(v))]
+            [part for k, v in (TINY | {'rl.steps': 30 * (len(self.plan) + 1), 'dir': self.folder}).items()
+                for part in (f'--{k}', str(v))]
         with self.folder.with_suffix('.log').open('ab') as out:
-            self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.cli', 'run', *known], cwd=self.folder.parent, env=self.environ, stdout=out, stderr=out, start_new_session=True)
+            self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.cli', 'run', *known], cwd=self.folder.parent,
+                env=self.environ, stdout=out, stderr=out, start_new_session=True)
 
     def workers(self, role: str = '') -> list[psutil.Process]:
         "Live worker processes, of one role or of both."
@@ -88,7 +98,8 @@ class Story:
             ahead = self.rng.randint(5, EVERY - 3)
             def there(): # in this life: what lies there from the one before is cut when it has come up
                 log = self.folder / 'metrics.jsonl'
-                return log.exists() and log.stat().st_mtime > self.born and self.steps() >= int((latest(self.folder) or Path('step_0')).name[5:]) + ahead
+                return log.exists() and log.stat().st_mtime > self.born and self.steps() >= int((latest(self.folder)
+                    or Path('step_0')).name[5:]) + ahead
             return self.until('step far from a checkpoint', there)
         for old in self.marks.glob('*'): old.unlink()
         if phase == 'warm_start' and latest(self.folder): return False      # it is over
@@ -97,19 +108,22 @@ class Story:
 
     def victims(self) -> list[tuple[str, psutil.Process]]:
         "One or two processes."
-        crew = [('orchestrator', psutil.Process(self.process.pid)), *(('trainer', p) for p in self.workers('trainer')), *(('engine', p) for p in self.workers('engine'))]
+        crew = [('orchestrator', psutil.Process(self.process.pid)), *(('trainer', p) for p in self.workers('trainer')),
+            *(('engine', p) for p in self.workers('engine'))]
         return self.rng.sample(crew, min(len(crew), self.rng.choice((1, 1, 2))))
 
     def strike(self, phase: str):
         "Signals, and what must follow: the run goes on, or it ends and is resumed."
         how, victims = self.rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)), self.victims()
-        if how == signal.SIGSTOP and phase in ('start', 'warm_start'): how = signal.SIGKILL     # what has not come up may be silent for longer
+        # what has not come up may be silent for longer
+        if how == signal.SIGSTOP and phase in ('start', 'warm_start'): how = signal.SIGKILL
         before, names = self.steps(), [n for n, _ in victims]
         for _, p in victims:
             try: p.send_signal(how)
             except psutil.NoSuchProcess: pass
         self.kills, self.phases = self.kills + 1, [*self.phases, phase]
-        self.say(f'{how.name} to {" and ".join(names)} in {phase}, {before} steps in the log, checkpoint {(latest(self.folder) or Path("none")).name}')
+        self.say(f'{how.name} to {" and ".join(names)} in {phase}, {before} steps in the log, checkpoint '
+                 f'{(latest(self.folder) or Path("none")).name}')
         if 'orchestrator' in names and how == signal.SIGSTOP:
             time.sleep(self.rng.uniform(2, 6))
             victims[names.index('orchestrator')][1].send_signal(signal.SIGCONT)
@@ -156,14 +170,20 @@ def books(folder: Path) -> dict:
     buffer = decode(BufferState, state.buffer)
     issued = {f'{g}-{i}' for g in range(state.next_group) for i in range(buffer.group_size)}
     waiting = {f'{g}-{i}' for g, indices in state.live.items() for i in indices}
-    waiting |= {r.id for rs in buffer.members.values() for r in rs} | {r.id for g in buffer.complete for r in g.rollouts}
+    waiting |= {r.id for rs in buffer.members.values() for r in rs} | {r.id for g in buffer.complete
+        for r in g.rollouts}
     ledger = read_lines(folder / 'ledger.jsonl')
     found = audit(ledger, issued, waiting)
     if [line['step'] for line in ledger] != list(range(1, state.step + 1)): found['lost'].append('steps of the ledger')
-    if [line['step'] for line in read_lines(folder / 'metrics.jsonl')] != list(range(1, state.step + 1)): found['lost'].append('steps of the metrics')
-    trained, published = (fingerprint(load_tensors(p / 'model.safetensors')) for p in (latest(folder), version_path(folder / 'weights', state.step)))
-    if trained != published or latest(folder).name != f'step_{state.step}' or not (folder / 'model' / 'model.safetensors').exists(): found['lost'].append('weights')
-    print(f'{folder.name}: {state.step} steps, {len(issued)} rollouts issued, {sum(len(line["trained"]) for line in ledger)} trained, {len(waiting)} waiting')
+    if [line['step'] for line in read_lines(folder / 'metrics.jsonl')] != list(range(1, state.step + 1)):
+        found['lost'].append('steps of the metrics')
+    trained, published = (fingerprint(load_tensors(p / 'model.safetensors'))
+        for p in (latest(folder), version_path(folder / 'weights', state.step)))
+    if trained != published or latest(folder).name != f'step_{state.step}' or not (folder / 'model'
+            / 'model.safetensors').exists():
+        found['lost'].append('weights')
+    print(f'{folder.name}: {state.step} steps, {len(issued)} rollouts issued, '
+          f'{sum(len(line["trained"]) for line in ledger)} trained, {len(waiting)} waiting')
     return found
 
 
@@ -178,7 +198,8 @@ def measure(args):
     a = p.parse_args(args)
     out = folders(repository(), 'chaos')
     (out / 'letters_task.py').write_text(ENV)
-    stories = [Story(out / f'run_{i}', PLANS[i % len(PLANS)], 1000*a.seed + i, a.loading, a.patience) for i in range(a.runs or (14 if a.full else 3))]
+    stories = [Story(out / f'run_{i}', PLANS[i % len(PLANS)], 1000*a.seed + i, a.loading, a.patience)
+        for i in range(a.runs or (14 if a.full else 3))]
     with ThreadPoolExecutor(a.beside) as pool: done = list(pool.map(Story.live, stories))
     lost = duplicated = 0
     for s in done:
@@ -188,6 +209,7 @@ def measure(args):
             if ids: print(f'{s.folder.name}: {key}: {ids[:10]}')
         lost, duplicated = lost + len(found['lost']), duplicated + len(found['duplicated']) + len(found['invented'])
     phases = {p: sum(s.phases.count(p) for s in done) for p in ('start', 'far', *POINTS)}
-    figures = dict(kills=sum(s.kills for s in done), lost=lost, duplicated=duplicated, hangs=sum(s.hangs for s in done), unresumable=sum(s.unresumable or not finished(s.folder) for s in done))
+    figures = dict(kills=sum(s.kills for s in done), lost=lost, duplicated=duplicated, hangs=sum(s.hangs for s in done),
+        unresumable=sum(s.unresumable or not finished(s.folder) for s in done))
     if any(figures[k] for k in ('lost', 'duplicated', 'hangs', 'unresumable')): print('NOT SOUND', flush=True)
     return dict(figures=figures | dict(phases=sum(map(bool, phases.values()))), phases=phases, runs=len(done))

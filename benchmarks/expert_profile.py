@@ -20,7 +20,8 @@ from moe_rl.moe.families import new_afmoe
 from moe_rl.moe.model import Model, init_weights, moe_modules
 
 LENGTH = 256
-CFG = new_afmoe(vocab_size=256, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=5, num_dense_layers=1, num_attention_heads=4, num_key_value_heads=2,
+CFG = new_afmoe(vocab_size=256, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=5,
+                  num_dense_layers=1, num_attention_heads=4, num_key_value_heads=2,
                   head_dim=16, num_experts=64, num_experts_per_tok=8, n_group=8, topk_group=4, sliding_window=64)
 
 
@@ -30,7 +31,8 @@ def code()->str:
 
 def maths()->str:
     import reasoning_gym
-    tasks = ("basic_arithmetic", "chain_sum", "products", "simple_equations", "polynomial_equations", "gcd", "lcm", "fraction_simplification", "prime_factorization", "calendar_arithmetic")
+    tasks = ("basic_arithmetic", "chain_sum", "products", "simple_equations", "polynomial_equations", "gcd", "lcm",
+        "fraction_simplification", "prime_factorization", "calendar_arithmetic")
     sets = [reasoning_gym.create_dataset(t, size=400, seed=7) for t in tasks]
     return "\n".join(f"{s[i]['question']}\n{s[i]['answer']}\n" for i in range(400) for s in sets)
 
@@ -38,10 +40,12 @@ def prose()->str:
     out = []
     for d in sorted(metadata.distributions(), key=lambda d: str(d.metadata["Name"])):
         text = d.metadata.get_payload() if d.metadata.get_payload() else d.metadata["Description"]
-        texts = [str(text or "")] + [f.locate().read_text(errors="ignore") for f in d.files or [] if "licen" in f.name.lower() and f.suffix in ("", ".txt", ".md")]
+        texts = [str(text or "")] + [f.locate().read_text(errors="ignore") for f in d.files or []
+            if "licen" in f.name.lower() and f.suffix in ("", ".txt", ".md")]
         for t in texts:
             t = re.sub(r"```.*?```|<[^>]*>|https?://\S+|^\s*[|$>.+-].*$", "", t, flags=re.S | re.M)
-            out += [p for p in re.split(r"\n\s*\n", t) if len(p) > 200 and sum(c.isalpha() or c.isspace() for c in p) > .93*len(p)]
+            out += [p for p in re.split(r"\n\s*\n", t) if len(p) > 200 and sum(c.isalpha() or c.isspace() for c in p)
+                > .93*len(p)]
     return "\n\n".join(dict.fromkeys(out))[:1_500_000]
 
 
@@ -58,8 +62,10 @@ class Trained:
             for g in opt.param_groups: g["lr"] = 3e-3*min(1, (s+1)/20)*(1 - .9*s/steps)
             out, loss = self.forward(torch.cat([self.batch(d, 2) for d in self.texts]))
             opt.zero_grad(); loss.backward(); opt.step()
-            for m, c in zip(moe_modules(self.model), out.counts()): smebu_update(m.expert_bias, m.bias_momentum, c, rate=2e-3)
-            if s % 50 == 0 or s == steps-1: print(f"step {s}: loss {loss.item():.3f}, {time.time()-start:.0f} s", flush=True)
+            for m, c in zip(moe_modules(self.model), out.counts()):
+                smebu_update(m.expert_bias, m.bias_momentum, c, rate=2e-3)
+            if s % 50 == 0 or s == steps-1:
+                print(f"step {s}: loss {loss.item():.3f}, {time.time()-start:.0f} s", flush=True)
 
     def batch(self, domain:str, rows:int, held:bool=False)->torch.Tensor: # [rows,LENGTH+1]
         t = self.texts[domain]; cut = len(t)*9//10
@@ -69,7 +75,8 @@ class Trained:
 
     def forward(self, x:torch.Tensor):
         rows = len(x)
-        out = self.model(x[:,:-1].flatten(), torch.arange(LENGTH).repeat(rows), packed_attend(torch.arange(rows+1)*LENGTH))
+        out = self.model(x[:,:-1].flatten(), torch.arange(LENGTH).repeat(rows),
+            packed_attend(torch.arange(rows+1)*LENGTH))
         return out, F.cross_entropy(self.model.logits(out.hidden), x[:,1:].flatten())
 
 
@@ -87,9 +94,14 @@ def measure(args:list[str])->dict:
             profile.add(d, routes[d])
     path = repository()/"benchmarks/results/expert_profile/routes.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, domains=np.array(list(routes)), num_experts=CFG.num_experts, groups=CFG.mixtures[0].n_group, **routes)
-    print(f"held-out loss {({d: round(v, 3) for d, v in losses.items()})}; wrote {path.name}, {path.stat().st_size/1024:.0f} KiB")
+    np.savez_compressed(path, domains=np.array(list(routes)), num_experts=CFG.num_experts,
+        groups=CFG.mixtures[0].n_group, **routes)
+    print(f"held-out loss {({d: round(v, 3) for d, v in losses.items()})}; wrote {path.name}, "
+          f"{path.stat().st_size/1024:.0f} KiB")
     share = {d: float(busiest(profile[d])[1].mean()) for d in routes}
-    both = {f"{x}_{y}": float(alike(profile[x], profile[y]).mean()) for i, x in enumerate(routes) for y in list(routes)[i+1:]}
+    both = {f"{x}_{y}": float(alike(profile[x], profile[y]).mean()) for i, x in enumerate(routes)
+        for y in list(routes)[i+1:]}
     print("share of the busiest tenth of the experts:", share); print("hot experts in common:", both)
-    return dict(figures={**{f"busiest_{d}": round(v, 4) for d, v in share.items()}, **{f"common_{n}": round(v, 4) for n, v in both.items()}, **{f"loss_{d}": round(v, 4) for d, v in losses.items()}})
+    return dict(figures={**{f"busiest_{d}": round(v, 4) for d, v in share.items()},
+        **{f"common_{n}": round(v, 4) for n, v in both.items()},
+        **{f"loss_{d}": round(v, 4) for d, v in losses.items()}})

@@ -18,9 +18,11 @@ def table():
     figures = {}
     print(f"{'':16s}" + "".join(f"{s+u:>22s}" for s in SCHEMES for u in ("", ", UE8M0")))
     for name, x in distributions((1024, 1024)).items():
-        row = {s+u: (q := quantise(x, b, ue8m0=bool(u)), relative_error(x, q), small_error(x, q))[1:] for s, b in SCHEMES.items() for u in ("", ", UE8M0")}
+        row = {s+u: (q := quantise(x, b, ue8m0=bool(u)), relative_error(x, q), small_error(x, q))[1:]
+            for s, b in SCHEMES.items() for u in ("", ", UE8M0")}
         print(f"{name:16s}" + "".join(f"{f'{a:.4f} / {b:.4f}':>22s}" for a, b in row.values()))
-        figures |= {f"error {name}, {s}": a for s, (a, _) in row.items()} | {f"small error {name}, {s}": b for s, (_, b) in row.items()}
+        figures |= {f"error {name}, {s}": a for s, (a, _) in row.items()} | {f"small error {name}, {s}": b
+            for s, (_, b) in row.items()}
     return figures
 
 
@@ -29,7 +31,8 @@ def products():
     from moe_rl.fp8.gemm import calc_diff, gemm
     from moe_rl.fp8.kernels import cast_blocks, cast_rows
     g = torch.Generator("cuda").manual_seed(0)
-    x = lambda *s: (torch.randn(*s, generator=g, device="cuda")*torch.randn(*s[:-1], 1, generator=g, device="cuda").exp()).bfloat16()
+    x = lambda *s: (torch.randn(*s, generator=g, device="cuda")*torch.randn(*s[:-1], 1, generator=g,
+        device="cuda").exp()).bfloat16()
     ints = lambda v: torch.tensor(v, device="cuda", dtype=torch.int32)
     both = lambda a, b, form="dense", groups=None: (gemm(a, b, form, groups, "deep_gemm"), gemm(a, b, form, groups))
     out = {}
@@ -54,7 +57,8 @@ def products():
 def measure(args):
     figures = table()
     needs_hopper(" for gemm_calc_diff")
-    if importlib.util.find_spec("deep_gemm") is None: raise NeedsHardware("DeepGEMM for gemm_calc_diff (pip install 'moe_rl[cuda]')")
+    if importlib.util.find_spec("deep_gemm") is None:
+        raise NeedsHardware("DeepGEMM for gemm_calc_diff (pip install 'moe_rl[cuda]')")
     diffs = products()
     for name, d in diffs.items(): print(f"{name:36s} {d:.2e}")
     return dict(figures=dict(gemm_calc_diff=max(diffs.values()), **diffs, **figures))

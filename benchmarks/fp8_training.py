@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from moe_rl.bench import needs_hopper
 
 TEXT = Path(__file__).parent/"data"/"reasoning.txt.xz"
-TASKS = ("chain_sum", "basic_arithmetic", "letter_counting", "spell_backward", "number_sorting", "leg_counting", "gcd", "caesar_cipher", "word_sorting", "family_relationships",
-         "calendar_arithmetic", "propositional_logic", "syllogism", "simple_equations", "fraction_simplification", "lcm", "base_conversion", "time_intervals")
+TASKS = ("chain_sum", "basic_arithmetic", "letter_counting", "spell_backward", "number_sorting", "leg_counting", "gcd",
+         "caesar_cipher", "word_sorting", "family_relationships",
+         "calendar_arithmetic", "propositional_logic", "syllogism", "simple_equations", "fraction_simplification",
+         "lcm", "base_conversion", "time_intervals")
 VOCAB, DOCS, LENGTH, PEAK_LR, WARMUP, SEEDS = 4096, 32, 512, 3e-4, 60, (0, 1, 2)
 
 
@@ -32,7 +34,8 @@ def make_text(per_task=2000, seed=1):
     "Write the text again; needs reasoning-gym."
     import random
     import reasoning_gym
-    items = [f"Question: {x['question']}\nAnswer: {x['answer']}\n\n" for n in TASKS for x in reasoning_gym.create_dataset(n, size=per_task, seed=seed)]
+    items = [f"Question: {x['question']}\nAnswer: {x['answer']}\n\n" for n in TASKS
+        for x in reasoning_gym.create_dataset(n, size=per_task, seed=seed)]
     random.Random(seed).shuffle(items)
     TEXT.parent.mkdir(exist_ok=True)
     TEXT.write_bytes(lzma.compress("".join(items).encode(), preset=9))
@@ -64,10 +67,12 @@ def build(kind, device, seed):
     from moe_rl.gpu.fused import fused_experts
     from moe_rl.moe.families import new_afmoe
     from moe_rl.moe.model import Model, init_weights, lower_precision
-    cfg = new_afmoe(vocab_size=VOCAB, hidden_size=768, intermediate_size=2048, moe_intermediate_size=256, num_hidden_layers=8, num_dense_layers=1, num_attention_heads=6, num_key_value_heads=2,
+    cfg = new_afmoe(vocab_size=VOCAB, hidden_size=768, intermediate_size=2048, moe_intermediate_size=256,
+                      num_hidden_layers=8, num_dense_layers=1, num_attention_heads=6, num_key_value_heads=2,
                       head_dim=128, num_experts=32, num_experts_per_tok=4, sliding_window=256, route_scale=2.)
     fused, backend = ("quack", "deep_gemm") if device == "cuda" else ("plain", "reference")
-    model = Model(cfg, {"bf16": partial(fused_experts, backend=fused), "bf16 again": grouped_experts, "fp8": Fp8Experts(backend)}[kind])
+    model = Model(cfg, {"bf16": partial(fused_experts, backend=fused), "bf16 again": grouped_experts,
+        "fp8": Fp8Experts(backend)}[kind])
     model = lower_precision(init_weights(model, seed), torch.bfloat16).to(device)
     return model, to_fp8(model, backend=backend) if kind == "fp8" else []
 
@@ -81,11 +86,15 @@ def train(kind, ids, steps, seed=0):
     model, fp8 = build(kind, device, seed)
     params = list(model.parameters())
     master = [p.detach().float().clone() for p in params]
-    opt = torch.optim.AdamW([{"params": [m for m in master if m.ndim > 1], "weight_decay": .1}, {"params": [m for m in master if m.ndim == 1], "weight_decay": 0.}], lr=PEAK_LR, betas=(.9, .95))
+    opt = torch.optim.AdamW([{"params": [m for m in master if m.ndim > 1], "weight_decay": .1},
+        {"params": [m for m in master if m.ndim == 1], "weight_decay": 0.}], lr=PEAK_LR, betas=(.9, .95))
     cu = torch.arange(0, DOCS*LENGTH+1, LENGTH, device=device)
     packed, positions, losses, began = packed_attend(cu), packed_positions(cu), [], perf_counter()
-    attend = lambda layer, q, k, v, window: packed.rectangles(q.to(v.dtype), k.to(v.dtype), v, window) # documents of one length: nothing to pad
-    print(f"{kind}, seed {seed}: {sum(p.numel() for p in params)/1e6:.0f} M parameters, {len(fp8)} linear layers in FP8", flush=True)
+    # documents of one length: nothing to pad
+    attend = lambda layer, q, k, v, window: packed.rectangles(q.to(v.dtype), k.to(v.dtype), v, window)
+    print(
+        f"{kind}, seed {seed}: {sum(p.numel() for p in params)/1e6:.0f} M parameters, {len(fp8)} linear layers in FP8",
+        flush=True)
     for step, (x, y) in enumerate(batches(ids, steps, seed)):
         out = model(x, positions, attend)
         loss = F.cross_entropy(model.logits(out.hidden), y)
@@ -98,7 +107,9 @@ def train(kind, ids, steps, seed=0):
             for m, p in zip(master, params): p.copy_(m)
             for moe, counts in zip(moe_modules(model), out.counts()): sign_update(moe.expert_bias, counts, 1e-3)
         losses.append(loss.detach())
-        if step % max(1, steps//6) == 0 or step == steps-1: print(f"   {kind}, seed {seed}, step {step+1:4d} loss {loss.item():.4f}  {perf_counter()-began:5.1f} s", flush=True)
+        if step % max(1, steps//6) == 0 or step == steps-1:
+            print(f"   {kind}, seed {seed}, step {step+1:4d} loss {loss.item():.4f}  {perf_counter()-began:5.1f} s",
+                flush=True)
     return torch.stack(losses).cpu()
 
 
@@ -108,18 +119,25 @@ def measure(args):
     with tempfile.TemporaryDirectory() as folder: # a process per seed, side by side: losses are no timings
         torch.save(token_ids(), Path(folder)/"ids.pt")
         files = {s: Path(folder)/f"{s}.json" for s in SEEDS}
-        children = [subprocess.Popen([sys.executable, __file__, "seed", str(s), str(steps), str(Path(folder)/"ids.pt"), str(files[s])]) for s in SEEDS]
-        if any([c.wait() for c in children]): raise RuntimeError("fp8_training: a seed failed; its last words are above")
+        children = [subprocess.Popen([sys.executable, __file__, "seed", str(s), str(steps), str(Path(folder)/"ids.pt"),
+            str(files[s])]) for s in SEEDS]
+        if any([c.wait() for c in children]):
+            raise RuntimeError("fp8_training: a seed failed; its last words are above")
         losses = {(kind, s): torch.tensor(l) for s, f in files.items() for kind, l in json.loads(f.read_text()).items()}
     runs = list(losses)
     last = {r: l[-50:].mean().item() for r, l in losses.items()}
     difference = {r: last[r]/last["bf16", r[1]]-1 for r in runs}
-    for r in runs: print(f"{r[0]:10s} seed {r[1]} mean loss of the last 50 steps {last[r]:.5f}, {100*difference[r]:+.3f} % of bf16")
+    for r in runs:
+        print(
+            f"{r[0]:10s} seed {r[1]} mean loss of the last 50 steps {last[r]:.5f}, {100*difference[r]:+.3f} % of bf16")
     mean = sum(last["fp8", s] for s in SEEDS)/sum(last["bf16", s] for s in SEEDS)-1
     print(f"FP8 over all seeds: {100*mean:+.3f} %")
-    return dict(figures=dict(rel_loss_diff=abs(mean), rel_loss_diff_bf16_again=abs(difference["bf16 again", SEEDS[0]]), **{f"rel_loss_diff_seed_{s}": difference["fp8", s] for s in SEEDS},
-                             loss_bf16=sum(last["bf16", s] for s in SEEDS)/len(SEEDS), loss_fp8=sum(last["fp8", s] for s in SEEDS)/len(SEEDS)),
-                curves={k: [round(v, 4) for v in losses[k, SEEDS[0]][::10].tolist()] for k in ("bf16", "fp8", "bf16 again")})
+    return dict(figures=dict(rel_loss_diff=abs(mean), rel_loss_diff_bf16_again=abs(difference["bf16 again", SEEDS[0]]),
+                             **{f"rel_loss_diff_seed_{s}": difference["fp8", s] for s in SEEDS},
+                             loss_bf16=sum(last["bf16", s] for s in SEEDS)/len(SEEDS),
+                             loss_fp8=sum(last["fp8", s] for s in SEEDS)/len(SEEDS)),
+                curves={k: [round(v, 4) for v in losses[k, SEEDS[0]][::10].tolist()]
+                    for k in ("bf16", "fp8", "bf16 again")})
 
 
 def train_seed(seed, steps, ids, path):

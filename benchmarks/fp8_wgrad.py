@@ -31,7 +31,8 @@ def measure(args):
     lay, compact = layouts(idx, E, 128, 1)
     groups = torch.diff(lay.ends, prepend=lay.ends.new_zeros(1)).int()
     total, figures = len(lay.pairs), dict(ms_bf16=0., ms_fp8=0., ms_fp8_zeroing=0., diff_bf16=0., diff_fp8=0.)
-    sizes = [total//128//E*128]*(E-1); sizes.append(total-sum(sizes)) # any list with this sum: the kernel reads the device's
+    # any list with this sum: the kernel reads the device's
+    sizes = [total//128//E*128]*(E-1); sizes.append(total-sum(sizes))
     for m, n in ((D, I), (2*I, D)):
         left, right = (torch.randn(T, w, generator=g, device="cuda").bfloat16() for w in (m, n))
         a, b = permute(left, compact), permute(right, compact)
@@ -43,7 +44,8 @@ def measure(args):
         a = b = dw = None
         flat = []
         for x in (left, right):
-            q = cast_rows(torch.where((lay.pairs >= 0)[:,None], permute(x, lay), 0.).T.contiguous()) # padding has to be zero
+            # padding has to be zero
+            q = cast_rows(torch.where((lay.pairs >= 0)[:,None], permute(x, lay), 0.).T.contiguous())
             flat.append((by_group(q.q.view(torch.uint8), groups).view(q.q.dtype), q.scale))
         out = torch.zeros(E, m, n, device="cuda")
         product = lambda: deep_gemm.k_grouped_fp8_gemm_nt_contiguous(*flat, out, sizes, groups, c=out)

@@ -10,7 +10,8 @@ from moe_rl.rollout.guard import EnvError, Guard, open_envs
 from moe_rl.rollout.profile import draw_profile
 from moe_rl.rollout.sandbox import isolation
 
-STOCK = ('string_insertion', 'countdown', 'simple_integration', 'polynomial_multiplication', 'spiral_matrix', 'binary_matrix', 'n_queens', 'puzzle24', 'intermediate_integration')
+STOCK = ('string_insertion', 'countdown', 'simple_integration', 'polynomial_multiplication', 'spiral_matrix',
+    'binary_matrix', 'n_queens', 'puzzle24', 'intermediate_integration')
 LIMIT = 1.          # seconds of one call
 SOON = 90           # a batch of calls that has not come back by then hangs
 
@@ -45,9 +46,11 @@ async def kinds(count, names, hides):
     task = await guard.sample(0)
     for phase, of in (('training', guard), ('evaluation', guard.beside('score'))):
         for kind in names:
-            texts = ['fine', 'judged', kind, 'own_loop', 'judged', 'fine', kind, 'judged', 'fine', 'own_loop', 'judged', 'fine', 'judged', 'fine']
+            texts = ['fine', 'judged', kind, 'own_loop', 'judged', 'fine', kind, 'judged', 'fine', 'own_loop', 'judged',
+                'fine', 'judged', 'fine']
             innocent = lambda ends: all(e == .5 for e, t in zip(ends, texts) if t != kind)
-            right = lambda ends: all(e == .5 if kind in FINE else kind in MAY or isinstance(e, str) for e, t in zip(ends, texts) if t == kind)
+            right = lambda ends: all(e == .5 if kind in FINE else kind in MAY or isinstance(e, str)
+                for e, t in zip(ends, texts) if t == kind)
             began = time.monotonic()
             await batch(of, task, texts, count, f'{phase}, {kind}', lambda ends: innocent(ends) and right(ends))
             if time.monotonic() - began > 15: print(f'  {phase}, {kind}: {time.monotonic() - began:.0f} s')
@@ -56,7 +59,8 @@ async def kinds(count, names, hides):
 def draws(count, names, hides):
     "Every kind in `problem`: in the profile before a run, in a warm start, in training."
     for kind in names:
-        env = open_envs([dict(name='_hostile_env:Wild', params=dict(where='problem', rate=.02, kinds=[kind]))], hides=hides, memory=1 << 30, limit=LIMIT)
+        env = open_envs([dict(name='_hostile_env:Wild', params=dict(where='problem', rate=.02, kinds=[kind]))],
+            hides=hides, memory=1 << 30, limit=LIMIT)
         began = time.monotonic()
         try:
             count.case(f'before the run, {kind}', len(draw_profile(env.parts[0], 16).held_out) == 16)
@@ -77,7 +81,9 @@ def draws(count, names, hides):
 class Bait:
     "What an attack is after: a file outside, a token in the environment, a run folder with a secret, a port that listens, a process that counts signals."
     def __init__(self, folder):
-        self.folder, self.secret, self.signals, self.calls = Path(folder), 'secret-' + base64.b16encode(os.urandom(8)).decode(), 0, 0
+        self.folder = Path(folder)
+        self.secret, self.signals = 'secret-' + base64.b16encode(os.urandom(8)).decode(), 0
+        self.calls = 0
         (self.folder/'run').mkdir(parents=True)
         (self.folder/'run'/'config.toml').write_text(self.secret)
         (self.folder/'run'/'logs').mkdir()
@@ -92,17 +98,27 @@ class Bait:
     def hit(self, *args): self.signals += 1
     def code(self):
         "Tries everything, each in turn; what it reads it prints."
-        attempts = [f"open({str(self.folder/'touched')!r}, 'w').write('x')", f"open({str(Path.home()/('.hostile-' + self.secret))!r}, 'w').write('x')", "print(os.environ['MOE_RL_TOKEN'])",
-                    f"print(open('/proc/{os.getpid()}/environ').read())", "[print(open(f'/proc/{p}/environ').read()) for p in os.listdir('/proc') if p.isdigit() and p != '1']",
-                    f"print(open({str(self.folder/'run'/'config.toml')!r}).read())", f"socket.create_connection(('127.0.0.1', {self.socket.getsockname()[1]}), 1)",
-                    f"socket.socket(socket.AF_UNIX).connect({str(self.folder/'run'/'wire')!r})", f"os.kill({os.getpid()}, 10)", "os.kill(os.getppid(), 10)",
-                    f"open({str(self.folder/'run'/'config.toml')!r}, 'w').write('x')", "ctypes.CDLL(None).umount2(b'/', 2)", "os.chroot('/proc/1/root')"]
-        return "import os, socket, ctypes\nprint('attack begins', flush=True)\n" + ''.join(f"try: {a}\nexcept BaseException as e: pass\n" for a in attempts) + "print('attack ends', flush=True)\n"
-    def answer(self): return f"exec(__import__('base64').b64decode('{base64.b64encode(self.code().encode()).decode()}'))"
+        attempts = [f"open({str(self.folder/'touched')!r}, 'w').write('x')",
+                    f"open({str(Path.home()/('.hostile-' + self.secret))!r}, 'w').write('x')",
+                    "print(os.environ['MOE_RL_TOKEN'])",
+                    f"print(open('/proc/{os.getpid()}/environ').read())",
+                    "[print(open(f'/proc/{p}/environ').read()) for p in os.listdir('/proc') if p.isdigit() and p != "
+                    "'1']",
+                    f"print(open({str(self.folder/'run'/'config.toml')!r}).read())",
+                    f"socket.create_connection(('127.0.0.1', {self.socket.getsockname()[1]}), 1)",
+                    f"socket.socket(socket.AF_UNIX).connect({str(self.folder/'run'/'wire')!r})",
+                    f"os.kill({os.getpid()}, 10)", "os.kill(os.getppid(), 10)",
+                    f"open({str(self.folder/'run'/'config.toml')!r}, 'w').write('x')",
+                    "ctypes.CDLL(None).umount2(b'/', 2)", "os.chroot('/proc/1/root')"]
+        return "import os, socket, ctypes\nprint('attack begins', flush=True)\n" + ''.join(
+            f"try: {a}\nexcept BaseException as e: pass\n" for a in attempts) + "print('attack ends', flush=True)\n"
+    def answer(self):
+        return f"exec(__import__('base64').b64decode('{base64.b64encode(self.code().encode()).decode()}'))"
     def touched(self):
         "How many of the attempts have worked."
         log = self.folder/'run'/'logs'/'environments.log'
-        found = [(self.folder/'touched').exists(), (Path.home()/('.hostile-' + self.secret)).exists(), log.exists() and self.secret in log.read_text(errors='replace'), self.signals > 0,
+        found = [(self.folder/'touched').exists(), (Path.home()/('.hostile-' + self.secret)).exists(),
+                 log.exists() and self.secret in log.read_text(errors='replace'), self.signals > 0,
                  (self.folder/'run'/'config.toml').read_text() != self.secret]
         for s in (self.socket, self.unix):
             try: s.accept(); found.append(True)
@@ -122,41 +138,54 @@ async def answers(count, names):
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             bait = Bait(folder)
-            env = open_envs([dict(name=name)], hides=[str(bait.folder/'run')], log=str(bait.folder/'run'/'logs'/'environments.log'), memory=1 << 30)
+            env = open_envs([dict(name=name)], hides=[str(bait.folder/'run')],
+                log=str(bait.folder/'run'/'logs'/'environments.log'), memory=1 << 30)
             guard = Guard(env, timeout=LIMIT, patience=0)
             task = await guard.sample(0)
             for phase, of in (('training', guard), ('evaluation', guard.beside('score'))):
                 right = await guard.score(task, [task.answer])
-                for what, text in dict(attack=bait.answer(), freeze='9**9**9**9', leave="__import__('os')._exit(0)", fill="'x'*10**13", fork="__import__('os').fork()").items():
+                for what, text in dict(attack=bait.answer(), freeze='9**9**9**9', leave="__import__('os')._exit(0)",
+                        fill="'x'*10**13", fork="__import__('os').fork()").items():
                     texts = [task.answer]*6 + [text] + [task.answer]*6
-                    await batch(of, task, texts, count, f'{phase}, {name}: {what}', lambda ends: all(e == right for e, t in zip(ends, texts) if t is not text) and (isinstance(ends[6], str) or ends[6] < 1))
+                    await batch(of, task, texts, count, f'{phase}, {name}: {what}',
+                        lambda ends: all(e == right for e, t in zip(ends, texts) if t is not text)
+                        and (isinstance(ends[6], str) or ends[6] < 1))
             await asyncio.sleep(.5)
             ran += bait.ran() > 0
             count.executed += bait.touched()
             guard.close()
             bait.close()
-    print(f'answers of {len(names)} stock tasks: the code ran inside in {ran} of them, {count.executed} attempts worked', flush=True)
+    print(
+        f'answers of {len(names)} stock tasks: the code ran inside in {ran} of them, {count.executed} attempts worked',
+        flush=True)
 
 def refused(count):
     "Where namespaces are switched off, a task that executes is refused and another one is not."
     code = ("import sys\nfrom moe_rl.rollout.guard import open_envs\nfrom moe_rl.errors import UserError\nsaid = []\n"
-            "try: env = open_envs([dict(name=sys.argv[1])], say=said.append)\nexcept UserError as e: print('refused', e)\nelse: print('open', said, env.sample(0).prompt[:9]); env.host.close()\n")
+            "try: env = open_envs([dict(name=sys.argv[1])], say=said.append)\nexcept UserError as e: print('refused', "
+            "e)\nelse: print('open', said, env.sample(0).prompt[:9]); env.host.close()\n")
     for name, word in (('string_insertion', 'refused'), ('countdown', 'refused'), ('spell_backward', 'open')):
-        r = subprocess.run(['unshare', '-r', 'sh', '-c', 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"', 'sh', sys.executable, '-c', code, name], capture_output=True, text=True, timeout=120)
+        r = subprocess.run(['unshare', '-r', 'sh', '-c', 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"',
+            'sh', sys.executable, '-c', code, name], capture_output=True, text=True, timeout=120)
         count.case(f'no isolation, {name}', r.stdout.startswith(word) and 'isolate' in r.stdout)
 
 
-SMALL = ('--model.hidden_size', '32', '--model.intermediate_size', '64', '--model.moe_intermediate_size', '16', '--model.num_hidden_layers', '2', '--model.num_attention_heads', '2', '--model.num_key_value_heads', '1',
-         '--model.head_dim', '16', '--model.num_experts', '4', '--tokenizer.kind', 'byte', '--warm_start.steps', '2', '--warm_start.seconds', '0', '--rl.groups_per_step', '4', '--rl.group_size', '4', '--rl.steps', '30',
-         '--engine.max_tokens', '8', '--eval.prompts', '32', '--eval.every', '10', '--schedule.env_timeout', '1', '--rl.max_turns', '3')
+SMALL = ('--model.hidden_size', '32', '--model.intermediate_size', '64', '--model.moe_intermediate_size', '16',
+         '--model.num_hidden_layers', '2', '--model.num_attention_heads', '2', '--model.num_key_value_heads', '1',
+         '--model.head_dim', '16', '--model.num_experts', '4', '--tokenizer.kind', 'byte', '--warm_start.steps', '2',
+         '--warm_start.seconds', '0', '--rl.groups_per_step', '4', '--rl.group_size', '4', '--rl.steps', '30',
+         '--engine.max_tokens', '8', '--eval.prompts', '32', '--eval.every', '10', '--schedule.env_timeout', '1',
+         '--rl.max_turns', '3')
 
 def whole(count, folder, name, where, rate, kinds_, limit=240):
     "A whole run; its end, and the CPU seconds of its orchestrator."
     import json
     out = folder/name
-    args = [sys.executable, '-m', 'moe_rl.cli', 'run', '--dir', str(out), *SMALL, '--env', json.dumps([dict(name='_hostile_env:Wild', params=dict(where=where, rate=rate, kinds=kinds_))])]
+    args = [sys.executable, '-m', 'moe_rl.cli', 'run', '--dir', str(out), *SMALL, '--env',
+        json.dumps([dict(name='_hostile_env:Wild', params=dict(where=where, rate=rate, kinds=kinds_))])]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')])
-    with open(f'{out}.log', 'ab') as log: process = subprocess.Popen(args, stdout=log, stderr=log, env=os.environ | dict(PYTHONPATH=path))
+    with open(f'{out}.log', 'ab') as log:
+        process = subprocess.Popen(args, stdout=log, stderr=log, env=os.environ | dict(PYTHONPATH=path))
     watched, cpu, began = psutil.Process(process.pid), 0., time.monotonic()
     while process.poll() is None and time.monotonic() - began < limit:
         try: cpu = sum(watched.cpu_times()[:2])
@@ -165,17 +194,22 @@ def whole(count, folder, name, where, rate, kinds_, limit=240):
     hang = process.poll() is None
     if hang: process.kill(); process.wait()
     steps = [r['step'] for r in read_lines(out/'metrics.jsonl')] if out.exists() else []
-    lost = sum(v for k, v in (read_lines(out/'metrics.jsonl') or [{}])[-1].items() if k.startswith('dropped_')) if steps else 0
+    lost = sum(v for k, v in (read_lines(out/'metrics.jsonl') or [{}])[-1].items()
+        if k.startswith('dropped_')) if steps else 0
     text = Path(f'{out}.log').read_text(errors='replace')
     good = process.returncode == 0 and steps[-1:] == [30] and 'Traceback' not in text
-    print(f'{name}: code {process.returncode}, {len(steps)} steps, {lost:.0f} rollouts lost, {time.monotonic() - began:.0f} s, orchestrator {cpu:.1f} CPU seconds', flush=True)
+    print(f'{name}: code {process.returncode}, {len(steps)} steps, {lost:.0f} rollouts lost, '
+          f'{time.monotonic() - began:.0f} s, orchestrator {cpu:.1f} CPU seconds', flush=True)
     if not good: print('  ' + ' '.join(text.splitlines()[-2:]))
     count.case(f'run, {name}', good, hang)
     return cpu
 
-RUNS = dict(rewards=('score', ['nan', 'huge', 'huge_int', 'text', 'true', 'nothing', 'rude', 'many']), raises=('score', ['error', 'system_exit', 'interrupt', 'base', 'mute', 'recursion', 'memory_error']),
-            ends=('score', ['leave', 'segfault', 'kill_itself', 'kill_all', 'memory_slow', 'fork_hang', 'flood']), hangs=('score', ['sleep', 'never', 'stubborn', 'spin', 'block_loop', 'regex', 'power']),
-            problems=('problem', ['error', 'int_prompt', 'int_answer', 'half_emoji', 'long_prompt', 'endless_prompt', 'nothing']), processes=('problem', ['leave', 'system_exit', 'regex', 'sleep']),
+RUNS = dict(rewards=('score', ['nan', 'huge', 'huge_int', 'text', 'true', 'nothing', 'rude', 'many']),
+            raises=('score', ['error', 'system_exit', 'interrupt', 'base', 'mute', 'recursion', 'memory_error']),
+            ends=('score', ['leave', 'segfault', 'kill_itself', 'kill_all', 'memory_slow', 'fork_hang', 'flood']),
+            hangs=('score', ['sleep', 'never', 'stubborn', 'spin', 'block_loop', 'regex', 'power']),
+            problems=('problem', ['error', 'int_prompt', 'int_answer', 'half_emoji', 'long_prompt', 'endless_prompt',
+                'nothing']), processes=('problem', ['leave', 'system_exit', 'regex', 'sleep']),
             replies=('reply', ['error', 'some_int', 'raw', 'endless_text', 'surrogate', 'leave', 'never']))
 
 
@@ -190,18 +224,24 @@ def measure(args):
     print(f'isolation: {isolation() or "namespaces"}')
     some = lambda names, n: list(names) if a.full else rng.sample(sorted(names), n)
     began = time.monotonic()
-    stamp = lambda what: print(f'{what}: {count.cases} cases, {count.contained} contained, {time.monotonic() - began:.0f} s', flush=True)
+    stamp = lambda what: print(f'{what}: {count.cases} cases, {count.contained} contained, '
+                               f'{time.monotonic() - began:.0f} s', flush=True)
     asyncio.run(kinds(count, some(KINDS, 24), [str(folder)]))
     stamp('kinds of score')
-    draws(count, some(['error', 'system_exit', 'interrupt', 'text', 'nothing', 'int_prompt', 'int_answer', 'half_emoji', 'endless_prompt', 'sleep', 'regex', 'power', 'leave', 'segfault', 'kill_itself', 'recursion'], 5), [str(folder)])
+    draws(count, some(['error', 'system_exit', 'interrupt', 'text', 'nothing', 'int_prompt', 'int_answer', 'half_emoji',
+        'endless_prompt', 'sleep', 'regex', 'power', 'leave', 'segfault', 'kill_itself', 'recursion'], 5),
+        [str(folder)])
     stamp('kinds of problem')
     if isolation(): print('no isolation: the tasks that execute are refused, and not tried')
     else: asyncio.run(answers(count, some(STOCK, 3)))
     if shutil.which('unshare'): refused(count)
     stamp('answers')
     clean = whole(count, folder, 'clean', 'score', 0., [])
-    cpu = {name: whole(count, folder, name, where, .06 if name in ('hangs', 'ends') else .1 if where != 'problem' else .01, names) for name, (where, names) in RUNS.items() if a.full or name in rng.sample(sorted(RUNS), 3)}
+    cpu = {name: whole(count, folder, name, where, .06 if name in ('hangs', 'ends') else .1 if where != 'problem'
+        else .01, names) for name, (where, names) in RUNS.items() if a.full or name in rng.sample(sorted(RUNS), 3)}
     stamp('runs')
     worst = max(cpu.values(), default=clean)/clean
     print(f'CPU seconds of the orchestrator: {clean:.1f} clean, at most {worst:.2f} times that')
-    return dict(figures=dict(cases=count.cases, contained=count.contained, ended_wrongly=count.ended_wrongly, hangs=count.hangs, executed=count.executed, orchestrator_cpu=worst, kinds=len(KINDS), seconds=time.monotonic() - began))
+    return dict(figures=dict(cases=count.cases, contained=count.contained, ended_wrongly=count.ended_wrongly,
+        hangs=count.hangs, executed=count.executed, orchestrator_cpu=worst, kinds=len(KINDS),
+        seconds=time.monotonic() - began))

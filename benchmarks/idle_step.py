@@ -39,7 +39,8 @@ def drift(loss: str, steps: int) -> float:
     t = trained(loss)
     before, silent = state(t), batches(t.model, 4, lambda n: [0.]*n, seed=7)
     for i in range(steps): row = t.step(silent[i % len(silent)])
-    print(f'{loss:>8}: {steps} steps, drift {apart(before, state(t)):.1e}, idle {row["idle"]}, gradient norm {row["grad_norm"]:.1e}', flush=True)
+    print(f'{loss:>8}: {steps} steps, drift {apart(before, state(t)):.1e}, idle {row["idle"]}, gradient norm '
+          f'{row["grad_norm"]:.1e}', flush=True)
     return apart(before, state(t))
 
 
@@ -51,7 +52,8 @@ def full_speed(steps: int) -> float:
         b.signal = 1.
         p = rl.rl_loss(model, b, t.how)
         return p._replace(teaching=b.loss_tokens)
-    for i in range(steps): optimizer_step(t.model, t.optimizers, silent[i % len(silent)], loud, t.how.balance, t.optim.clip)
+    for i in range(steps):
+        optimizer_step(t.model, t.optimizers, silent[i % len(silent)], loud, t.how.balance, t.optim.clip)
     weights = t.model.state_dict()
     return apart({k: before[k] for k in weights}, weights)
 
@@ -59,11 +61,15 @@ def full_speed(steps: int) -> float:
 def program(steps: int) -> tuple[float, int]:
     "A run whose answers end after one token and so are never right: how far its last checkpoint is from its first, and its idle steps."
     root, out = repository(), folders(repository(), 'idle_step')
-    job = finish(Run(out / 'run', '--config', str(root / 'configs' / 'main_job.toml'), '--dir', str(out / 'run'), '--warm_start.steps', '3', '--rl.steps', str(steps),
-                     '--rl.seconds', '0', '--rl.stop_at', '0', '--rl.reward', 'exact', '--rl.zero_variance', 'keep', '--rl.groups_per_step', '2', '--engine.max_tokens', '1',
-                     '--eval.prompts', '16', '--eval.every', '0', '--checkpoint.every', str(steps), '--checkpoint.keep', '9'), 600)
+    job = finish(Run(out / 'run', '--config', str(root / 'configs' / 'main_job.toml'), '--dir', str(out / 'run'),
+                     '--warm_start.steps', '3', '--rl.steps', str(steps),
+                     '--rl.seconds', '0', '--rl.stop_at', '0', '--rl.reward', 'exact', '--rl.zero_variance', 'keep',
+                     '--rl.groups_per_step', '2', '--engine.max_tokens', '1',
+                     '--eval.prompts', '16', '--eval.every', '0', '--checkpoint.every', str(steps), '--checkpoint.keep',
+                     '9'), 600)
     first, last = [step_path(job.folder, n) for n in (committed_steps(job.folder)[0], committed_steps(job.folder)[-1])]
-    a, b = [{f'{part}.{k}': v for part in ('model', 'optimizer') for k, v in load_tensors(p / f'{part}.safetensors').items()} for p in (first, last)]
+    a, b = [{f'{part}.{k}': v for part in ('model', 'optimizer')
+        for k, v in load_tensors(p / f'{part}.safetensors').items()} for p in (first, last)]
     return apart(a, b), int(job.metrics[-1]['idle'])
 
 
@@ -78,4 +84,5 @@ def measure(args: list[str]) -> dict:
     print(f'regularisers at full speed: drift {loud:.2g}', flush=True)
     run, idle = program(a.steps)
     print(f'a run of {a.steps} steps: drift {run:.1e}, idle {idle}', flush=True)
-    return dict(figures=dict(drift=max(*alone.values(), run), drift_at_full_speed=loud, steps=a.steps, idle_in_run=idle))
+    return dict(figures=dict(drift=max(*alone.values(), run), drift_at_full_speed=loud, steps=a.steps,
+        idle_in_run=idle))

@@ -16,16 +16,21 @@ def measure(args):
     if a.only in ('', 'main'):
         main = job('main')
         metrics = main.metrics
-        figures |= dict(reward_before=main.evals[0]['exact'], reward_after=main.evals[-1]['exact'], minutes=main.seconds / 60, peak_gib=main.peak / 2**30,
-                        stale_share=sum(m['stale_tokens'] for m in metrics) / sum(m['loss_tokens'] for m in metrics), steps=len(metrics),
+        figures |= dict(reward_before=main.evals[0]['exact'], reward_after=main.evals[-1]['exact'],
+                        minutes=main.seconds / 60, peak_gib=main.peak / 2**30,
+                        stale_share=sum(m['stale_tokens'] for m in metrics) / sum(m['loss_tokens'] for m in metrics),
+                        steps=len(metrics),
                         sft_seconds=main_warm_start(main), curve=curve(main))
     if a.only in ('', 'control'):
         steps = figures.get('steps', 400)
-        control = job('control', '--optim.muon_lr', '0', '--optim.adamw_lr', '0', '--rl.steps', str(steps), '--rl.stop_at', '0')
-        figures |= dict(control_before=control.evals[0]['exact'], control_after=control.evals[-1]['exact'], control_curve=curve(control))
+        control = job('control', '--optim.muon_lr', '0', '--optim.adamw_lr', '0', '--rl.steps', str(steps),
+            '--rl.stop_at', '0')
+        figures |= dict(control_before=control.evals[0]['exact'], control_after=control.evals[-1]['exact'],
+            control_curve=curve(control))
     if a.only in ('', 'second'):
         second = job('second', '--env', a.second)
-        figures |= dict(reward_before_second=second.evals[0]['exact'], reward_after_second=second.evals[-1]['exact'], minutes_second=second.seconds / 60)
+        figures |= dict(reward_before_second=second.evals[0]['exact'], reward_after_second=second.evals[-1]['exact'],
+            minutes_second=second.seconds / 60)
     return dict(figures=figures, second_task=a.second)
 
 

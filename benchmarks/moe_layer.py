@@ -25,7 +25,8 @@ class Layer:
     def __init__(self, w, experts):
         from moe_rl.gpu.router import gate_logits, gpu_route
         self.router, self.gate_up, self.down = (w[n].detach().requires_grad_() for n in ("router", "gate_up", "down"))
-        self.bias, self.experts, self.logits, self.route = torch.zeros(E, device="cuda"), experts, gate_logits, gpu_route
+        self.bias, self.experts, self.logits = torch.zeros(E, device="cuda"), experts, gate_logits
+        self.route = gpu_route
 
     def parameters(self): return [self.router, self.gate_up, self.down]
 
@@ -39,16 +40,20 @@ def titan(w, compiled=True):
     "torchtitan's layer with the same weights."
     try:
         from torchtitan.models.common.config_utils import make_moe_config, make_routed_experts_config, make_router_config
-    except ImportError as e: raise NeedsHardware(f"torchtitan 0.3.0 as the peer (pip install 'moe_rl[train]'): {e}") from e
+    except ImportError as e:
+        raise NeedsHardware(f"torchtitan 0.3.0 as the peer (pip install 'moe_rl[train]'): {e}") from e
     I = w["down"].shape[2]
     nothing = {n: torch.nn.init.zeros_ for n in ("weight", "bias", "w1_EFD", "w2_EDF", "w3_EFD")}
-    cfg = make_moe_config(num_experts=E, router=make_router_config(dim=D, num_experts=E, gate_param_init=nothing, top_k=K, score_func="sigmoid", route_norm=True, route_scale=SCALE),
-        routed_experts=make_routed_experts_config(dim=D, hidden_dim=I, num_experts=E, top_k=K, param_init=nothing, comm_backend="standard"))
+    cfg = make_moe_config(num_experts=E, router=make_router_config(dim=D, num_experts=E, gate_param_init=nothing,
+        top_k=K, score_func="sigmoid", route_norm=True, route_scale=SCALE),
+        routed_experts=make_routed_experts_config(dim=D, hidden_dim=I, num_experts=E, top_k=K, param_init=nothing,
+            comm_backend="standard"))
     with torch.device("meta"): moe = cfg.build()
     moe = moe.to_empty(device="cuda")
     for b in moe.buffers(): b.zero_()
     experts = moe.routed_experts.inner_experts
-    parts = {moe.router.gate: dict(weight=w["router"]), experts: dict(w1_EFD=w["gate_up"][:,:I].contiguous(), w3_EFD=w["gate_up"][:,I:].contiguous(), w2_EDF=w["down"])}
+    parts = {moe.router.gate: dict(weight=w["router"]), experts: dict(w1_EFD=w["gate_up"][:,:I].contiguous(),
+        w3_EFD=w["gate_up"][:,I:].contiguous(), w2_EDF=w["down"])}
     for module, values in parts.items():
         for n, v in values.items(): setattr(module, n, torch.nn.Parameter(v.detach().clone()))
     return torch.compile(moe) if compiled else moe
@@ -113,7 +118,8 @@ def compare(I):
     x, up = (torch.randn(T, D, generator=g, device="cuda").bfloat16() for _ in range(2))
     x.requires_grad_()
     fp8 = Fp8Experts()
-    make = dict(bf16=lambda: Layer(weights(I), fused_experts), triton=lambda: Layer(weights(I), gpu_experts), fp8=lambda: Layer(weights(I), fp8), titan=lambda: titan(weights(I)))
+    make = dict(bf16=lambda: Layer(weights(I), fused_experts), triton=lambda: Layer(weights(I), gpu_experts),
+        fp8=lambda: Layer(weights(I), fp8), titan=lambda: titan(weights(I)))
     peaks = {n: peak(f, x, up, n == "titan") for n, f in make.items()}
     fp8.keep.clear()
     layers = {n: f() for n, f in make.items()}
@@ -122,19 +128,28 @@ def compare(I):
         y = step(l, x, up, n == "titan")
         results[n] = [y, x.grad.clone(), l.parameters()[0].grad if n != "titan" else l.router.gate.weight.grad]
     agree = {n: [calc_diff(a, b) for a, b in zip(results[n], results["titan"])] for n in ("bf16", "triton", "fp8")}
-    print(f"I {I}: 1 - agreement with torchtitan of output, dx, d router: " + ", ".join(f"{n} {[f'{d:.1e}' for d in diffs]}" for n, diffs in agree.items()))
-    if max(agree["bf16"] + agree["triton"]) > 1e-3 or max(agree["fp8"]) > 1e-2: raise AssertionError(f"the layers compute different things: {agree}")
+    print(f"I {I}: 1 - agreement with torchtitan of output, dx, d router: "
+        + ", ".join(f"{n} {[f'{d:.1e}' for d in diffs]}" for n, diffs in agree.items()))
+    if max(agree["bf16"] + agree["triton"]) > 1e-3 or max(agree["fp8"]) > 1e-2:
+        raise AssertionError(f"the layers compute different things: {agree}")
     del results
     no_sync(layers["bf16"], x, up, backward=True); no_sync(layers["fp8"], x, up, backward=False)
     ms = in_turns({n: (lambda l=l, n=n: step(l, x, up, n == "titan")) for n, l in layers.items()})
     cast = in_turns(dict(cast=lambda: (fp8.keep.clear(), fp8.cast(layers["fp8"].gate_up, layers["fp8"].down))))["cast"]
-    with torch.no_grad(): forward = in_turns({n: (lambda l=l, n=n: l(x[None] if n == "titan" else x)) for n, l in layers.items()}, rounds=2)
+    with torch.no_grad():
+        forward = in_turns({n: (lambda l=l, n=n: l(x[None] if n == "titan" else x)) for n, l in layers.items()},
+            rounds=2)
     ms["fp8"] += cast/MICRO
     flops = 18*T*K*D*I
-    for n in ms: print(f"   {n:6s} forward+backward {ms[n]:6.2f} ms, {flops/ms[n]/1e9:4.0f} TFLOPS; forward {forward[n]:5.2f} ms; peak {peaks[n]:5.2f} GiB", flush=True)
-    print(f"   weight cast {cast:.2f} ms, shared by {MICRO}; torchtitan / bf16 {ms['titan']/ms['bf16']:.3f}, bf16 / FP8 {ms['bf16']/ms['fp8']:.3f}", flush=True)
-    return dict(ms_bf16=ms["bf16"], ms_fp8=ms["fp8"], ms_titan=ms["titan"], ms_triton=ms["triton"], ratio_titan=ms["titan"]/ms["bf16"], ratio_fp8=ms["bf16"]/ms["fp8"],
-                peak_gib=peaks["bf16"], peak_titan_gib=peaks["titan"], peak_fp8_gib=peaks["fp8"], peak_triton_gib=peaks["triton"], ms_cast=cast)
+    for n in ms:
+        print(f"   {n:6s} forward+backward {ms[n]:6.2f} ms, {flops/ms[n]/1e9:4.0f} TFLOPS; forward {forward[n]:5.2f} "
+              f"ms; peak {peaks[n]:5.2f} GiB", flush=True)
+    print(f"   weight cast {cast:.2f} ms, shared by {MICRO}; torchtitan / bf16 {ms['titan']/ms['bf16']:.3f}, bf16 / "
+          f"FP8 {ms['bf16']/ms['fp8']:.3f}", flush=True)
+    return dict(ms_bf16=ms["bf16"], ms_fp8=ms["fp8"], ms_titan=ms["titan"], ms_triton=ms["triton"],
+                ratio_titan=ms["titan"]/ms["bf16"], ratio_fp8=ms["bf16"]/ms["fp8"],
+                peak_gib=peaks["bf16"], peak_titan_gib=peaks["titan"], peak_fp8_gib=peaks["fp8"],
+                peak_triton_gib=peaks["triton"], ms_cast=cast)
 
 
 def measure(args):

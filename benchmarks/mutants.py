@@ -42,9 +42,12 @@ max_tokens = 4
 [checkpoint]
 every = 1
 '''
-ODD = ['-1', '0', '1', '2', '-0.0', '1e400', 'nan', '-inf', '""', '"x"', '"a:b"', '"../../x"', '"/"', '"~"', '[]', '{}', '[1, [2]]', '{a = 1}', 'true', '2026-01-01', '10:30:00', '9' * 40, '1_0',
-       '1e-300', '0x10', '"\\u0000"', '"\\ud800"', '"' + 'a' * 5000 + '"', '[' * 500 + ']' * 500, "'''", 'null', 'None', '2147483647', '"auto"', '{none = true}', '["gcd", 3]', '[{name = "calculator", params = {terms = 0}}]',
-       '[{name = "calculator", params = {terms = "x"}}]', '[{name = "calculator", weight = 1e9}, {name = "gcd"}]', '"gcd:0.5,calculator"', '"calculator:1,calculator:2"', '"nowhere:Env"', '"math:floor"', '"os:nothing"']
+ODD = ['-1', '0', '1', '2', '-0.0', '1e400', 'nan', '-inf', '""', '"x"', '"a:b"', '"../../x"', '"/"', '"~"', '[]', '{}',
+       '[1, [2]]', '{a = 1}', 'true', '2026-01-01', '10:30:00', '9' * 40, '1_0',
+       '1e-300', '0x10', '"\\u0000"', '"\\ud800"', '"' + 'a' * 5000 + '"', '[' * 500 + ']' * 500, "'''", 'null', 'None',
+       '2147483647', '"auto"', '{none = true}', '["gcd", 3]', '[{name = "calculator", params = {terms = 0}}]',
+       '[{name = "calculator", params = {terms = "x"}}]', '[{name = "calculator", weight = 1e9}, {name = "gcd"}]',
+       '"gcd:0.5,calculator"', '"calculator:1,calculator:2"', '"nowhere:Env"', '"math:floor"', '"os:nothing"']
 
 def mutate_text(rng:random.Random, data:bytes) -> bytes:
     "Bytes with something wrong in them."
@@ -68,25 +71,31 @@ def mutate_config(rng:random.Random) -> tuple[list[str], bytes]: # extra words o
     if kind == 0: return [], mutate_text(rng, data)
     if kind == 1:   # another value
         lines = TINY.splitlines()
-        for i in rng.sample([i for i, l in enumerate(lines) if '=' in l], rng.choice([1, 1, 2])): lines[i] = lines[i].split('=')[0] + '= ' + rng.choice(ODD)
+        for i in rng.sample([i for i, l in enumerate(lines) if '=' in l], rng.choice([1, 1, 2])):
+            lines[i] = lines[i].split('=')[0] + '= ' + rng.choice(ODD)
         return [], '\n'.join(lines).encode(errors='surrogatepass')
     if kind == 2:   # another key, a table for a value, a key that is there twice
         lines = TINY.splitlines()
         i = rng.randrange(len(lines))
-        lines[i] = rng.choice([lambda: lines[i] + '\n' + lines[i], lambda: rng.choice(keys) + ' = ' + rng.choice(ODD), lambda: '[' + rng.choice(keys) + ']', lambda: '[[rl]]', lambda: 'x' + lines[i],
-                               lambda: f'[env.params]\n{lines[i]}', lambda: lines[i].replace('=', ''), lambda: '[env]\nname = "calculator"\n[env.params]\nx = ' + rng.choice(ODD)])()
+        lines[i] = rng.choice([lambda: lines[i] + '\n' + lines[i], lambda: rng.choice(keys) + ' = ' + rng.choice(ODD),
+                               lambda: '[' + rng.choice(keys) + ']', lambda: '[[rl]]', lambda: 'x' + lines[i],
+                               lambda: f'[env.params]\n{lines[i]}', lambda: lines[i].replace('=', ''),
+                               lambda: '[env]\nname = "calculator"\n[env.params]\nx = ' + rng.choice(ODD)])()
         return [], '\n'.join(lines).encode(errors='surrogatepass')
     words = []
     for _ in range(rng.randint(1, 3)):
-        key = rng.choice([rng.choice(keys), rng.choice(keys) + rng.choice(['x', '.x', '.']), 'env.params.x', 'env.0.weight', 'env.7.weight', 'rl.loss_params.eps', 'lr', rng.choice('ab.-=')])
-        value = rng.choice(ODD).strip('"') if rng.random() < .7 else mutate_text(rng, b'some text').decode('latin-1').replace('\0', '')
+        key = rng.choice([rng.choice(keys), rng.choice(keys) + rng.choice(['x', '.x', '.']), 'env.params.x',
+            'env.0.weight', 'env.7.weight', 'rl.loss_params.eps', 'lr', rng.choice('ab.-=')])
+        value = rng.choice(ODD).strip('"') if rng.random() < .7 else mutate_text(rng,
+            b'some text').decode('latin-1').replace('\0', '')
         words += rng.choice([[f'--{key}', value], [f'--{key}={value}'], [f'--{key}'], [value]])
     return words, data
 
 # ---- folders
 
 def odd_value(rng:random.Random):
-    return rng.choice([None, True, -1, 0, 1, 3, 2**31, 2**70, 1.5, float('nan'), '', 'x', '../../outside.safetensors', '/etc/hostname', [], {}, [[1]], {'a': {}}, 'AfmoeForCausalLM', 'float64', 'a' * 3000])
+    return rng.choice([None, True, -1, 0, 1, 3, 2**31, 2**70, 1.5, float('nan'), '', 'x', '../../outside.safetensors',
+        '/etc/hostname', [], {}, [[1]], {'a': {}}, 'AfmoeForCausalLM', 'float64', 'a' * 3000])
 
 def mutate_json(rng:random.Random, data:bytes) -> bytes:
     "JSON with another value, a key less, or a key more somewhere."
@@ -124,13 +133,15 @@ def mutate_tensors(rng:random.Random, data:bytes) -> bytes:
     head = json.dumps(header).encode()
     return struct.pack('<Q', len(head)) + head + body
 
-def escape(rng:random.Random, folder:Path, outside:Path) -> str: # the folder that must not be read; empty: there was no list of files to lead astray
+# the folder that must not be read; empty: there was no list of files to lead astray
+def escape(rng:random.Random, folder:Path, outside:Path) -> str:
     "Paths that leave the folder, to a file that is a perfect copy of the right one."
     for index in sorted(folder.rglob('*.index.json')):
         tree = json.loads(index.read_bytes())
         victim = rng.choice(sorted(set(tree['weight_map'].values())))
         shutil.copy(index.parent/victim, outside/'outside.safetensors')
-        way = rng.choice([os.path.relpath(outside/'outside.safetensors', index.parent), str(outside/'outside.safetensors'), f'x/../{os.path.relpath(outside/"outside.safetensors", index.parent)}'])
+        way = rng.choice([os.path.relpath(outside/'outside.safetensors', index.parent),
+            str(outside/'outside.safetensors'), f'x/../{os.path.relpath(outside/"outside.safetensors", index.parent)}'])
         tree['weight_map'] = {k: way if v == victim else v for k, v in tree['weight_map'].items()}
         index.write_text(json.dumps(tree))
         return index.parent.name
@@ -148,14 +159,17 @@ def escape(rng:random.Random, folder:Path, outside:Path) -> str: # the folder th
 def mutate_folder(rng:random.Random, folder:Path, outside:Path) -> str:
     "Do something to one file of a folder; says what."
     if rng.random() < .15 and (led := escape(rng, folder, outside)): return f'a path that leaves the folder {led}'
-    file = rng.choice(sorted(p for p in folder.rglob('*') if p.is_file() and not p.name.endswith(('.log', 'lock')) and 'tensorboard' not in p.parts and 'report' not in p.parts))
+    file = rng.choice(sorted(p for p in folder.rglob('*') if p.is_file() and not p.name.endswith(('.log', 'lock'))
+        and 'tensorboard' not in p.parts and 'report' not in p.parts))
     data, name = file.read_bytes(), file.relative_to(folder).as_posix()
     what = rng.randrange(8)
     if what == 0: file.unlink(); return f'{name} is gone'
     if what == 1: file.unlink(); file.mkdir(); return f'{name} is a folder'
     if what == 2: file.write_bytes(rng.randbytes(len(data))); return f'{name} is noise'
-    if what < 6 and (file.suffix == '.json' or file.name == 'COMMITTED') and data: file.write_bytes(mutate_json(rng, data)); return f'{name} has another value'
-    if what < 7 and file.suffix == '.safetensors': file.write_bytes(mutate_tensors(rng, data)); return f'{name} has a header that lies'
+    if what < 6 and (file.suffix == '.json' or file.name == 'COMMITTED') and data:
+        file.write_bytes(mutate_json(rng, data)); return f'{name} has another value'
+    if what < 7 and file.suffix == '.safetensors':
+        file.write_bytes(mutate_tensors(rng, data)); return f'{name} has a header that lies'
     if data: file.write_bytes(mutate_text(rng, data))
     return f'{name} has other bytes'
 
@@ -169,7 +183,9 @@ def tree_of(folder:Path) -> str:
 
 class Tally:
     "What became of the cases."
-    def __init__(self): self.cases = self.refused = self.accepted = self.tracebacks = self.unclear = self.overwritten = self.outside = self.hangs = 0; self.shown = []
+    def __init__(self):
+        self.cases = self.refused = self.accepted = self.tracebacks = self.unclear = self.overwritten = self.outside = self.hangs = 0
+        self.shown = []
 
     def bad(self, kind:str, what:str, more:str):
         setattr(self, kind, getattr(self, kind) + 1)
@@ -188,7 +204,8 @@ class Tally:
         except BaseException: self.bad('tracebacks', what, traceback.format_exc()[-900:]); return None
         finally: signal.alarm(0)
         said, self.out = err.getvalue().strip().splitlines(), out.getvalue()
-        if code == 2 and (not said or any(not l.startswith('moe-rl: ') or len(l) > 2000 for l in said)): self.bad('unclear', what, f'{said[:3]}')
+        if code == 2 and (not said or any(not l.startswith('moe-rl: ') or len(l) > 2000 for l in said)):
+            self.bad('unclear', what, f'{said[:3]}')
         elif code not in (0, 2): self.bad('unclear', what, f'exit code {code}, {said[:2]}')
         if code == 2 and os.environ.get('MUTANTS_SHOW'): print(f'  {what}: {said[0][:300]}')
         return code
@@ -228,7 +245,9 @@ def folders(tally:Tally, here:Path, models:list[Path], run:Path, rng:random.Rand
             codes = [tally.command(what, ['run', '--resume', str(folder), '--dry-run'])]
             if led and codes[0] == 0 and f'go on from {led}:' in tally.out: tally.bad('outside', what, 'was read')
             codes.append(tally.command(what, ['report', str(folder)]))
-        else: codes = [tally.command(what, ['eval', str(folder), '--config', str(settings)]), tally.command(what, ['run', '--dry-run', '--config', str(settings), '--model.checkpoint', str(folder)])]
+        else:
+            codes = [tally.command(what, ['eval', str(folder), '--config', str(settings)]),
+                tally.command(what, ['run', '--dry-run', '--config', str(settings), '--model.checkpoint', str(folder)])]
         if source == run: shutil.rmtree(folder/'report', ignore_errors=True)
         shutil.rmtree(folder/'__pycache__', ignore_errors=True)
         tally.cases += 1
@@ -248,7 +267,8 @@ def sources(here:Path) -> tuple[list[Path], Path]: # model folders, a run that c
     settings = here/'start.toml'
     settings.write_text(TINY)
     run = here/'run'
-    done = subprocess.run([sys.executable, '-m', 'moe_rl.cli', 'run', '--config', str(settings), '--dir', str(run), '--schedule.silence_seconds', '600'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'moe_rl.cli', 'run', '--config', str(settings), '--dir', str(run),
+        '--schedule.silence_seconds', '600'], capture_output=True, text=True)
     if done.returncode: raise SystemExit(f'bench mutants: the run to be damaged failed: {done.stderr[-2000:]}')
     (run/'finished.json').unlink()
     torch.manual_seed(0)
@@ -270,7 +290,8 @@ def measure(args:list[str]) -> dict:
             here = Path(d)/'configs'
             (here/'runs').mkdir(parents=True)
             configs(tally, here, random.Random(seed), n, only)
-            print(f'{tally.cases} settings: {tally.refused} refused, {tally.accepted} accepted, {time.monotonic() - began:.0f} s', flush=True)
+            print(f'{tally.cases} settings: {tally.refused} refused, {tally.accepted} accepted, '
+                  f'{time.monotonic() - began:.0f} s', flush=True)
             if m:
                 there = Path(d)/'folders'
                 there.mkdir()

@@ -12,7 +12,8 @@ from time import perf_counter
 import numpy as np
 
 from moe_rl.data.rounds import plan_rounds, step_time
-from moe_rl.data.packing import (LengthProfile, balance, fewest_bins, first_fit_decreasing, imbalance, lognormal_lengths, longest_first, next_fit_decreasing, pack, sequence_flops)
+from moe_rl.data.packing import (LengthProfile, balance, fewest_bins, first_fit_decreasing, imbalance,
+    lognormal_lengths, longest_first, next_fit_decreasing, pack, sequence_flops)
 from moe_rl.moe.zoo import preset
 
 
@@ -51,7 +52,8 @@ def bins_figures(draws):
         counts = {}
         for name, packer in packers.items():
             bins, s = timed(packer, lengths, budget)
-            assert sorted(i for b in bins for i in b) == list(range(512)) and max(lengths[b].sum() for b in bins) <= budget
+            assert sorted(i for b in bins for i in b) == list(range(512)) and max(lengths[b].sum()
+                for b in bins) <= budget
             counts[name] = len(bins)
             reached[name] += len(bins) == fewest_bins(lengths, budget)
             used[name].append(lengths.sum()/(len(bins)*budget))
@@ -64,10 +66,14 @@ def bins_figures(draws):
         hardest.append(timed(pack, lengths, LengthProfile.of(lengths).micro_batch_budget, repeats=5)[1])
     print(f'512 lengths, {draws} draws      fewest bins    utilisation')
     for name in packers: print(f'  {name:24s} {reached[name]/draws:12.2%} {np.mean(used[name]):14.3%}')
-    print(f'  pack took {1e3*median(s for s, _ in seconds):.2f} ms (median draw), {1e3*max(hardest):.2f} ms (slowest draw); more bins than first-fit: {more_than_ffd} times')
+    print(f'  pack took {1e3*median(s for s, _ in seconds):.2f} ms (median draw), {1e3*max(hardest):.2f} ms (slowest '
+          f'draw); more bins than first-fit: {more_than_ffd} times')
     print(f'  with a fixed budget of 4 x 8192 tokens: pack reaches the fewest bins in {fixed/draws:.2%} of draws')
-    return dict(ms_512=1e3*max(hardest), ms_512_median=1e3*median(s for s, _ in seconds), bound_share=reached['pack']/draws, bound_share_ffd=reached['ffd']/draws,
-                bound_share_nfd=reached['nfd']/draws, bound_share_fixed=fixed/draws, utilisation=float(np.mean(used['pack'])), utilisation_nfd=float(np.mean(used['nfd'])), more_than_ffd=more_than_ffd)
+    return dict(ms_512=1e3*max(hardest), ms_512_median=1e3*median(s for s, _ in seconds),
+                bound_share=reached['pack']/draws, bound_share_ffd=reached['ffd']/draws,
+                bound_share_nfd=reached['nfd']/draws, bound_share_fixed=fixed/draws,
+                utilisation=float(np.mean(used['pack'])), utilisation_nfd=float(np.mean(used['nfd'])),
+                more_than_ffd=more_than_ffd)
 
 
 def ranks_figures(draws=5, ranks=64):
@@ -82,11 +88,14 @@ def ranks_figures(draws=5, ranks=64):
         rounds, s_plan = timed(plan_rounds, lengths, costs, budget, ranks)
         waiting = step_time([[np.array(b, int) for b in bins] for bins in rounds], costs)*ranks/costs.sum()
         dealt = imbalance([list(range(r, 4096, ranks)) for r in range(ranks)], costs)
-        rows.append((imbalance(parts, costs), s, imbalance(lpt, costs), s_lpt, imbalance(kk, costs), s_kk, dealt, waiting, s_plan))
+        rows.append((imbalance(parts, costs), s, imbalance(lpt, costs), s_lpt, imbalance(kk, costs), s_kk, dealt,
+            waiting, s_plan))
     worst = np.max(rows, axis=0)
-    names = ['imbalance', 's_4096', 'imbalance_lpt', 's_lpt', 'imbalance_kk', 's_kk', 'imbalance_dealt', 'step_over_ideal', 's_plan']
+    names = ['imbalance', 's_4096', 'imbalance_lpt', 's_lpt', 'imbalance_kk', 's_kk', 'imbalance_dealt',
+        'step_over_ideal', 's_plan']
     print(f'\n4096 lengths over {ranks} ranks, worst of {draws} draws   max/mean   seconds')
-    for label, i, j in (('dealt round robin', 6, None), ('longest first', 2, 3), ('Karmarkar-Karp', 4, 5), ('balance', 0, 1)):
+    for label, i, j in (('dealt round robin', 6, None), ('longest first', 2, 3), ('Karmarkar-Karp', 4, 5),
+            ('balance', 0, 1)):
         print(f'  {label:44s} {worst[i]:10.5f} {worst[j] if j is not None else 0:9.3f}')
     print(f'  whole plan (micro-batches in rounds): step time over ideal {worst[7]:.3f}, planned in {worst[8]:.3f} s')
     return dict(zip(names, map(float, worst)))

@@ -21,11 +21,15 @@ def draw_config(rng:random.Random) -> ModelSpec:
     "A small model with everything that can differ drawn at random; windows are shorter than the documents."
     kv, dense = rng.choice([1, 2, 3]), rng.randint(1, 3)
     experts = rng.randint(4, 16)
-    return new_afmoe(vocab_size=rng.randint(60, 200), hidden_size=rng.choice([24, 32, 48, 64]), intermediate_size=rng.choice([40, 64, 96]),
-        moe_intermediate_size=rng.choice([8, 16, 24]), num_hidden_layers=dense+rng.randint(1, 4), num_dense_layers=dense,
+    return new_afmoe(vocab_size=rng.randint(60, 200), hidden_size=rng.choice([24, 32, 48, 64]),
+        intermediate_size=rng.choice([40, 64, 96]),
+        moe_intermediate_size=rng.choice([8, 16, 24]), num_hidden_layers=dense+rng.randint(1, 4),
+        num_dense_layers=dense,
         num_attention_heads=kv*rng.choice([1, 2, 3, 4]), num_key_value_heads=kv, head_dim=rng.choice([8, 16, 24]),
-        num_experts=experts, num_experts_per_tok=rng.randint(1, min(8, experts)), num_shared_experts=rng.randint(1, 2), route_scale=rng.choice([1., 2.448, 2.826]),
-        global_attn_every_n_layers=rng.choice([2, 3, 4]), sliding_window=rng.randint(2, 12), rope_theta=rng.choice([1e4, 5e5]),
+        num_experts=experts, num_experts_per_tok=rng.randint(1, min(8, experts)), num_shared_experts=rng.randint(1, 2),
+        route_scale=rng.choice([1., 2.448, 2.826]),
+        global_attn_every_n_layers=rng.choice([2, 3, 4]), sliding_window=rng.randint(2, 12),
+        rope_theta=rng.choice([1e4, 5e5]),
         rms_norm_eps=rng.choice([1e-5, 1e-6]), max_position_embeddings=256, mup_enabled=rng.random() < 0.75)
 
 
@@ -63,12 +67,14 @@ def hf_parity(seed:int, home:Path) -> tuple[ModelSpec, float, float]:
     ours = init_weights(Model(cfg), seed)
     stir(ours.state_dict(), gen)
     save_pretrained(ours, home/f"ours-{seed}", shard_bytes=rng.choice([1 << 14, 1 << 30]))
-    there = (their_logits(AfmoeForCausalLM.from_pretrained(home/f"ours-{seed}"), docs) - our_logits(ours, docs, cu)).abs().max().item()
+    there = (their_logits(AfmoeForCausalLM.from_pretrained(home/f"ours-{seed}"), docs)
+        - our_logits(ours, docs, cu)).abs().max().item()
 
     torch.manual_seed(seed)
     theirs = AfmoeForCausalLM(AfmoeConfig(**to_hf_config(cfg), pad_token_id=None)).eval()
     for p in theirs.parameters():
-        if p.ndim > 1: p.data = torch.randn(p.shape, generator=gen)*0.5/cfg.hidden_size**0.5 # the router too, which starts as zeros
+        # the router too, which starts as zeros
+        if p.ndim > 1: p.data = torch.randn(p.shape, generator=gen)*0.5/cfg.hidden_size**0.5
     stir({n: p.data for n, p in theirs.named_parameters()}, gen)
     theirs.save_pretrained(home/f"theirs-{seed}", max_shard_size=rng.choice(["20KB", "1GB"]))
     loaded = load_pretrained(home/f"theirs-{seed}")
@@ -87,7 +93,8 @@ def hf_parities(count:int, first_seed:int) -> list[tuple[ModelSpec, float, float
             cfg, there, back = hf_parity(seed, home)
             rows.append((cfg, there, back))
             c = cfg.config
-            print(f"{c['num_hidden_layers']:>3}{c['num_dense_layers']:>6}{c['num_attention_heads']:>4}/{c['num_key_value_heads']}{c['sliding_window']:>4}{cfg.num_experts:>4}"
+            print(
+                  f"{c['num_hidden_layers']:>3}{c['num_dense_layers']:>6}{c['num_attention_heads']:>4}/{c['num_key_value_heads']}{c['sliding_window']:>4}{cfg.num_experts:>4}"
                   f"{cfg.num_experts_per_tok:>3}  {there:>17.1e}  {back:>17.1e}", flush=True)
     finally: shutil.rmtree(home)
     return rows
@@ -102,12 +109,14 @@ class Growing:
     def __call__(self, layer:int, q:Tensor, k:Tensor, v:Tensor, window:int|None) -> Tensor:
         before = self.kv.get(layer, (k[:0], v[:0]))
         k, v = self.kv[layer] = tuple(torch.cat((old, new)) for old, new in zip(before, (k, v)))
-        back = torch.arange(len(k)-len(q), len(k))[:,None]-torch.arange(len(k)) # how far query i looks back to see key j
+        # how far query i looks back to see key j
+        back = torch.arange(len(k)-len(q), len(k))[:,None]-torch.arange(len(k))
         return masked_attend(q, k, v, (back >= 0) & (back < (window or len(k))))
 
 
 @torch.no_grad()
-def forward_of_versions(models:list[Model], ids:Tensor, made:np.ndarray) -> tuple[Tensor, Tensor]: # logits [T,V], routes [T,L_moe,k]
+# logits [T,V], routes [T,L_moe,k]
+def forward_of_versions(models:list[Model], ids:Tensor, made:np.ndarray) -> tuple[Tensor, Tensor]:
     "One pass over a text whose inputs were computed by different versions: `made[t]` is that of input t, never falling."
     attend, parts = Growing(), []
     for version in np.unique(made):
@@ -124,10 +133,13 @@ def forward_of_one(model:Model, ids:Tensor) -> tuple[Tensor, Tensor]: # logits [
     return model.logits(out.hidden), out.routes
 
 
-def difference(r:Request, f:Finished, logits:Tensor, routes:Tensor, sampled:np.ndarray, inputs:np.ndarray) -> tuple[float, int]:
+def difference(r:Request, f:Finished, logits:Tensor, routes:Tensor, sampled:np.ndarray,
+        inputs:np.ndarray) -> tuple[float, int]:
     "Largest difference of a log-probability over the `sampled` tokens, and how many of the `inputs` went through other experts."
-    if f.stop_reason != "length" or len(f.token_ids) != r.max_tokens: raise AssertionError(f"request {r.id} gave {len(f.token_ids)} of {r.max_tokens} tokens ({f.stop_reason})")
-    want = sampling_logprobs(logits[len(r.prompt)-1:], r.temperature, r.top_k, r.top_p).gather(1, torch.tensor(f.token_ids)[:,None])[:,0].numpy()
+    if f.stop_reason != "length" or len(f.token_ids) != r.max_tokens:
+        raise AssertionError(f"request {r.id} gave {len(f.token_ids)} of {r.max_tokens} tokens ({f.stop_reason})")
+    want = sampling_logprobs(logits[len(r.prompt)-1:], r.temperature, r.top_k, r.top_p).gather(1,
+        torch.tensor(f.token_ids)[:,None])[:,0].numpy()
     off = (routes.sort(-1).values.numpy() != np.sort(f.routes.astype(np.int64), -1)).any((1, 2))
     return float(np.abs(want-f.logprobs)[sampled].max(initial=0)), int(off[inputs].sum())
 
@@ -150,7 +162,8 @@ def decode_parity(seed:int) -> tuple[dict[str, float], Counter]:
     for m in models: stir(m.state_dict(), gen)
     news = {n: t.clone() for n, t in models[1].state_dict().items()}
     prompts = [torch.randint(0, cfg.vocab_size, (rng.randint(1, 40),), generator=gen).tolist() for _ in range(4)]
-    requests = [Request(id=f"{i}-{j}", prompt=p, max_tokens=rng.randint(8, 24), seed=10*i+j, temperature=rng.choice([1., 0.7])) for i, p in enumerate(prompts) for j in range(4)]
+    requests = [Request(id=f"{i}-{j}", prompt=p, max_tokens=rng.randint(8, 24), seed=10*i+j,
+        temperature=rng.choice([1., 0.7])) for i, p in enumerate(prompts) for j in range(4)]
     block, diff, seen = rng.choice([1, 4, 16]), {}, Counter()
 
     def compare(name:str, done:dict[str, Finished], reference) -> None:
@@ -161,7 +174,8 @@ def decode_parity(seed:int) -> tuple[dict[str, float], Counter]:
     text = lambda r, f: torch.tensor(r.prompt+f.token_ids)[:-1]
     every = lambda f: (np.ones(len(f.token_ids), bool), np.ones(len(f.routes), bool))
     engine = Engine(copy.deepcopy(models[0]), kv_tokens=128, block_size=block, max_seqs=12, max_step_tokens=24)
-    compare("pages, sharing, preemption", serve(engine, requests), lambda r, f: (*forward_of_one(models[0], text(r, f)), *every(f)))
+    compare("pages, sharing, preemption", serve(engine, requests),
+        lambda r, f: (*forward_of_one(models[0], text(r, f)), *every(f)))
     seen.update({k: engine.stats()[k] for k in ("preemptions", "prefix_hits")})
 
     def mixture(r:Request, f:Finished): # an input is computed by the version that samples the token after it
@@ -171,7 +185,8 @@ def decode_parity(seed:int) -> tuple[dict[str, float], Counter]:
     engine = Engine(copy.deepcopy(models[0]), kv_tokens=2048, block_size=block, max_seqs=16, kv_update="keep")
     compare("new weights, KV kept", serve(engine, requests, (6, news)), mixture)
 
-    def renewed(r:Request, f:Finished): # all that is sampled after the update, and the routes of the whole text if anything was
+    # all that is sampled after the update, and the routes of the whole text if anything was
+    def renewed(r:Request, f:Finished):
         new = f.versions == 1
         return *forward_of_one(models[1], text(r, f)), new, np.full(len(f.routes), new.any())
     engine = Engine(copy.deepcopy(models[0]), kv_tokens=2048, block_size=block, max_seqs=16, kv_update="recompute")
@@ -188,7 +203,8 @@ def decode_parities(count:int, first_seed:int) -> tuple[float, Counter]:
     print("\nengine against forward pass, largest difference of a log-probability")
     for name, value in worst.items(): print(f"  {name:<28}{value:.1e}")
     print("  that happened: " + ", ".join(f"{n} {k}" for k, n in total.items()))
-    if missing := [k for k in ("preemptions", "prefix_hits", "mixed", "recomputes") if not total[k]]: raise AssertionError(f"the draws contain no {missing[0]}: nothing was shown")
+    if missing := [k for k in ("preemptions", "prefix_hits", "mixed", "recomputes") if not total[k]]:
+        raise AssertionError(f"the draws contain no {missing[0]}: nothing was shown")
     return max(worst.values()), total
 
 
@@ -199,4 +215,5 @@ def measure(args:list[str]) -> dict:
     a = parser.parse_args(args)
     rows = hf_parities(a.configs, a.seed)
     decode, happened = decode_parities(a.configs, a.seed)
-    return {"figures": {"hf_max_diff": max(max(there, back) for _, there, back in rows), "decode_max_diff": decode, "configs": len(rows), "routes_differ": happened["routes_differ"]}}
+    return {"figures": {"hf_max_diff": max(max(there, back) for _, there, back in rows), "decode_max_diff": decode,
+        "configs": len(rows), "routes_differ": happened["routes_differ"]}}

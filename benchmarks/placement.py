@@ -39,21 +39,25 @@ def measure(args:list[str])->dict:
     loads, drift = (np.stack([g[i] for g in got]) for i in (0, 2))
     routes, after = (np.stack([g[i] for g in got], 1) for i in (1, 3))
     counts = lambda routes: np.stack([np.bincount(routes[:,l].ravel(), minlength=E) for l in range(routes.shape[1])])
-    off = [abs(c/c.sum(1, keepdims=True)-w).sum(1).max()/2 for c, w in ((counts(routes), loads), (counts(after), drift))]
-    print(f"{a.layers} layers, {a.tokens} tokens each, drawn in {time.time()-start:.0f} s; loads of the tokens off by at most {max(off):.4f} (total variation)")
+    off = [abs(c/c.sum(1, keepdims=True)-w).sum(1).max()/2 for c, w in ((counts(routes), loads),
+        (counts(after), drift))]
+    print(f"{a.layers} layers, {a.tokens} tokens each, drawn in {time.time()-start:.0f} s; loads of the tokens off by "
+          f"at most {max(off):.4f} (total variation)")
     figures = {}
 
     def row(name, bal, nodes, **keep):
         print(f"{name:44s} {bal:.4f} {nodes:.3f}"); figures.update(keep)
 
     start = time.time(); together, alone = company(routes[:2048], E, GROUPS)
-    print(f"company of {min(2048, a.tokens)} recorded tokens per layer: {time.time()-start:.2f} s\n{'':44s} balance nodes per token")
+    print(f"company of {min(2048, a.tokens)} recorded tokens per layer: {time.time()-start:.2f} s\n{'':44s} balance "
+          "nodes per token")
     for slots, nodes, gpus in ((320, 8, 64), (288, 4, 32)):
         print(f"{slots} slots on {gpus} GPUs of {nodes} nodes")
         for kind, groups in (("hierarchical", GROUPS), ("global", 1)):
             e = evenly(eplb(loads, slots, groups, nodes, gpus), E, nodes, gpus)
             bal, visits = balance(gpu_loads(e, loads)), nodes_per_token(e, routes)
-            row(f"  EPLB {kind}, random", bal, visits, **{f"eplb_{kind}_balance_{gpus}": bal, f"eplb_{kind}_nodes_{gpus}": visits})
+            row(f"  EPLB {kind}, random", bal, visits, **{f"eplb_{kind}_balance_{gpus}": bal,
+                f"eplb_{kind}_nodes_{gpus}": visits})
         seconds = []
         for _ in range(7):
             start = time.perf_counter()
@@ -63,7 +67,8 @@ def measure(args:list[str])->dict:
         bal, visits = balance(gpu_loads(even, loads)), nodes_per_token(even, routes)
         row("  ours, even split, random", bal, visits, **{f"balance_even_{gpus}": bal, f"nodes_even_{gpus}": visits})
         gpu, visits = realised(ours, routes)
-        row("  ours, weighted split, realised", balance(gpu), visits, **{f"balance_weighted_{gpus}": balance(gpu), f"nodes_weighted_{gpus}": visits})
+        row("  ours, weighted split, realised", balance(gpu), visits,
+            **{f"balance_weighted_{gpus}": balance(gpu), f"nodes_weighted_{gpus}": visits})
         print(f"  seconds for all layers: {', '.join(f'{s:.3f}' for s in seconds)}")
         if gpus == 64: figures["seconds"] = statistics.median(seconds); kept = ours
     del figures["balance_weighted_32"], figures["nodes_weighted_32"]
@@ -71,16 +76,19 @@ def measure(args:list[str])->dict:
     some = [l for l in range(a.layers) if got[l][4] is not None]
     window = np.stack([got[l][4] for l in some], 1)
     cut = lambda p: type(p)(p.slots[some], p.share[some], p.num_experts, p.nodes, p.gpus)
-    print(f"the next {a.tokens} tokens of {len(some)} layers, placed by the loads above (counts of single experts fluctuate)")
+    print(f"the next {a.tokens} tokens of {len(some)} layers, placed by the loads above (counts of single experts "
+          "fluctuate)")
     for name, p in (("EPLB global", evenly(eplb(loads, 320, 1, 8, 64), E, 8, 64)), ("ours", kept)):
         gpu, visits = realised(cut(p), window)
         row(f"  {name}, node-aware choice, realised", balance(gpu), visits)
 
     print("after a drift of the loads by total variation 0.2")
-    start = time.perf_counter(); few = rebalance(kept, drift, GROUPS, together, alone, K); took = time.perf_counter()-start
+    start = time.perf_counter()
+    few = rebalance(kept, drift, GROUPS, together, alone, K); took = time.perf_counter()-start
     fresh = weigh(place(drift, 320, GROUPS, 8, 64, *company(after[:2048], E, GROUPS), K), drift)
     rows = {}
-    for name, p in (("nothing changed", kept), ("new shares only", weigh(kept, drift)), (f"rebalanced in {took:.2f} s", few), ("placed afresh", fresh)):
+    for name, p in (("nothing changed", kept), ("new shares only", weigh(kept, drift)),
+            (f"rebalanced in {took:.2f} s", few), ("placed afresh", fresh)):
         gpu, visits = realised(p, after)
         rows[name] = (balance(gpu), visits)
         row(f"  {name}, {moved(kept, p):.1%} of slots moved", *rows[name])
@@ -102,22 +110,28 @@ def free_layer(seed, num_experts, k, topics, tokens):
 
 def ungrouped(row, layers=2, tokens=8192):
     "Routers without groups (Trinity, Qwen3, Kimi): DeepSeek's global policy beside `place_ungrouped`, planned on one sample of tokens and counted on another."
-    print("no groups: experts, k, nodes of 8 GPUs, topics of the text; planned on half of the tokens, counted on the other half")
-    cases = [(E, k, N, topics) for E, k in ((128, 8), (160, 8), (256, 4), (384, 8)) for N in range(4, 10) for topics in (0, 8)]
+    print("no groups: experts, k, nodes of 8 GPUs, topics of the text; planned on half of the tokens, counted on the "
+          "other half")
+    cases = [(E, k, N, topics) for E, k in ((128, 8), (160, 8), (256, 4), (384, 8)) for N in range(4, 10)
+        for topics in (0, 8)]
     worse, visits, better = 0, [], []
     for E, k, N, topics in cases:
         gpus = 8*N
         slots = -(-E*5//4//gpus)*gpus
-        loads, routes = (np.stack(x, a) for x, a in zip(zip(*(free_layer(s, E, k, topics, tokens) for s in range(layers))), (0, 1)))
+        loads, routes = (np.stack(x, a) for x, a in zip(zip(*(free_layer(s, E, k, topics, tokens)
+            for s in range(layers))), (0, 1)))
         pair = []
-        for name, p in (("global", evenly(eplb(loads, slots, 1, 1, gpus), E, N, gpus)), ("ours", place_ungrouped(loads, slots, N, gpus, routes[:tokens]))):
+        for name, p in (("global", evenly(eplb(loads, slots, 1, 1, gpus), E, N, gpus)),
+                ("ours", place_ungrouped(loads, slots, N, gpus, routes[:tokens]))):
             pair.append((balance(gpu_loads(p, loads)), nodes_per_token(p, routes[tokens:])))
             row(f"  {E} experts, {k} a token, {N} nodes, {topics} topics, {slots} slots, {name}", *pair[-1])
         (b0, n0), (b1, n1) = pair
         worse += b1 < b0 - 1e-4 or n1 > n0 + 1e-3
         visits.append(n0 - n1); better.append(b1 - b0)
-    print(f"{len(cases)} cases, {worse} worse in balance or nodes; saved visits {min(visits):.4f} to {max(visits):.3f}, balance {min(better):+.4f} to {max(better):+.3f}")
-    return dict(ungrouped_cases=len(cases), ungrouped_worse=worse, ungrouped_visits_saved=max(visits), ungrouped_visits_saved_least=min(visits),
+    print(f"{len(cases)} cases, {worse} worse in balance or nodes; saved visits {min(visits):.4f} to "
+          f"{max(visits):.3f}, balance {min(better):+.4f} to {max(better):+.3f}")
+    return dict(ungrouped_cases=len(cases), ungrouped_worse=worse, ungrouped_visits_saved=max(visits),
+                ungrouped_visits_saved_least=min(visits),
                 ungrouped_balance_gained=max(better), ungrouped_balance_gained_least=min(better))
 
 
@@ -127,14 +141,18 @@ def recorded(row):
     path = repository()/"benchmarks/results/expert_profile/routes.npz"
     if not path.exists(): print(f"no recorded routes in {path.parent.name}/: run moe-rl bench expert_profile"); return
     data = np.load(path)
-    routes, num, groups = np.concatenate([data[n] for n in data["domains"]]).astype(np.int64), int(data["num_experts"]), int(data["groups"])
+    routes, num, groups = np.concatenate([data[n]
+        for n in data["domains"]]).astype(np.int64), int(data["num_experts"]), int(data["groups"])
     first, second = routes[0::2], routes[1::2]   # plan on one half of the tokens, measure on the other
     count = lambda r: np.stack([np.bincount(r[:,l].ravel(), minlength=num) for l in range(r.shape[1])]).astype(float)
     slots, nodes, gpus = num*5//4, 8, 16
-    print(f"recorded routes: {routes.shape[1]} layers, {num} experts, {len(routes)} tokens of {', '.join(data['domains'])}; {slots} slots on {gpus} GPUs of {nodes} nodes; planned on half of the tokens, counted on the other")
+    print(f"recorded routes: {routes.shape[1]} layers, {num} experts, {len(routes)} tokens of "
+          f"{', '.join(data['domains'])}; {slots} slots on {gpus} GPUs of {nodes} nodes; planned on half of the "
+          "tokens, counted on the other")
     ours = place(count(first), slots, groups, nodes, gpus, *company(first, num, groups), routes.shape[2])
     for name, p in (("EPLB hierarchical", evenly(eplb(count(first), slots, groups, nodes, gpus), num, nodes, gpus)),
-                    ("EPLB global", evenly(eplb(count(first), slots, 1, nodes, gpus), num, nodes, gpus)), ("ours, even split", ours)):
+                    ("EPLB global", evenly(eplb(count(first), slots, 1, nodes, gpus), num, nodes, gpus)),
+                    ("ours, even split", ours)):
         row(f"  {name}, random", balance(gpu_loads(p, count(second))), nodes_per_token(p, second))
     gpu, visits = realised(weigh(ours, count(first)), second)
     row("  ours, weighted split, realised", balance(gpu), visits)

@@ -36,7 +36,8 @@ print(json.dumps(took))
 def show(compared):
     for r in sorted(compared, key=lambda r: (r["kind"], r["use"])):
         inside = r["low"] <= r["measured"] <= r["high"]
-        print(f"  {r['use']:4s} {r['kind']:8s} {r['id']:36s} {r['measured']:10.4g} predicted {r['predicted']:10.4g} [{r['low']:.4g}, {r['high']:.4g}] {r['error']:+7.1%}{'' if inside else '  outside'}")
+        print(f"  {r['use']:4s} {r['kind']:8s} {r['id']:36s} {r['measured']:10.4g} predicted {r['predicted']:10.4g} "
+              f"[{r['low']:.4g}, {r['high']:.4g}] {r['error']:+7.1%}{'' if inside else '  outside'}")
 
 
 def wide_ep():
@@ -50,10 +51,13 @@ def wide_ep():
         volume = low_latency_bytes()[i]
         links = fit_links({r: LOW_LATENCY_US[r][i] for r in (8, 32, 128)}, volume)
         worst = max([worst, *(abs(low_latency_time(r, volume, links)/LOW_LATENCY_US[r][i] - 1) for r in (16, 64, 256))])
-    for name, gpus, ep, micro in (("glm-5", 128, 32, 65536), ("glm-5", 128, 128, 65536), ("trinity-large", 64, 32, 32768)):
-        s = trainer_step(load_model(name), Layout(gpus, cp=4, ep=ep, optimiser="muon"), cluster("h200", gpus//8), stack("prime-rl"), 4e6, micro)
+    for name, gpus, ep, micro in (("glm-5", 128, 32, 65536), ("glm-5", 128, 128, 65536),
+            ("trinity-large", 64, 32, 32768)):
+        s = trainer_step(load_model(name), Layout(gpus, cp=4, ep=ep, optimiser="muon"), cluster("h200", gpus//8),
+            stack("prime-rl"), 4e6, micro)
         exposed = s.terms["experts' rows, exposed"]/s.seconds
-        print(f"  {name} on {gpus} H200, EP{ep} over {ep//8} nodes: step {s.seconds:.1f} s, traffic of experts {s.ep_share:.1%} of it, exposed {exposed:.1%}")
+        print(f"  {name} on {gpus} H200, EP{ep} over {ep//8} nodes: step {s.seconds:.1f} s, traffic of experts "
+              f"{s.ep_share:.1%} of it, exposed {exposed:.1%}")
     return worst
 
 
@@ -71,17 +75,23 @@ def measure(args:list[str])->dict:
     p = subprocess.run([sys.executable, "-c", SPEED], cwd=ROOT, capture_output=True, text=True)
     if p.returncode: raise SystemExit(p.stderr)
     speed = json.loads(p.stdout.splitlines()[-1])
-    print("CPU seconds: a plan {plan_s:.2f}, import {import_s:.2f}, a million rollouts {simulate_s:.1f} (engines, gate, buffer) and {packing_s:.1f} for packing their 488 steps, 100,000 of thirty turns {turns_s:.1f}; {mib:.0f} MiB".format(**speed))
+    print("CPU seconds: a plan {plan_s:.2f}, import {import_s:.2f}, a million rollouts {simulate_s:.1f} (engines, "
+          "gate, buffer) and {packing_s:.1f} for packing their 488 steps, 100,000 of thirty turns {turns_s:.1f}; "
+          "{mib:.0f} MiB".format(**speed))
     figs |= speed | dict(signs=all(say.values()), wide_ep=wide_ep())
     if "loop" in args:
         from _plan_loop import against_runs
         figs |= against_runs(ROOT)
-    outside = [dict(id=r["id"], error=round(r["error"], 3)) for r in compared if r["use"] == "VAL" and not r["low"] <= r["measured"] <= r["high"]]
-    return dict(figures={k: round(v, 4) if isinstance(v, float) else v for k, v in figs.items()}, details=dict(signs=say, outside=outside, rows=[dict(id=r["id"], kind=r["kind"], use=r["use"], measured=r["measured"],
+    outside = [dict(id=r["id"], error=round(r["error"], 3)) for r in compared if r["use"] == "VAL" and not r["low"]
+        <= r["measured"] <= r["high"]]
+    return dict(figures={k: round(v, 4) if isinstance(v, float) else v for k, v in figs.items()},
+        details=dict(signs=say, outside=outside, rows=[dict(id=r["id"], kind=r["kind"], use=r["use"],
+        measured=r["measured"],
         predicted=round(r["predicted"], 4), error=round(r["error"], 4)) for r in compared]))
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["freeze"]:
     from moe_rl.scale.calibrate import freeze, load_rows
-    text = freeze(load_rows(ROOT/"benchmarks"/"data"/"plan_rows.toml"), load_records("kernel_table", ROOT)[0]["details"])
+    text = freeze(load_rows(ROOT/"benchmarks"/"data"/"plan_rows.toml"),
+        load_records("kernel_table", ROOT)[0]["details"])
     (ROOT/"moe_rl"/"scale"/"constants.toml").write_text(text)

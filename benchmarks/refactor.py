@@ -33,9 +33,11 @@ def git(root: Path, *args: str) -> str:
 def intended(root: Path, base: str, head: str) -> list[tuple[str, str]]:
     "Commits from `base` to `head` that mean to change a number, oldest first, with their reasons."
     out = []
-    for commit in git(root, 'log', '--reverse', '--format=%H', '--grep=^Intended:', f'{base}..{head or "HEAD"}').splitlines():
+    for commit in git(root, 'log', '--reverse', '--format=%H', '--grep=^Intended:',
+            f'{base}..{head or "HEAD"}').splitlines():
         body = git(root, 'show', '-s', '--format=%B', commit)
-        out.append((commit, next(l for l in body.splitlines() if l.startswith('Intended:')).removeprefix('Intended:').strip()))
+        out.append((commit, next(l for l in body.splitlines()
+            if l.startswith('Intended:')).removeprefix('Intended:').strip()))
     return out
 
 
@@ -51,7 +53,8 @@ def segments(root: Path, base: str, head: str) -> list[tuple[str, str]]:
 def config(root: Path, a, seed: int, old: bool) -> dict:
     "The main job made deterministic, short, and with the names that a tree knows."
     tree = tomllib.loads((root / 'configs' / 'main_job.toml').read_text())
-    change = {'schedule.deterministic': True, 'warm_start.steps': a.warm, 'rl.steps': a.steps, 'rl.seconds': 0, 'rl.stop_at': 0, 'rl.groups_per_step': a.groups, 'rl.reward': 'score',
+    change = {'schedule.deterministic': True, 'warm_start.steps': a.warm, 'rl.steps': a.steps, 'rl.seconds': 0,
+              'rl.stop_at': 0, 'rl.groups_per_step': a.groups, 'rl.reward': 'score',
               'checkpoint.every': 0, 'eval.every': 0, 'eval.prompts': 16, 'seed': seed}
     for key, value in change.items():
         *parents, leaf = key.split('.')
@@ -79,15 +82,18 @@ def weights(root: Path, commit: str, out: Path, a, seed: int) -> dict:
     shutil.rmtree(job, ignore_errors=True)
     file.write_text(tomli_w.dumps(config(root, a, seed, old) | {'dir': str(job)}))
     print(f'{name}: {a.warm} supervised and {a.steps} steps of RL', flush=True)
-    r = subprocess.run([sys.executable, '-m', 'moe_rl.cli', 'run', '--config', str(file)], cwd=tree, env=os.environ | {'PYTHONPATH': str(tree)}, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-m', 'moe_rl.cli', 'run', '--config', str(file)], cwd=tree,
+        env=os.environ | {'PYTHONPATH': str(tree)}, capture_output=True, text=True)
     if r.returncode: raise RuntimeError(f'{name} ended with code {r.returncode}: {(r.stdout + r.stderr)[-800:]}')
     parts = [load_tensors(latest(job) / f'{part}.safetensors') for part in ('model', 'optimizer')]
-    return {f'{part}.{k if old else TENSORS.get(k, k)}': v for part, p in zip(('model', 'optimizer'), parts) for k, v in p.items()}
+    return {f'{part}.{k if old else TENSORS.get(k, k)}': v for part, p in zip(('model', 'optimizer'), parts)
+        for k, v in p.items()}
 
 
 def differences(a: dict, b: dict) -> list[str]:
     "Names of the tensors that are not the same, bit for bit."
-    same = lambda k: k in a and k in b and a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and (a[k] == b[k]).all()
+    same = lambda k: k in a and k in b and a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and (a[k]
+        == b[k]).all()
     return [k for k in sorted(a.keys() | b.keys()) if not same(k)]
 
 
@@ -108,8 +114,11 @@ def measure(args: list[str]) -> dict:
         for seed in range(a.seeds):
             for before, after in segments(root, a.base, a.head):
                 different = differences(weights(root, before, out, a, seed), weights(root, after, out, a, seed))
-                print(f'{before[:8]} to {after[:8] or "here"}, seed {seed}: ' + (f'{len(different)} tensors differ, the first: {", ".join(different[:3])}' if different else 'the same bits'), flush=True)
+                print(f'{before[:8]} to {after[:8] or "here"}, seed {seed}: '
+                    + (f'{len(different)} tensors differ, the first: {", ".join(different[:3])}' if different
+                        else 'the same bits'), flush=True)
                 equal = equal and not different
     finally:
         for tree in out.glob('tree-*'): git(root, 'worktree', 'remove', '--force', str(tree))
-    return dict(figures=dict(equal=equal, intended=len(changes), steps=a.steps, seeds=a.seeds), base=git(root, 'rev-parse', a.base), reasons=[r for _, r in changes])
+    return dict(figures=dict(equal=equal, intended=len(changes), steps=a.steps, seeds=a.seeds),
+        base=git(root, 'rev-parse', a.base), reasons=[r for _, r in changes])

@@ -28,7 +28,8 @@ def group(trained:Trained, rng:np.random.Generator, rows:int)->torch.Tensor: # [
 
 def measure(args:list[str])->dict:
     p = argparse.ArgumentParser("route_placement")
-    p.add_argument("--steps", type=int, default=300); p.add_argument("--history", type=int, default=64); p.add_argument("--batches", type=int, default=64)
+    p.add_argument("--steps", type=int, default=300)
+    p.add_argument("--history", type=int, default=64); p.add_argument("--batches", type=int, default=64)
     a = p.parse_args(args)
     trained, rng, counts = Trained(a.steps), np.random.default_rng(0), []
     with torch.no_grad():
@@ -36,7 +37,8 @@ def measure(args:list[str])->dict:
             out, _ = trained.forward(torch.cat([group(trained, rng, 4) for _ in range(8)]))
             counts.append(count_routes(out.routes.numpy(), CFG.num_experts))
     counts, E, figures = np.stack(counts), CFG.num_experts, {}
-    print(f"{len(counts)} batches of {counts[0,0].sum()//CFG.num_experts_per_tok} tokens recorded\n  GPUs  slots  way      balance  worst batch  slots moved")
+    print(f"{len(counts)} batches of {counts[0,0].sum()//CFG.num_experts_per_tok} tokens recorded\n  GPUs  slots  way "
+          "     balance  worst batch  slots moved")
     for gpus in (8, 16, 32, 64):
         nodes, slots = gpus//8, -(-max(2*gpus, E*5//4)//gpus)*gpus
         for o in compare_ways(counts, a.history, slots, CFG.n_group, nodes, gpus):

@@ -29,7 +29,8 @@ def render() -> tuple[str, str, str]: # README.md, index.ipynb, the picture of a
         code = re.sub(r'^#\|.*\n', '', source, flags=re.M).strip('\n')
         if re.search(r'^#\|\s*echo:\s*false', source, re.M):
             table = evaluate(code, names)
-            cell['outputs'] = [dict(output_type='execute_result', execution_count=None, metadata={}, data={'text/markdown': lines(table.data), 'text/plain': ['<IPython.core.display.Markdown object>']})]
+            cell['outputs'] = [dict(output_type='execute_result', execution_count=None, metadata={},
+                data={'text/markdown': lines(table.data), 'text/plain': ['<IPython.core.display.Markdown object>']})]
             out.append(table.data)
             continue
         shown = ''.join(''.join(o['data']['text/plain']) for o in cell['outputs'] if 'data' in o)
@@ -37,11 +38,13 @@ def render() -> tuple[str, str, str]: # README.md, index.ipynb, the picture of a
     text = '\n\n'.join(t.strip('\n') for t in out)
     text = re.sub(r'\]\((?!https?:|#|\.\./)([^)]+)\)', r'](nbs/\1)', text)
     text = re.sub(r'\]\(\.\./([^)]+)\)', r'](\1)', text)
-    return '<!-- Made from nbs/index.ipynb by docs/readme.py. -->\n' + text + '\n', json.dumps(nb, indent=1, ensure_ascii=False) + '\n', learning_picture()
+    return '<!-- Made from nbs/index.ipynb by docs/readme.py. -->\n' + text + '\n', json.dumps(nb, indent=1,
+        ensure_ascii=False) + '\n', learning_picture()
 
 if __name__ == '__main__':
     targets = dict(zip((ROOT/'README.md', INDEX, PICTURE), render()))
     stale = [p for p, text in targets.items() if not p.exists() or p.read_text() != text]
     if '--check' not in sys.argv:
         for p in stale: p.write_text(targets[p])
-    elif stale: sys.exit(f'{", ".join(p.name for p in stale)}: not current; run python docs/readme.py and commit the result')
+    elif stale:
+        sys.exit(f'{", ".join(p.name for p in stale)}: not current; run python docs/readme.py and commit the result')

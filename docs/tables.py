@@ -3,8 +3,10 @@ import ast, json, re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {'00_start': 'Start', '01_moe': 'Mixture of experts', '02_data': 'Data', '03_train': 'Training', '04_rollout': 'Rollouts',
-           '05_rl': 'Reinforcement learning', '06_app': 'The program', '10_gpu': 'GPU kernels', '11_fp8': 'Eight bits', '12_ep': 'Expert parallelism',
+FOLDERS = {'00_start': 'Start', '01_moe': 'Mixture of experts', '02_data': 'Data', '03_train': 'Training',
+           '04_rollout': 'Rollouts',
+           '05_rl': 'Reinforcement learning', '06_app': 'The program', '10_gpu': 'GPU kernels', '11_fp8': 'Eight bits',
+           '12_ep': 'Expert parallelism',
            '13_scale': 'Scale', '14_panels': 'Panels'}
 
 def notebooks() -> list[tuple[str, Path, str, str, str]]: # folder, path below nbs/, title, subtitle, module or ''
@@ -54,33 +56,41 @@ HEADLINES = [
     ('async_ratio', 'ratio', 'time to 0.9 exact, synchronous over asynchronous'),
     ('chaos', 'kills', 'SIGKILL, SIGTERM and SIGSTOP in every phase, each run resumed to its end'),
     ('chaos', 'lost', 'rollouts that vanished there without a counted reason'),
-    ('determinism', 'resumed_equal', 'a run that was killed and resumed, again and again, equals one that was not, bit for bit'),
+    ('determinism', 'resumed_equal', 'a run that was killed and resumed, again and again, equals one that was not, '
+                                     'bit for bit'),
     ('families', 'worst_logprob', "largest difference of a log-probability to transformers', six families of models"),
     ('engine', 'ratio_vllm', 'tokens/s of the embedded engine over vLLM on the same CPU'),
     ('mfu', 'ratio_titan', "whole training step, tokens/s over compiled torchtitan's"),
     ('mfu', 'mfu', 'the same, model FLOPs utilisation'),
     ('moe_layer', 'ratio_titan', "bf16 MoE layer, speed over torchtitan's"),
     ('moe_layer', 'ratio_fp8', 'the same layer in FP8, speed over our bf16'),
-    ('route_placement', 'load_ratio', 'load of the fullest GPU: experts placed for past batches over placed for the batch'),
+    ('route_placement', 'load_ratio', 'load of the fullest GPU: experts placed for past batches over placed for the '
+                                      'batch'),
 ]
 
 def learning_picture() -> str: # SVG
     "Curves of the recorded main job: held-out share of exact answers over minutes of RL, beside the run that cannot learn."
     figures = records('main_job')[0]['figures']
-    curves = [(figures.get('control_curve', []), '#8a8a8a', 'learning rate 0'), (figures.get('curve', []), '#2f7fd6', 'asynchronous RL')]
+    curves = [(figures.get('control_curve', []), '#8a8a8a', 'learning rate 0'),
+        (figures.get('curve', []), '#2f7fd6', 'asynchronous RL')]
     width, height, left, top, right, bottom = 640, 246, 44, 12, 120, 40
     last = max((minute for curve, *_ in curves for minute, _ in curve), default=1.)
     x = lambda minute: left + minute/last*(width - left - right)
     y = lambda share: height - bottom - share*(height - top - bottom)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12" fill="#8a8a8a" role="img">',
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+           'font-size="12" fill="#8a8a8a" role="img">',
            '<title>Share of held-out problems answered exactly, over minutes of reinforcement learning</title>']
     for share in (0, .25, .5, .75, 1):
-        out += [f'<path d="M{left} {y(share):.1f}H{width - right}" stroke="#8a8a8a" stroke-opacity=".3"/>', f'<text x="{left - 8}" y="{y(share) + 4:.1f}" text-anchor="end">{share:g}</text>']
-    for minute in range(int(last) + 1): out.append(f'<text x="{x(minute):.1f}" y="{height - bottom + 16}" text-anchor="middle">{minute}</text>')
-    out.append(f'<text x="{(left + width - right)/2:.1f}" y="{height - 2}" text-anchor="middle">minutes of reinforcement learning</text>')
+        out += [f'<path d="M{left} {y(share):.1f}H{width - right}" stroke="#8a8a8a" stroke-opacity=".3"/>',
+            f'<text x="{left - 8}" y="{y(share) + 4:.1f}" text-anchor="end">{share:g}</text>']
+    for minute in range(int(last) + 1):
+        out.append(f'<text x="{x(minute):.1f}" y="{height - bottom + 16}" text-anchor="middle">{minute}</text>')
+    out.append(f'<text x="{(left + width - right)/2:.1f}" y="{height - 2}" text-anchor="middle">minutes of '
+               'reinforcement learning</text>')
     for curve, colour, name in curves:
         if not curve: continue
-        out += [f'<polyline fill="none" stroke="{colour}" stroke-width="2.5" points="{" ".join(f"{x(m):.1f},{y(s):.1f}" for m, s in curve)}"/>',
+        out += [f'<polyline fill="none" stroke="{colour}" stroke-width="2.5" '
+                f'points="{" ".join(f"{x(m):.1f},{y(s):.1f}" for m, s in curve)}"/>',
                 f'<text x="{x(curve[-1][0]) + 8:.1f}" y="{y(curve[-1][1]) + 4:.1f}" fill="{colour}">{name}</text>']
     return '\n'.join([*out, '</svg>', ''])
 

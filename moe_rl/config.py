@@ -35,9 +35,11 @@ class Section(BaseModel):
 # %% ../nbs/00_start/03_config.ipynb #9b6d1c03
 def or_auto(number): # a type
     "Values of a type, or the word `auto`."
-    return Annotated[number, WrapValidator(lambda v, check: v if isinstance(v, str) and v == "auto" else check(v)), PlainSerializer(lambda v: v)]
+    return Annotated[number, WrapValidator(lambda v, check: v if isinstance(v, str) and v == "auto" else check(v)),
+        PlainSerializer(lambda v: v)]
 
-Size, Seconds, Part = or_auto(Positive), or_auto(Annotated[float, Field(gt=0, le=1e9)]), or_auto(Annotated[float, Field(gt=0, lt=1)])
+Size, Seconds = or_auto(Positive), or_auto(Annotated[float, Field(gt=0, le=1e9)])
+Part = or_auto(Annotated[float, Field(gt=0, lt=1)])
 
 # %% ../nbs/00_start/03_config.ipynb #960f13f0
 def as_path(value:Any)->Any: # a text as pydantic wants it, or what it was
@@ -58,7 +60,8 @@ class ModelSection(Section):
     intermediate_size: Positive = Field(192, description="width of the dense first layers")
     moe_intermediate_size: Positive = Field(48, description="width I of one expert")
     num_hidden_layers: Depth = Field(4, description="layers L, dense and MoE")
-    num_dense_layers: Natural = Field(1, description="so many layers at the bottom have one dense MLP instead of experts")
+    num_dense_layers: Natural = Field(1, description="so many layers at the bottom have one dense MLP instead of "
+                                                     "experts")
     num_attention_heads: Countable = Field(4, description="query heads")
     num_key_value_heads: Countable = Field(2, description="key and value heads; query heads share them in groups")
     head_dim: Countable = Field(32, description="width of a head, even")
@@ -66,18 +69,23 @@ class ModelSection(Section):
     num_experts_per_tok: Countable = Field(2, description="experts k that a token is sent to")
     num_shared_experts: Countable = Field(1, description="experts that every token passes")
     route_scale: float = Field(1.0, gt=0, le=1e9, description="factor on the routed experts' sum")
-    global_attn_every_n_layers: Positive = Field(4, description="every n-th layer attends to everything, the others to a window")
+    global_attn_every_n_layers: Positive = Field(4, description="every n-th layer attends to everything, the others "
+        "to a window")
     sliding_window: Positive = Field(64, description="positions that the other layers see")
-    max_position_embeddings: Size = Field("auto", description="longest conversation in tokens; auto: as the prompts need, at least 2048")
+    max_position_embeddings: Size = Field("auto", description="longest conversation in tokens; auto: as the prompts "
+        "need, at least 2048")
 
     @model_validator(mode="after")
     def _fits(self):
-        k, E, heads, groups = self.num_experts_per_tok, self.num_experts, self.num_attention_heads, self.num_key_value_heads
+        k, E, heads = self.num_experts_per_tok, self.num_experts, self.num_attention_heads
+        groups = self.num_key_value_heads
         if k > E: raise ValueError(f"num_experts_per_tok {k} is more than num_experts {E}: lower it")
-        if heads % groups: raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+        if heads % groups:
+            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
         if self.head_dim % 2: raise ValueError(f"head_dim={self.head_dim} must be even: positions rotate pairs")
         if self.num_dense_layers >= self.num_hidden_layers:
-            raise ValueError(f"num_dense_layers {self.num_dense_layers} leaves no MoE layer among num_hidden_layers {self.num_hidden_layers}")
+            raise ValueError(f"num_dense_layers {self.num_dense_layers} leaves no MoE layer among num_hidden_layers "
+                             f"{self.num_hidden_layers}")
         return self
 
 # %% ../nbs/00_start/03_config.ipynb #6db9995c
@@ -101,38 +109,50 @@ def storable(params:Any)->Any: # what a reader of config.toml will get
     if not isinstance(params, dict): return params
     params = with_none(params)
     try: same = with_none(tomllib.loads(tomli_w.dumps(without_none(params)).encode().decode()))
-    except (TypeError, ValueError, AttributeError, RecursionError) as e: raise ValueError(f"can't be written to config.toml: {e}") from None
-    if repr(in_order(same)) != repr(in_order(params)): raise ValueError("would come back from config.toml as something else")
+    except (TypeError, ValueError, AttributeError, RecursionError) as e:
+        raise ValueError(f"can't be written to config.toml: {e}") from None
+    if repr(in_order(same)) != repr(in_order(params)):
+        raise ValueError("would come back from config.toml as something else")
     return params
 
 # %% ../nbs/00_start/03_config.ipynb #520831ad
 class TokenizerSection(Section):
     "How text becomes tokens; ignored when `model.checkpoint` brings a tokenizer."
-    kind: Literal["wording", "bpe", "byte"] = Field("wording", description="byte: bytes; wording: bytes, and one token for each phrase that all prompts share; bpe: learned pairs")
-    vocab_size: Positive = Field(512, description="ids of the bpe kind, at least 259: all bytes and three special tokens")
+    kind: Literal["wording", "bpe", "byte"] = Field("wording",
+        description="byte: bytes; wording: bytes, and one token for each phrase that all prompts share; bpe: learned "
+                    "pairs")
+    vocab_size: Positive = Field(512, description="ids of the bpe kind, at least 259: all bytes and three special "
+                                                  "tokens")
 
     @model_validator(mode="after")
     def _holds_all_bytes(self):
-        if self.kind == "bpe" and self.vocab_size < 259: raise ValueError(f"vocab_size {self.vocab_size} does not hold all bytes and three special tokens: 259 or more")
+        if self.kind == "bpe" and self.vocab_size < 259:
+            raise ValueError(f"vocab_size {self.vocab_size} does not hold all bytes and three special tokens: 259 or "
+                             "more")
         return self
 
 class EnvSection(Section):
     "One environment of the mixture."
     name: str = Field(description='a reasoning-gym task, or "module:attribute" of your own')
     weight: float = Field(1.0, gt=0, le=1e9, description="share of the problems, relative to the others")
-    params: Annotated[dict[str, Any], BeforeValidator(storable)] = Field({}, description="the environment's own settings")
-    held_out: Part = Field("auto", description="share of all problem texts that is kept for evaluation; auto: 1/16, more when problems are few or slow to make")
-    isolate: Literal["auto", "none"] = Field("auto", description="auto: no network, nothing to write, the run's folder hidden; none (your own code only): your files, your network, your rights")
+    params: Annotated[dict[str, Any], BeforeValidator(storable)] = Field({},
+        description="the environment's own settings")
+    held_out: Part = Field("auto", description="share of all problem texts that is kept for evaluation; auto: 1/16, "
+                                               "more when problems are few or slow to make")
+    isolate: Literal["auto", "none"] = Field("auto", description="auto: no network, nothing to write, the run's "
+        "folder hidden; none (your own code only): your files, your network, your rights")
 
 # %% ../nbs/00_start/03_config.ipynb #0b5cf93c
 class WarmStartSection(Section):
     "Supervised warm start on solved examples of the environment."
     seconds: NotNegative = Field(85.0, description="time limit; 0: no warm start")
     steps: Natural = Field(0, description="when > 0: exactly so many steps, no clock and no probe (deterministic)")
-    stop_at: Share = Field(0.03, description="stop when sampled answers to fresh problems are so far from the best constant answer to perfect")
+    stop_at: Share = Field(0.03, description="stop when sampled answers to fresh problems are so far from the best "
+                                             "constant answer to perfect")
     probe_every: Positive = Field(25, description="steps between probes")
     tokens_per_step: Positive = Field(4096, description="token budget of one step")
-    threads: Natural = Field(0, description="CPU threads of the warm start, when the engines have nothing to do; 0: all cores")
+    threads: Natural = Field(0, description="CPU threads of the warm start, when the engines have nothing to do; 0: "
+                                            "all cores")
     muon_lr: NotNegative = Field(0.02, description="learning rate of matrices")
     adamw_lr: NotNegative = Field(0.004, description="learning rate of everything else")
 
@@ -161,11 +181,14 @@ class EngineSection(Section):
     kv_tokens: Size = Field("auto", description="KV cache of one engine, in tokens; auto: at least 16384")
     block_size: Positive = Field(16, description="tokens of one block of the cache")
     max_seqs: Positive = Field(256, description="sequences that one engine decodes at a time")
-    max_tokens: Size = Field("auto", description="longest answer of one turn, in tokens; auto: the reference answers fit")
+    max_tokens: Size = Field("auto", description="longest answer of one turn, in tokens; auto: the reference answers "
+                                                 "fit")
     temperature: float = Field(1.0, gt=0, le=1e9, description="of sampling during RL")
     top_k: Natural = Field(0, description="sample among the k likeliest tokens; 0: all")
-    top_p: float = Field(1.0, gt=0, le=1, description="sample among the likeliest tokens that hold this share; 1: all. Less biases what is learned off policy")
-    kv: Literal["keep", "recompute"] = Field("keep", description="what a running request does with its KV when new weights arrive")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample among the likeliest tokens that hold this share; 1: "
+                                                      "all. Less biases what is learned off policy")
+    kv: Literal["keep", "recompute"] = Field("keep", description="what a running request does with its KV when new "
+        "weights arrive")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the engine's weights and cache")
 
 # %% ../nbs/00_start/03_config.ipynb #3b0b5f69
@@ -188,44 +211,61 @@ class RLSection(Section):
     steps: Natural = Field(200, description="optimizer steps, if nothing ends the run before")
     seconds: NotNegative = Field(0.0, description="when > 0: stop after so many seconds of RL")
     stop_at: Share = Field(0.0, description="when > 0: stop once the held-out evaluation reaches this")
-    stop_solved: Share = Field(0.0, description="when > 0: stop once the answers played in the last 5 steps are exact to this share")
+    stop_solved: Share = Field(0.0, description="when > 0: stop once the answers played in the last 5 steps are exact "
+                                                "to this share")
     groups_per_step: Size = Field("auto", description="problems of one step; auto: 4 to 32, a step of some 4000 tokens")
-    group_size: int = Field(8, gt=1, le=LARGEST, description="answers G to each problem; they are compared with one another")
-    max_staleness: Natural = Field(2, description="versions that the weights may be ahead of those that sampled a token")
+    group_size: int = Field(8, gt=1, le=LARGEST, description="answers G to each problem; they are compared with one "
+        "another")
+    max_staleness: Natural = Field(
+        2, description="versions that the weights may be ahead of those that sampled a token")
     max_turns: Positive = Field(8, description="answers in one conversation")
-    advantage: Annotated[str, one_of(ADVANTAGES)] = Field("grpo", description=f'{", ".join(ADVANTAGES)}, or "module:attribute"')
+    advantage: Annotated[str, one_of(ADVANTAGES)] = Field("grpo",
+        description=f'{", ".join(ADVANTAGES)}, or "module:attribute"')
     loss: Annotated[str, one_of(LOSSES)] = Field("dppo", description=f'{", ".join(LOSSES)}, or "module:attribute"')
     loss_params: dict[str, float] = Field({}, description="the loss's own settings")
-    reward: Annotated[str, one_of(REWARDS)] = Field("auto", description="score: the environment's own; exact: 1 for an exact answer, else 0; auto: exact once the warm start gets some right, until then the mean of both; or \"module:attribute\"")
+    reward: Annotated[str, one_of(REWARDS)] = Field("auto", description="score: the environment's own; exact: 1 for "
+        "an exact answer, else 0; auto: exact once the warm start gets some right, until then the mean of both; or "
+        "\"module:attribute\"")
     kl_coef: NotNegative = Field(0.0, description="weight of the KL to the warm-started model")
     replay: bool = Field(True, description="R3: train on the routes that the engine took")
-    patience: Positive = Field(100, description="steps' worth of groups dropped one after the other after which the run ends: nothing to learn")
-    zero_variance: Literal["filter", "keep"] = Field("keep", description="groups whose answers all got the same reward: leave out, or train on")
-    overlong: Literal["mask", "penalise", "keep"] = Field("keep", description="what becomes of a rollout that was cut off: no loss, less reward, or nothing special")
+    patience: Positive = Field(100, description="steps' worth of groups dropped one after the other after which the "
+                                                "run ends: nothing to learn")
+    zero_variance: Literal["filter", "keep"] = Field("keep", description="groups whose answers all got the same "
+        "reward: leave out, or train on")
+    overlong: Literal["mask", "penalise", "keep"] = Field("keep",
+        description="what becomes of a rollout that was cut off: no loss, less reward, or nothing special")
     overlong_penalty: NotNegative = Field(0.5, description='reward that overlong = "penalise" takes away')
-    tokens_per_batch: Size = Field("auto", description="token budget of one micro-batch; auto: a whole step, at most 8192")
+    tokens_per_batch: Size = Field("auto", description="token budget of one micro-batch; auto: a whole step, at most "
+                                                       "8192")
 
 # %% ../nbs/00_start/03_config.ipynb #786261ae
 class EvalSection(Section):
     "Held-out evaluation; its prompts occur in no training prompt."
-    prompts: Size = Field("auto", description="held-out problems; auto: 512, or as many as can be drawn in some seconds")
+    prompts: Size = Field(
+        "auto", description="held-out problems; auto: 512, or as many as can be drawn in some seconds")
     every: Natural = Field(0, description="steps between evaluations during RL; 0: only before and after")
     samples: Positive = Field(1, description="answers per prompt (pass@k)")
     temperature: NotNegative = Field(0.0, description="0: greedy")
-    share: float = Field(0.25, gt=0, lt=1, description="part of an engine's seats that evaluation may hold, and is sure of")
+    share: float = Field(0.25, gt=0, lt=1, description="part of an engine's seats that evaluation may hold, and is "
+                                                       "sure of")
 
 # %% ../nbs/00_start/03_config.ipynb #b5618bac
 class ScheduleSection(Section):
     "Who waits for whom."
     deterministic: bool = Field(False, description="a logical clock fixes the interleaving: runs agree bit for bit")
     threads: Positive = Field(1, description="CPU threads of each process")
-    silence_seconds: float = Field(45.0, gt=0, le=1e9, description="a process without a sign of life or a use of the CPU for so long is named and the run ends")
-    stall_seconds: float = Field(900.0, gt=0, le=1e9, description="a process that lives but stays in one activity for so long is named and the run ends")
-    env_timeout: Seconds = Field("auto", description="seconds an environment may take for one call; auto: 10, more when drawing a problem is slow")
+    silence_seconds: float = Field(45.0, gt=0, le=1e9, description="a process without a sign of life or a use of the "
+        "CPU for so long is named and the run ends")
+    stall_seconds: float = Field(900.0, gt=0, le=1e9, description="a process that lives but stays in one activity for "
+        "so long is named and the run ends")
+    env_timeout: Seconds = Field("auto", description="seconds an environment may take for one call; auto: 10, more "
+                                                     "when drawing a problem is slow")
     env_workers: Positive = Field(1, description="processes of the environments")
-    env_width: Positive = Field(64, description="calls of environments that are open at a time, in training and in evaluation each")
+    env_width: Positive = Field(64, description="calls of environments that are open at a time, in training and in "
+                                                "evaluation each")
     env_memory: float = Field(4.0, gt=0, le=1e6, description="GiB that a process of the environments may use")
-    env_patience: NotNegative = Field(300.0, description="seconds that an outage is waited out, of a reward or a reply that has worked before")
+    env_patience: NotNegative = Field(300.0, description="seconds that an outage is waited out, of a reward or a "
+                                                         "reply that has worked before")
     engine_restarts: Natural = Field(5, description="dead engines started again in one run")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
     port: int = Field(0, ge=0, lt=65536, description="where the orchestrator listens on 127.0.0.1; 0: any free port")
@@ -240,7 +280,8 @@ class Settings(Section):
     "All settings of one run."
     dir: Folder = Field("runs/run", min_length=1, description="run directory; everything a run writes is in it")
     seed: int = Field(0, ge=0, lt=2**32, description="of problems, weights and sampling; the largest is 4294967295")
-    env: list[EnvSection] = Field([EnvSection(name="spell_backward")], description='"name", "a:0.7,b:0.3", or sections; --env.params.KEY VALUE sets one of its own settings')
+    env: list[EnvSection] = Field([EnvSection(name="spell_backward")],
+        description='"name", "a:0.7,b:0.3", or sections; --env.params.KEY VALUE sets one of its own settings')
     model: ModelSection = ModelSection()
     tokenizer: TokenizerSection = TokenizerSection()
     warm_start: WarmStartSection = WarmStartSection()
@@ -259,12 +300,17 @@ class Settings(Section):
     @model_validator(mode="after")
     def _possible(self):
         if not self.env: raise ValueError("env is empty: name at least one environment")
-        if "auto" not in (self.engine.max_tokens, self.engine.kv_tokens) and self.engine.max_tokens >= self.engine.kv_tokens:
-            raise ValueError(f"engine.max_tokens {self.engine.max_tokens} does not fit engine.kv_tokens {self.engine.kv_tokens}: raise kv_tokens")
-        if self.rl.replay and self.model.num_experts > 65536: raise ValueError("rl.replay stores routes in 16 bits: at most 65536 experts")
-        if self.schedule.deterministic and self.rl.seconds: raise ValueError("schedule.deterministic excludes rl.seconds: set rl.steps instead")
+        if "auto" not in (self.engine.max_tokens,
+                self.engine.kv_tokens) and self.engine.max_tokens >= self.engine.kv_tokens:
+            raise ValueError(f"engine.max_tokens {self.engine.max_tokens} does not fit engine.kv_tokens "
+                             f"{self.engine.kv_tokens}: raise kv_tokens")
+        if self.rl.replay and self.model.num_experts > 65536:
+            raise ValueError("rl.replay stores routes in 16 bits: at most 65536 experts")
+        if self.schedule.deterministic and self.rl.seconds:
+            raise ValueError("schedule.deterministic excludes rl.seconds: set rl.steps instead")
         if self.schedule.deterministic and self.warm_start.seconds and not self.warm_start.steps:
-            raise ValueError("schedule.deterministic excludes warm_start.seconds: set warm_start.steps (or warm_start.seconds = 0)")
+            raise ValueError("schedule.deterministic excludes warm_start.seconds: set warm_start.steps (or "
+                             "warm_start.seconds = 0)")
         return self
 
 # %% ../nbs/00_start/03_config.ipynb #81342748
@@ -281,14 +327,16 @@ def env_sections(value:Any) -> Any: # a list of sections, or what it was, for py
     "Every way to write `env` as a list of sections."
     if isinstance(value, str): return parse_env(value)
     if isinstance(value, dict): value = [value]
-    return [section for e in value for section in (parse_env(e) if isinstance(e, str) else [e])] if isinstance(value, list) else value
+    return [section for e in value for section in (parse_env(e) if isinstance(e, str) else [e])] if isinstance(value,
+        list) else value
 
 # %% ../nbs/00_start/03_config.ipynb #3ea44d57
 def all_keys(model:type[BaseModel]|None=None, prefix:str="") -> dict[str, Any]: # dotted key -> FieldInfo
     "Every leaf setting by its dotted key."
     out = {}
     for name, field in (model or Settings).model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel): out |= all_keys(field.annotation, f"{prefix}{name}.")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            out |= all_keys(field.annotation, f"{prefix}{name}.")
         else: out[prefix + name] = field
     return out
 
@@ -296,7 +344,8 @@ def meant(key:str) -> list[str]: # keys, none if nothing is near
     "What a person who wrote the unknown `key` may have meant."
     keys, leaf = list(all_keys()), key.rpartition(".")[2]
     return ([k for k in keys if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-            or [k for k in keys if leaf in k.rpartition(".")[2].split("_")] or difflib.get_close_matches(key, keys, n=1, cutoff=0.5))[:4]
+            or [k for k in keys if leaf in k.rpartition(".")[2].split("_")]
+            or difflib.get_close_matches(key, keys, n=1, cutoff=0.5))[:4]
 
 # %% ../nbs/00_start/03_config.ipynb #9225600a
 def source_of(key:str, origin:dict[str, str]) -> str:
@@ -312,25 +361,30 @@ def explain(error:ValidationError, origin:dict[str, str]) -> str: # origin: dott
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             near = meant(key)
-            message = f"unknown key {key!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "; `moe-rl run --help` lists the keys")
+            message = f"unknown key {key!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near
+                else "; `moe-rl run --help` lists the keys")
         else:
             message = (key + ": " if key else "") + message
             got = fault["input"]
-            text = isinstance(got, (str, int, float, bool)) and (repr(got) if not isinstance(got, str) or not re.fullmatch(r"-?[\d.]+", got) else got)
-            if text and not (isinstance(got, str) and repr(got) in message): message += f" (got {text if len(text) < 80 else text[:77] + '...'})"
+            text = isinstance(got, (str, int, float, bool)) and (repr(got) if not isinstance(got, str)
+                or not re.fullmatch(r"-?[\d.]+", got) else got)
+            if text and not (isinstance(got, str) and repr(got) in message):
+                message += f" (got {text if len(text) < 80 else text[:77] + '...'})"
         out.append(" ".join(f"{source_of(key, origin)}: {message}".split()))
     return "\n".join(out)
 
 # %% ../nbs/00_start/03_config.ipynb #2285f8a3
 def literal(text:str) -> Any:
     "The value that a text shows: of TOML (`[1, 2]`, `2026-01-01`), of JSON (`null`), of Python (`None`, `(1, 2)`), or the text itself."
-    for read in (lambda t: tomllib.loads("v = " + t) if "\n" not in t else {}, lambda t: dict(v=json.loads(t)), lambda t: dict(v=ast.literal_eval(t))):
+    for read in (lambda t: tomllib.loads("v = " + t) if "\n" not in t else {}, lambda t: dict(v=json.loads(t)),
+            lambda t: dict(v=ast.literal_eval(t))):
         try: tree = read(text)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError): continue
         if tree.keys() == {"v"}: return tree["v"]
     return text
 
-OPEN = {key for key, field in all_keys().items() if not isinstance(field.annotation, type) and getattr(field.annotation, "__origin__", None) in (list, dict)}
+OPEN = {key for key, field in all_keys().items() if not isinstance(field.annotation, type)
+    and getattr(field.annotation, "__origin__", None) in (list, dict)}
 
 def from_text(key:str, text:str) -> Any:
     "The text of an override as the value of `key`: read as a literal where any value may stand."
@@ -346,7 +400,8 @@ def one_environment(tree:dict, key:str) -> tuple[dict, list[str]]: # its section
     numbered = first.isdigit() and rest
     if not isinstance(sections, list) or not numbered and len(sections) != 1:
         raise UserError(f"{key!r}: there is not one environment; say which: 'env.0.{key[4:]}' is the first")
-    if numbered and int(first) >= len(sections): raise UserError(f"{key!r}: there are {len(sections)} environments, counted from 0")
+    if numbered and int(first) >= len(sections):
+        raise UserError(f"{key!r}: there are {len(sections)} environments, counted from 0")
     section = sections[int(first) if numbered else 0]
     if not isinstance(section, dict): raise UserError(f"{key!r} is inside 'env', which is a value")
     return section, rest if numbered else [first, *rest]
@@ -369,11 +424,13 @@ def read_toml(file:str|Path) -> dict:
 
 def leaves(tree:dict, prefix:str="") -> list[str]: # dotted keys
     "The settings that a tree gives."
-    return [k for n, v in tree.items() for k in (leaves(v, f"{prefix}{n}.") if isinstance(v, dict) and v else [prefix + n])]
+    return [k for n, v in tree.items() for k in (leaves(v, f"{prefix}{n}.") if isinstance(v, dict) and v
+        else [prefix + n])]
 
 def merge(old:dict, new:dict) -> dict:
     "`new` over `old`, table by table."
-    return old | {k: merge(old[k], v) if isinstance(v, dict) and isinstance(old.get(k), dict) else v for k, v in new.items()}
+    return old | {k: merge(old[k], v) if isinstance(v, dict) and isinstance(old.get(k), dict) else v
+        for k, v in new.items()}
 
 # %% ../nbs/00_start/03_config.ipynb #817df4ff
 def load_settings(

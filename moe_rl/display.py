@@ -14,9 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 # %% ../nbs/06_app/00_display.ipynb #8deb0add
-ROWS = (("reward", "batch reward", ".3f"), ("score", "score", ".3f"), ("exact", "exact answers", ".3f"), ("entropy", "entropy", ".3f"), ("loss", "loss", ".4f"),
+ROWS = (("reward", "batch reward", ".3f"), ("score", "score", ".3f"), ("exact", "exact answers", ".3f"),
+        ("entropy", "entropy", ".3f"), ("loss", "loss", ".4f"),
         ("grad_norm", "gradient norm", ".3f"), ("masked", "masked share", ".2%"), ("mismatch_kl", "mismatch KL", ".2e"),
-        ("staleness", "staleness", ".2f"), ("tokens_per_s", "trained tokens/s", ",.0f"), ("engine_tokens_per_s", "sampled tokens/s", ",.0f"),
+        ("staleness", "staleness", ".2f"), ("tokens_per_s", "trained tokens/s", ",.0f"),
+        ("engine_tokens_per_s", "sampled tokens/s", ",.0f"),
         ("utilisation", "utilisation", ".0%"), ("max_vio", "MaxVio", ".2f"))
 
 def spark(values:list[float], width:int=40) -> str:
@@ -28,7 +30,8 @@ def spark(values:list[float], width:int=40) -> str:
 
 def versions(row:dict)->str:
     "Which versions an evaluation is of."
-    return f"version {row['step']}" if row.get("newest", row["step"]) == row["step"] else f"versions {row['step']} to {row['newest']}"
+    return f"version {row['step']}" if row.get("newest",
+        row["step"]) == row["step"] else f"versions {row['step']} to {row['newest']}"
 
 def graded(row:dict)->str:
     "Share of exact answers, or the mean score where there are no reference answers, with the 95 % interval."
@@ -59,7 +62,8 @@ class Screen(io.TextIOBase):
 # %% ../nbs/06_app/00_display.ipynb #95e03c4b
 class Display:
     "Callable with a row of metrics: a live table on a terminal, a line a step in a file. Use it as a context manager."
-    def __init__(self, title:str, steps:int, console:Console|None=None, every:int=5): # every: steps between lines off a terminal
+    # every: steps between lines off a terminal
+    def __init__(self, title:str, steps:int, console:Console|None=None, every:int=5):
         self.title, self.steps, self.every = title, steps, every
         self.console = console or Console(file=Screen())
         self.row, self.history, self.evals, self.phase, self.doing, self.noted = {}, {}, [], "starting", "", -math.inf
@@ -92,18 +96,23 @@ class Display:
         elif "prompts" in row:
             text = f"evaluation of {versions(row)}: {graded(row)}"
         elif row["step"] % self.every and row["step"] != self.steps: return
-        else: text = f"step {row['step']:4}  " + "  ".join(f"{name} {row[k]:{fmt}}" for k, name, fmt in ROWS if k in row)
-        self.console.print(f"[{time.monotonic() - self.started:6.1f} s] {text}", highlight=False, soft_wrap=True, markup=False)
+        else:
+            text = f"step {row['step']:4}  " + "  ".join(f"{name} {row[k]:{fmt}}" for k, name, fmt in ROWS if k in row)
+        self.console.print(f"[{time.monotonic() - self.started:6.1f} s] {text}", highlight=False, soft_wrap=True,
+            markup=False)
 
     def table(self) -> Group:
         "The live picture, no higher than the terminal."
-        now = f"{self.title}   {self.phase}{': ' if self.doing else ''}{self.doing}   {time.monotonic() - self.started:.0f} s"
+        now = (f"{self.title}   {self.phase}{': ' if self.doing else ''}{self.doing}   "
+               f"{time.monotonic() - self.started:.0f} s")
         t, rows = Table(box=box.SIMPLE_HEAD, pad_edge=False), [r for r in ROWS if r[0] in self.row]
         for c in ("", "now", "so far"): t.add_column(c, justify="right" if c == "now" else "left", no_wrap=True)
-        for k, name, fmt in rows: t.add_row(name, f"{self.row[k]:{fmt}}", spark(self.history[k], max(8, min(40, self.console.width - 36))))
+        for k, name, fmt in rows:
+            t.add_row(name, f"{self.row[k]:{fmt}}", spark(self.history[k], max(8, min(40, self.console.width - 36))))
         step, room = self.row.get("step", 0), self.console.height - len(rows) - 8
         done = min(40, 40 * step // max(1, self.steps))
-        foot = [Text(f"{'━' * done}{'─' * (40 - done)} step {step} of {self.steps}"), Text(who(self.row))] if rows else []
+        foot = [Text(f"{'━' * done}{'─' * (40 - done)} step {step} of {self.steps}"),
+            Text(who(self.row))] if rows else []
         foot += [Text(f"held out, {versions(e)}: {graded(e)}") for e in self.evals[-max(1, min(4, room)):]]
         return Group(Text(now, no_wrap=True, overflow="ellipsis"), *([t] if rows else []), *foot)
 

@@ -25,7 +25,8 @@ def write_error(
     "The one line for a write to `path` that failed with `error`."
     code = getattr(error, "errno", None) or next(map(int, re.findall(r"os error (\d+)", str(error))), None)
     why = os.strerror(code) if code else str(error)
-    return StorageError(f"cannot write {path}: {why}; what was there before is untouched: free space or mend the disk, then resume")
+    return StorageError(f"cannot write {path}: {why}; what was there before is untouched: free space or mend the "
+                        "disk, then resume")
 
 # %% ../nbs/00_start/01_errors.ipynb #44fce30d
 def sync_path(path:str|Path):

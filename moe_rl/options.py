@@ -24,23 +24,29 @@ class _Options(Settings, BaseSettings): "The tree of settings as the library wan
 
 def add_settings(parser:argparse.ArgumentParser) -> argparse.ArgumentParser:
     "Options for files and for every setting, a group for each section."
-    parser.add_argument("--config", action="append", metavar="FILE.toml", help="settings; given again, the later file wins key by key")
-    CliSettingsSource(_Options, root_parser=parser, cli_parse_args=False, cli_avoid_json=True, cli_use_class_docs_for_groups=True)
+    parser.add_argument("--config", action="append", metavar="FILE.toml",
+        help="settings; given again, the later file wins key by key")
+    CliSettingsSource(_Options, root_parser=parser, cli_parse_args=False, cli_avoid_json=True,
+        cli_use_class_docs_for_groups=True)
     for a in parser._actions:
-        if a.dest == "env": a.metavar, a.help = "NAME", Settings.model_fields["env"].description + " (default: spell_backward)"
+        if a.dest == "env":
+            a.metavar, a.help = "NAME", Settings.model_fields["env"].description + " (default: spell_backward)"
         if a.dest == "rl.loss_params": a.metavar = "{KEY=VALUE}"
     return parser
 
-RUN = (("--resume", "go on with the run in this folder, from its last commit; takes no settings: they are in its config.toml"),
+RUN = (("--resume", "go on with the run in this folder, from its last commit; takes no settings: they are in its "
+                    "config.toml"),
        ("--extend", "give a run, finished or not, other limits, and go on"))
 
 def fill(p:argparse.ArgumentParser, command:str) -> argparse.ArgumentParser: # command: run, sft or eval
     "The options of a command that has settings."
     p.add_argument("--print-config", action="store_true", help="print the settings as they would be, and end")
     if command == "run":
-        p.add_argument("--dry-run", action="store_true", help="check everything that can be checked without starting, and end")
+        p.add_argument("--dry-run", action="store_true", help="check everything that can be checked without starting, "
+            "and end")
         for name, what in RUN: p.add_argument(name, metavar="FOLDER", help=what)
-        p.add_argument("--step", type=int, metavar="N", help="with --resume: go on from the checkpoint of this step, not from the newest")
+        p.add_argument("--step", type=int, metavar="N", help="with --resume: go on from the checkpoint of this step, "
+            "not from the newest")
     return add_settings(p)
 
 def parser_of(command:str, usage:str) -> argparse.ArgumentParser:
@@ -63,12 +69,14 @@ def rest_of(words:list[str]) -> dict[str, str]:
     while words:
         word = words.pop(0)
         if not word.startswith("--") or word == "--":
-            hint = "; a settings file is given as --config FILE.toml" if word.startswith("@") or word.endswith(".toml") else ""
+            hint = "; a settings file is given as --config FILE.toml" if word.startswith("@") or word.endswith(
+                ".toml") else ""
             raise UserError(f"command line: expected --key value, got {word!r}{hint}")
         key, eq, value = word[2:].partition("=")
         key = key.replace("-", "_")
         if not eq and words and not words[0].startswith("--"): value, eq = words.pop(0), "="
-        if not eq and any(key.startswith(k + ".") for k in OPEN | {"env"}): raise UserError(f"command line: {word} needs a value")
+        if not eq and any(key.startswith(k + ".") for k in OPEN | {"env"}):
+            raise UserError(f"command line: {word} needs a value")
         out[key] = value
     return out
 
@@ -81,7 +89,8 @@ def from_environment(environ:dict[str, str]) -> dict[str, str]: # key -> text
         if not name.startswith("MOE_RL_") or "." not in key and key not in Settings.model_fields: continue
         if key not in all_keys() and not any(key.startswith(k + ".") for k in OPEN | {"env"}):
             near = meant(key)
-            raise UserError(f"{name}: unknown key {key!r}" + (f"; did you mean MOE_RL_{near[0].upper().replace('.', '__')}?" if near else ""))
+            raise UserError(f"{name}: unknown key {key!r}" + ("; did you mean "
+                f"MOE_RL_{near[0].upper().replace('.', '__')}?" if near else ""))
         out[key] = value
     return out
 
@@ -93,7 +102,8 @@ def read_command_line(
     environ:dict[str, str]|None=None, # None: the process's own
 ) -> CommandLine:
     "Files, overrides and flags of a command; the command line wins over the environment."
-    args = [re.sub(r"^--[^=]*\.[^=]*", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in args] # --rl.max-staleness is rl.max_staleness
+    # --rl.max-staleness is rl.max_staleness
+    args = [re.sub(r"^--[^=]*\.[^=]*", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in args]
     given, rest = parser_of(command, usage).parse_known_args(args)
     given = vars(given)
     flags = {k: given.pop(k) for k in ("print_config", "dry_run", "resume", "extend", "step") if k in given}
@@ -111,7 +121,8 @@ def completion(
 ) -> str: # a script to be sourced
     "Tab completion of `moe-rl`."
     import shtab
-    if shell not in shtab.SUPPORTED_SHELLS: raise UserError(f"completion: {shell!r}, expected one of {', '.join(shtab.SUPPORTED_SHELLS)}")
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise UserError(f"completion: {shell!r}, expected one of {', '.join(shtab.SUPPORTED_SHELLS)}")
     top = argparse.ArgumentParser(prog="moe-rl")
     below = top.add_subparsers()
     for name, settings in commands.items():

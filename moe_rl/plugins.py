@@ -15,7 +15,8 @@ from .errors import UserError
 def blame(error:BaseException)->str: # "file.py, line 3: SyntaxError: invalid syntax"
     "The error of an import and the line of one's own code that it comes from."
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    if isinstance(error, SyntaxError) and error.filename: return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
     foreign = ("<", *(sysconfig.get_path(p) for p in ("stdlib", "purelib", "platlib")))
     frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if not f.filename.startswith(foreign)]
     return f"{frames[-1].filename}, line {frames[-1].lineno}: {text}" if frames else str(error)
@@ -33,7 +34,8 @@ def load_attribute(
     try: return reduce(getattr, attribute.split("."), found)
     except AttributeError as e:
         near = difflib.get_close_matches(attribute, dir(found), n=1)
-        raise UserError(f"{path}: cannot be imported: module {module} has no {attribute!r}" + (f"; did you mean {near[0]!r}?" if near else "")) from e
+        raise UserError(f"{path}: cannot be imported: module {module} has no {attribute!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")) from e
 
 # %% ../nbs/00_start/02_plugins.ipynb #dd7e2872
 def choose_by_name(

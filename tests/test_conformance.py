@@ -7,7 +7,8 @@ from moe_rl.rollout.conformance import CHECKS, check_update
 from moe_rl.rollout.engine import Engine
 from test_engine import MODELS, fresh
 
-SHAPES = {'roomy': dict(kv_tokens=1024, block_size=16), 'small blocks': dict(kv_tokens=512, block_size=3), 'no sharing': dict(kv_tokens=512, prefix_cache=False),
+SHAPES = {'roomy': dict(kv_tokens=1024, block_size=16), 'small blocks': dict(kv_tokens=512, block_size=3),
+          'no sharing': dict(kv_tokens=512, prefix_cache=False),
           'tight': dict(kv_tokens=100, block_size=4, max_seqs=5, max_step_tokens=12)}
 BY_VERSION = dict(enumerate(MODELS))
 
@@ -16,7 +17,8 @@ def make(**kw): return lambda: Engine(fresh(), **kw)
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('check', CHECKS)
 def test_embedded_engine_conforms(check, shape):
-    if (check, shape) == ('update', 'tight'): pytest.skip('a mixture that is preempted is recomputed: test_engine.py has its own reference')
+    if (check, shape) == ('update', 'tight'):
+        pytest.skip('a mixture that is preempted is recomputed: test_engine.py has its own reference')
     asyncio.run(CHECKS[check](make(**SHAPES[shape]), BY_VERSION))
 
 def test_an_engine_may_answer_with_coroutines():

@@ -19,15 +19,18 @@ from moe_rl.rollout.kvcache import PagedCache, plain_attend
 from moe_rl.train.objective import sampling_logprobs
 from moe_rl.train.weights import WeightError, describe
 
-CONFIG = new_afmoe(vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=4, num_dense_layers=1, num_attention_heads=4,
-                     num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=2, route_scale=1.5, global_attn_every_n_layers=2, sliding_window=6,
+CONFIG = new_afmoe(vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=4,
+                     num_dense_layers=1, num_attention_heads=4,
+                     num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=2, route_scale=1.5,
+                     global_attn_every_n_layers=2, sliding_window=6,
                      max_position_embeddings=256)
 
 
 def make_model(seed=0, cfg=CONFIG):
     "Weights large enough that texts, versions and routes differ visibly."
     model, gen = Model(cfg).requires_grad_(False), torch.Generator().manual_seed(seed)
-    for p in model.parameters(): p.copy_(torch.randn(p.shape, generator=gen)*.2 if p.ndim > 1 else 1+torch.randn(p.shape, generator=gen)*.1)
+    for p in model.parameters():
+        p.copy_(torch.randn(p.shape, generator=gen)*.2 if p.ndim > 1 else 1+torch.randn(p.shape, generator=gen)*.1)
     for l in model.layers:
         if hasattr(l.mlp, 'expert_bias'): l.mlp.expert_bias.copy_(torch.randn(cfg.num_experts, generator=gen)*.05)
     return model
@@ -46,7 +49,8 @@ def requests(n, seed=0, group=1, longest=30, **kw):
     out = []
     for i in range(n):
         prompt = rng.integers(0, 64, rng.integers(1, longest)).tolist()
-        for j in range(group): out.append(Request(id=f'{i}-{j}', prompt=prompt, max_tokens=int(rng.integers(1, 24)), seed=100*i+j, **kw))
+        for j in range(group):
+            out.append(Request(id=f'{i}-{j}', prompt=prompt, max_tokens=int(rng.integers(1, 24)), seed=100*i+j, **kw))
     return out
 
 def drain(engine, done=()):
@@ -88,13 +92,15 @@ def serve(reqs, model=None, kv_tokens=1024, **kw):
 # ---- decoding is the forward pass, whatever the cache does
 
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(seed=st.integers(0, 99), block=st.sampled_from([1, 3, 4, 16]), seats=st.integers(1, 9), spare=st.integers(1, 40), blocks=st.integers(0, 40), cache=st.booleans(),
+@given(seed=st.integers(0, 99), block=st.sampled_from([1, 3, 4, 16]), seats=st.integers(1, 9), spare=st.integers(1, 40),
+       blocks=st.integers(0, 40), cache=st.booleans(),
        group=st.integers(1, 4), eager=st.booleans())
 def test_decode_equals_the_forward_pass(seed, block, seats, spare, blocks, cache, group, eager):
     "Any block size, number of seats, chunk size and memory; shared prompts; with and without sharing."
     reqs = requests(5, seed, group, temperature=0. if eager else 1.)
     kv = (-(-60//block) + blocks)*block
-    engine, done = serve(reqs, MODELS[0], kv, block_size=block, max_seqs=seats, max_step_tokens=seats+spare, prefix_cache=cache)
+    engine, done = serve(reqs, MODELS[0], kv, block_size=block, max_seqs=seats, max_step_tokens=seats+spare,
+        prefix_cache=cache)
     check_all(reqs, done, MODELS[0])
     assert engine.scheduler.pool.held == 0 and not engine.ledger.live and not engine.ledger.replays
 
@@ -116,7 +122,8 @@ def test_attention_over_pages_equals_its_definition_in_the_whole_model():
     cache = PagedCache(4, KvShape(2, 8, 8), 10, 4, 3, 2, 8)
     table = np.array([[9, 1, 4, 0, 7, 3, 2, 5]])
     with torch.no_grad():
-        out = [MODELS[0](ids[a:b], torch.arange(a, b), plain_attend(cache, table, np.array([a]), np.array([b-a]))).hidden for a,b in ((0, 11), (11, 12), (12, 30))]
+        out = [MODELS[0](ids[a:b], torch.arange(a, b), plain_attend(cache, table, np.array([a]),
+            np.array([b-a]))).hidden for a,b in ((0, 11), (11, 12), (12, 30))]
         want = MODELS[0](ids, torch.arange(30), packed_attend(torch.tensor([0, 30]))).hidden
     assert (torch.cat(out)-want).abs().max() < 1e-5
 
@@ -163,14 +170,16 @@ def test_a_preempted_request_keeps_the_routes_it_sampled_with(monkeypatch):
     assert not all((a == b).all() for a,b in preempted())
 
 def test_bfloat16_is_near_the_full_forward():
-    low, engine = lower_precision(fresh(), torch.bfloat16), Engine(fresh(), 80, block_size=4, max_seqs=24, dtype=torch.bfloat16)
+    low = lower_precision(fresh(), torch.bfloat16)
+    engine = Engine(fresh(), 80, block_size=4, max_seqs=24, dtype=torch.bfloat16)
     assert engine.cache.kv.dtype == torch.bfloat16
     reqs, off = requests(6, 5, group=4), []
     for r in reqs: engine.add(r)
     done = drain(engine)
     for r in reqs:
         f = done[r.id]
-        off += (full_forward(low, r.prompt + f.token_ids)[0][len(r.prompt)-1:].log_softmax(-1).gather(1, torch.tensor(f.token_ids)[:,None])[:,0].numpy() - f.logprobs).tolist()
+        off += (full_forward(low, r.prompt + f.token_ids)[0][len(r.prompt)-1:].log_softmax(-1).gather(1,
+            torch.tensor(f.token_ids)[:,None])[:,0].numpy() - f.logprobs).tolist()
     assert np.abs(off).mean() < .02
 
 
@@ -180,7 +189,8 @@ def test_noise_is_uniform_and_independent_of_neighbours():
     u = np.stack([uniform(np.full(2000, s, np.uint64), np.arange(2000)) for s in range(20)])
     assert 0 <= u.min() and u.max() < 1
     assert abs(u.mean()-.5) < .005 and abs(u.var()-1/12) < .002
-    assert abs(np.corrcoef(u[0], u[1])[0,1]) < .08 and abs(np.corrcoef(u[0,1:], u[0,:-1])[0,1]) < .08 and abs(np.corrcoef(u[0,1:], u[1,:-1])[0,1]) < .08
+    assert abs(np.corrcoef(u[0], u[1])[0,1]) < .08 and abs(np.corrcoef(u[0,1:], u[0,:-1])[0,
+        1]) < .08 and abs(np.corrcoef(u[0,1:], u[1,:-1])[0,1]) < .08
 
 def test_draws_follow_the_distribution():
     lp = torch.tensor([.5, .25, 0., .2, .05]).log()
@@ -191,7 +201,8 @@ def test_draws_follow_the_distribution():
     edge = torch.tensor([0., math.nextafter(1., 0.)], dtype=torch.float64)
     assert draw(lp.expand(2, 5), edge).tolist() == [0, 4]
 
-@pytest.mark.parametrize('kw', [dict(temperature=.7), dict(top_k=3), dict(top_p=.6), dict(temperature=1.3, top_k=9, top_p=.8), dict(temperature=0.)])
+@pytest.mark.parametrize('kw', [dict(temperature=.7), dict(top_k=3), dict(top_p=.6),
+    dict(temperature=1.3, top_k=9, top_p=.8), dict(temperature=0.)])
 def test_logprobs_are_of_the_distribution_sampled_from(kw):
     reqs = requests(4, 6, **kw)
     check_all(reqs, serve(reqs)[1], MODELS[0])
@@ -237,7 +248,9 @@ def two_version_reference(request, finished):
     hidden, routes = [], []
     for v in np.unique(made):
         a, b = int((made < v).sum()), int((made <= v).sum())
-        with torch.no_grad(): out = MODELS[v](ids[a:b], torch.arange(a, b), plain_attend(cache, np.arange(64)[None], np.array([a]), np.array([b-a])))
+        with torch.no_grad():
+            out = MODELS[v](ids[a:b], torch.arange(a, b), plain_attend(cache, np.arange(64)[None], np.array([a]),
+                np.array([b-a])))
         hidden.append(MODELS[v].logits(out.hidden))
         routes.append(out.routes.numpy())
     lp = torch.cat(hidden)[P-1:].log_softmax(-1).gather(1, ids[P:,None])[:,0]
@@ -272,7 +285,8 @@ def test_recomputed_kv_gives_the_new_weights_forward():
         logits, routes = full_forward(MODELS[1], r.prompt + f.token_ids)
         lp = logits[P-1:].log_softmax(-1).gather(1, torch.tensor(f.token_ids)[:,None])[:,0].numpy()
         assert not new.any() or np.abs(lp-f.logprobs)[new].max() < 1e-5
-        old = full_forward(MODELS[0], r.prompt + f.token_ids)[0][P-1:].log_softmax(-1).gather(1, torch.tensor(f.token_ids)[:,None])[:,0].numpy()
+        old = full_forward(MODELS[0], r.prompt + f.token_ids)[0][P-1:].log_softmax(-1).gather(1,
+            torch.tensor(f.token_ids)[:,None])[:,0].numpy()
         assert new.all() or np.abs(old-f.logprobs)[~new].max() < 1e-5
         if new.any(): assert (f.routes == routes).all()   # made again
         mixed += new.any() and not new.all()
@@ -290,7 +304,8 @@ def test_a_mixture_that_is_preempted_is_recomputed_under_the_new_weights():
     assert engine.stats()['preemptions'] > 0 and sorted(done) == sorted(r.id for r in reqs)
     for r in reqs:
         f = done[r.id]
-        lp = full_forward(MODELS[1], r.prompt + f.token_ids)[0][len(r.prompt)-1:].log_softmax(-1).gather(1, torch.tensor(f.token_ids)[:,None])[:,0].numpy()
+        lp = full_forward(MODELS[1], r.prompt + f.token_ids)[0][len(r.prompt)-1:].log_softmax(-1).gather(1,
+            torch.tensor(f.token_ids)[:,None])[:,0].numpy()
         if (f.versions == 1).all(): assert np.abs(lp-f.logprobs).max() < 1e-5
 
 def test_many_updates():
@@ -319,7 +334,8 @@ def test_update_is_checked_before_it_is_taken():
 
 def test_weights_that_are_not_finite_are_named():
     engine = Engine(fresh(), 256)
-    engine.update_weights(3, {n: torch.full_like(t, float('nan')) if n == 'norm.weight' else t for n,t in STATES[0].items()})
+    engine.update_weights(3, {n: torch.full_like(t, float('nan')) if n == 'norm.weight' else t
+        for n,t in STATES[0].items()})
     engine.add(Request(id='a', prompt=[1], max_tokens=2))
     with pytest.raises(FloatingPointError, match='v3'): engine.step()
 
@@ -328,9 +344,14 @@ def test_weights_that_are_not_finite_are_named():
 
 def test_refusals():
     engine = Engine(fresh(), 64, block_size=4, max_seqs=4)
-    for match, kw in (('budget is 64', dict(prompt=[1]*60, max_tokens=8)), ('positions of the model', dict(prompt=[1]*10, max_tokens=250)), ('at least 1', dict(prompt=[], max_tokens=4)),
-                      ('at least 1', dict(prompt=[1], max_tokens=0)), ('vocabulary has 64', dict(prompt=[1, 64], max_tokens=4)), ('temperature', dict(prompt=[1], max_tokens=4, temperature=-1.)),
-                      ('top_p', dict(prompt=[1], max_tokens=4, top_p=0.)), ("no lane 'x'", dict(prompt=[1], max_tokens=4, lane='x'))):
+    for match, kw in (('budget is 64', dict(prompt=[1]*60, max_tokens=8)),
+                      ('positions of the model', dict(prompt=[1]*10, max_tokens=250)),
+                      ('at least 1', dict(prompt=[], max_tokens=4)),
+                      ('at least 1', dict(prompt=[1], max_tokens=0)),
+                      ('vocabulary has 64', dict(prompt=[1, 64], max_tokens=4)),
+                      ('temperature', dict(prompt=[1], max_tokens=4, temperature=-1.)),
+                      ('top_p', dict(prompt=[1], max_tokens=4, top_p=0.)),
+                      ("no lane 'x'", dict(prompt=[1], max_tokens=4, lane='x'))):
         with pytest.raises(ValueError, match=match) as e: engine.add(Request(id='a', **kw))
         assert '\n' not in str(e.value)
     assert not engine.has_work and not engine.ledger.live
@@ -361,7 +382,8 @@ def test_finished_requests_cross_a_wire():
     done = serve(requests(2, 12))[1]
     for f in done.values():
         back = decode(Finished, encode(f))
-        assert back.token_ids == f.token_ids and (back.routes == f.routes).all() and back.routes.dtype == f.routes.dtype == np.uint8 and back.logprobs.dtype == np.float32
+        assert back.token_ids == f.token_ids and (back.routes
+            == f.routes).all() and back.routes.dtype == f.routes.dtype == np.uint8 and back.logprobs.dtype == np.float32
 
 def test_routes_only_when_asked_for():
     done = serve(requests(2, 13), record_routes=False)[1]
@@ -401,7 +423,8 @@ def test_an_error_reaches_everyone_who_waits():
         engine = Engine(fresh(), 512)
         def broken(*a, **kw): raise RuntimeError('the model broke')
         engine.model.forward = broken
-        return await asyncio.wait_for(asyncio.gather(*(ask(engine, r) for r in requests(3, 17)), return_exceptions=True), 10)
+        return await asyncio.wait_for(asyncio.gather(*(ask(engine, r) for r in requests(3, 17)),
+            return_exceptions=True), 10)
     assert [str(e) for e in asyncio.run(main())] == ['the model broke']*3
 
 def test_add_and_generate_do_not_mix():
@@ -436,7 +459,8 @@ def test_known_failure_01_a_dummy_route_for_the_last_token(monkeypatch):
     real = Engine.leave
     def leave(self, id, reason):
         f = real(self, id, reason)
-        return type(f)(**{n: getattr(f, n) for n in f.__struct_fields__} | dict(routes=np.concatenate([f.routes, f.routes[:1]*0])))
+        return type(f)(**{n: getattr(f, n) for n in f.__struct_fields__}
+            | dict(routes=np.concatenate([f.routes, f.routes[:1]*0])))
     monkeypatch.setattr(Engine, 'leave', leave)
     with pytest.raises(AssertionError, match='none for the last token'): still_right()
 
@@ -469,7 +493,8 @@ def aborted_after_preemption(**kw):
     by_id = {r.id: r for r in reqs}
     for _ in range(60):
         engine.step()
-        for id in [q.id for q in engine.scheduler.lanes['train'].queue if len(q.tokens) > len(by_id[q.id].prompt)]: out.append((by_id[id], engine.abort(id)))
+        for id in [q.id for q in engine.scheduler.lanes['train'].queue if len(q.tokens) > len(by_id[q.id].prompt)]:
+            out.append((by_id[id], engine.abort(id)))
     assert len(out) >= 2
     return out
 
@@ -487,7 +512,8 @@ def test_known_failure_04_routes_of_cancelled_and_preempted_requests(monkeypatch
 
 def test_known_failure_04_routes_of_the_one_who_had_the_seat_before(monkeypatch):
     real = Engine.made
-    monkeypatch.setattr(Engine, 'made', lambda self, row, table: real(self, row, self.scheduler.pool.num_blocks-1-table))
+    monkeypatch.setattr(Engine, 'made', lambda self, row, table: real(self, row,
+        self.scheduler.pool.num_blocks-1-table))
     with pytest.raises(AssertionError): still_right()
 
 def test_known_failure_05_prompt_rows_are_zero_after_a_prefix_hit(monkeypatch):
@@ -529,13 +555,16 @@ def test_known_failure_18_prefix_cache_kept_across_versions(monkeypatch):
     with pytest.raises(AssertionError, match='log-probabilities differ'): ask_again_after_update(routes=False)
 
 def test_known_failure_18_blocks_of_a_mixture_are_shared(monkeypatch):
-    check_keep(*swap_midway('keep', reqs=(long := [Request(id=f'm{i}', prompt=list(range(i, i+10)), max_tokens=20, seed=i) for i in range(4)]), wait=6)[1:])
+    check_keep(*swap_midway('keep', reqs=(long := [Request(id=f'm{i}', prompt=list(range(i, i+10)), max_tokens=20,
+        seed=i) for i in range(4)]), wait=6)[1:])
     def named(s, version, recompute):
         plan = scheduler.Plan()
         s.version = version
         s.pool.forget_all()
         for q in s.at:
-            if q: (q.keys, q.rest), q.version = kvcache.prefix_keys(s.tokens[q.row,:s.length[q.row]], s.block_size, version), version
+            if q:
+                (q.keys, q.rest) = kvcache.prefix_keys(s.tokens[q.row,:s.length[q.row]], s.block_size, version)
+                q.version = version
             if q: s.named[q.row] = 0
         return plan
     monkeypatch.setattr(scheduler.Scheduler, 'new_version', named)

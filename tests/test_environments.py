@@ -14,8 +14,10 @@ from moe_rl.rollout.guard import EnvError, Guard, RolloutLost
 
 class Words(Environment):
     "A finite list of problems, so that training repeats them."
-    def __init__(self, size=400, share=0.2, name='words', seed=0): self.size, self.held_out_share, self.name, self.seed = size, share, name, seed
-    def problem(self, key): return Task(env=self.name, prompt=f'{self.name} {key % self.size}', answer=str(key % self.size))
+    def __init__(self, size=400, share=0.2, name='words', seed=0):
+        self.size, self.held_out_share, self.name, self.seed = size, share, name, seed
+    def problem(self, key):
+        return Task(env=self.name, prompt=f'{self.name} {key % self.size}', answer=str(key % self.size))
 
 
 class Faulty(Words):
@@ -56,7 +58,8 @@ def test_training_and_held_out_texts_are_disjoint(seed, size):
 
 def test_disjointness_check_catches_a_test_set_chosen_by_seed(monkeypatch):
     assert not overlap(Words())
-    monkeypatch.setattr(environments, 'held_out_tasks', lambda env, n: [env.problem(environments.mix('another seed', i)) for i in range(n)])
+    monkeypatch.setattr(environments, 'held_out_tasks', lambda env, n: [env.problem(environments.mix('another seed',
+        i)) for i in range(n)])
     assert overlap(Words())
 
 def test_held_out_is_distinct_and_the_same_for_every_seed_and_length():
@@ -66,7 +69,8 @@ def test_held_out_is_distinct_and_the_same_for_every_seed_and_length():
 def test_text_hash_never_changes():
     assert text_hash('abc') == pytest.approx(0.07729014664450418) and text_hash('') != text_hash(' ')
     code = "from moe_rl.rollout.environments import text_hash, mix; print(text_hash('abc'), mix(0, 'a', 1))"
-    runs = {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=dict(PYTHONHASHSEED=s, PATH='')).stdout for s in ('1', '2')}
+    runs = {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+        env=dict(PYTHONHASHSEED=s, PATH='')).stdout for s in ('1', '2')}
     assert runs == {f"{text_hash('abc')} {environments.mix(0, 'a', 1)}\n"}
 
 def test_too_few_problems_is_one_clear_line():
@@ -82,11 +86,13 @@ def test_spell_backward_has_512_held_out_words():
 
 # ---- reasoning-gym
 
-@pytest.mark.parametrize('name', ['spell_backward', 'chain_sum', 'gcd', 'letter_counting', 'base_conversion', 'word_ladder', 'gsm_symbolic', 'list_functions', 'mini_sudoku', 'countdown'])
+@pytest.mark.parametrize('name', ['spell_backward', 'chain_sum', 'gcd', 'letter_counting', 'base_conversion',
+    'word_ladder', 'gsm_symbolic', 'list_functions', 'mini_sudoku', 'countdown'])
 def test_any_task_by_name(name):
     env = load_env(name, seed=3)
     a, b = env.sample(0), env.sample(1)
-    assert a.prompt != b.prompt and env.sample(0).prompt == a.prompt and load_env(name, seed=4).sample(0).prompt != a.prompt
+    assert a.prompt != b.prompt and env.sample(0).prompt == a.prompt and load_env(name,
+        seed=4).sample(0).prompt != a.prompt
     if a.answer is not None: assert asyncio.run(env.score(a, [f' {a.answer}\n'])) == 1.0
 
 def test_near_seeds_share_no_items():
@@ -97,11 +103,14 @@ def test_near_seeds_share_no_items():
 def test_answer_tag():
     env = load_env(dict(name='gcd', params=dict(answer_tag='answer')))
     t = env.sample(0)
-    assert asyncio.run(env.score(t, [f'so <answer>{t.answer}</answer>'])) == 1.0 and asyncio.run(env.score(t, [t.answer])) == 0.0
+    assert asyncio.run(env.score(t, [f'so <answer>{t.answer}</answer>'])) == 1.0 and asyncio.run(env.score(t,
+        [t.answer])) == 0.0
 
 @pytest.mark.parametrize('section, message', [
-    ('spell_backwards', "did you mean 'spell_backward'"), ('zzzz', 'module:attribute'), (dict(name='gcd', params=dict(bogus=1)), "no setting 'bogus'"),
-    (dict(name='spell_backward', params=dict(min_word_len=9, max_word_len=3)), 'settings refused'), ('nowhere:Env', 'cannot be imported'),
+    ('spell_backwards', "did you mean 'spell_backward'"), ('zzzz', 'module:attribute'),
+    (dict(name='gcd', params=dict(bogus=1)), "no setting 'bogus'"),
+    (dict(name='spell_backward', params=dict(min_word_len=9, max_word_len=3)), 'settings refused'),
+    ('nowhere:Env', 'cannot be imported'),
     ('collections:OrderedDict', 'has no problem'), (dict(name='calculator', params=dict(x=1)), None)])
 def test_bad_sections_are_user_errors(section, message):
     with pytest.raises((UserError, TypeError), match=message) as e: load_env(section)
@@ -109,9 +118,11 @@ def test_bad_sections_are_user_errors(section, message):
 
 def test_own_environment_by_import_path(tmp_path, monkeypatch):
     (tmp_path/'my_env.py').write_text("from moe_rl.rollout.environments import Environment, Task\n"
-        "class Mine(Environment):\n    name = 'mine'\n    def __init__(self, n=1000): self.n = n\n    def problem(self, key): return Task(env='mine', prompt=f'{key % self.n}?', answer='!')\n")
+        "class Mine(Environment):\n    name = 'mine'\n    def __init__(self, n=1000): self.n = n\n    def "
+        "problem(self, key): return Task(env='mine', prompt=f'{key % self.n}?', answer='!')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    mix = load_envs([dict(name='my_env:Mine', weight=2., params=dict(n=5000)), dict(name='calculator', weight=1.)], seed=1)
+    mix = load_envs([dict(name='my_env:Mine', weight=2., params=dict(n=5000)), dict(name='calculator', weight=1.)],
+        seed=1)
     assert {t.env for t in map(mix.sample, range(20))} == {'mine', 'calculator'}
 
 
@@ -135,15 +146,18 @@ def test_mixture_is_deterministic_and_dispatches():
 
 # ---- failures stay small
 
-@pytest.mark.parametrize('fault, reason', [('crash', 'env_error'), ('exit', 'env_error'), ('missing', 'env_error'), ('nan', 'env_reward'), ('infinite', 'env_reward'),
-                                           ('nothing', 'env_reward'), ('block', 'env_timeout'), ('wait', 'env_timeout')])
+@pytest.mark.parametrize('fault, reason', [('crash', 'env_error'), ('exit', 'env_error'), ('missing', 'env_error'),
+                                           ('nan', 'env_reward'), ('infinite', 'env_reward'),
+                                           ('nothing', 'env_reward'), ('block', 'env_timeout'),
+                                           ('wait', 'env_timeout')])
 def test_a_failure_costs_its_own_rollout_and_is_counted(fault, reason):
     async def main():
         guard = Guard(Faulty(), timeout=0.5)
         task = guard.env.sample(0)
         one = lambda text, i: play(guard, task, TOK, says(text), 0, i)
         got = await asyncio.gather(*[one(fault if i == 1 else 'fine', i) for i in range(4)], return_exceptions=True)
-        assert isinstance(got[1], EnvError) and got[1].reason == reason and '\n' not in str(got[1]) and 'words: score' in str(got[1])
+        assert isinstance(got[1], EnvError) and got[1].reason == reason and '\n' not in str(
+            got[1]) and 'words: score' in str(got[1])
         assert [got[i].reward for i in (0, 2, 3)] == [1.0]*3 and dict(guard.failures) == {reason: 1}
     asyncio.run(main())
 
@@ -165,10 +179,13 @@ def test_known_failure_32_an_evaluation_waits_for_no_call_of_training():
     with pytest.raises(TimeoutError): asyncio.run(main(lambda guard: guard))
 
 def test_hanging_calls_do_not_delay_the_end_of_the_process():
-    code = ("import asyncio, time\nfrom moe_rl.rollout.environments import Environment, Task\nfrom moe_rl.rollout.guard import EnvError, Guard\n"
+    code = ("import asyncio, time\nfrom moe_rl.rollout.environments import Environment, Task\nfrom "
+            "moe_rl.rollout.guard import EnvError, Guard\n"
             "class Hangs(Environment):\n    def problem(self, key): time.sleep(600)\n"
-            "async def main():\n    try: await Guard(Hangs(), timeout=.1).sample(0)\n    except EnvError as e: print(e.reason)\nasyncio.run(main())")
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60).stdout == 'env_timeout\n'
+            "async def main():\n    try: await Guard(Hangs(), timeout=.1).sample(0)\n    except EnvError as e: "
+            "print(e.reason)\nasyncio.run(main())")
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+        timeout=60).stdout == 'env_timeout\n'
 
 
 # ---- conversations in tokens
@@ -188,7 +205,8 @@ def test_sampled_text_is_never_tokenised_again_and_tool_text_never_trained(texts
     r = asyncio.run(play(guard, task, TOK, says(*texts), 4, 2, max_turns=max_turns))
     turns = min(len(texts), max_turns)
     sampled = [i for t in texts[:turns] for i in TOK.encode(t) + [TOK.eos_id]]
-    assert r.token_ids[r.loss_mask].tolist() == sampled and (r.versions[~r.loss_mask] == -1).all() and not r.logprobs[~r.loss_mask].any()
+    assert r.token_ids[r.loss_mask].tolist() == sampled and (r.versions[~r.loss_mask]
+        == -1).all() and not r.logprobs[~r.loss_mask].any()
     told = TOK.render_prompt(task.prompt) + [i for t in replies[:turns-1] for i in TOK.render_reply(t)]
     assert r.token_ids[~r.loss_mask].tolist() == told and r.turns == turns and r.reward == 2*turns-1
     assert r.stop_reason == ('turns' if turns < len(texts) else 'stop') and len(r.routes) == len(r)-1
@@ -213,21 +231,25 @@ def test_exact_reward_setting():
     env = load_env('spell_backward')
     t = env.sample(0)
     wrong = t.answer[:-1] + '#'
-    assert asyncio.run(Guard(env, reward='score').score(t, [wrong])) > 0 == asyncio.run(Guard(env, reward='exact').score(t, [wrong]))
+    assert asyncio.run(Guard(env, reward='score').score(t, [wrong])) > 0 == asyncio.run(Guard(env,
+        reward='exact').score(t, [wrong]))
     with pytest.raises(UserError, match='rl.reward'): Guard(env, reward='f1')
 
 atoms = st.integers(0, 99).map(str)
-expressions = st.recursive(atoms, lambda e: st.one_of(st.tuples(e, st.sampled_from('+-*'), e).map(''.join), e.map('({})'.format), e.map('-{}'.format)), max_leaves=12)
+expressions = st.recursive(atoms, lambda e: st.one_of(st.tuples(e, st.sampled_from('+-*'), e).map(''.join),
+    e.map('({})'.format), e.map('-{}'.format)), max_leaves=12)
 
 @given(expressions.filter(lambda e: len(e) <= 64))
 def test_calculator_agrees_with_python(expression): assert calculate(expression) == str(eval(expression))
 
 @given(st.text(max_size=80) | st.text('0123456789+-*() ', max_size=80))
-def test_calculator_survives_any_text(text): assert calculate(text) == 'error' or str(int(calculate(text))) == calculate(text)
+def test_calculator_survives_any_text(text):
+    assert calculate(text) == 'error' or str(int(calculate(text))) == calculate(text)
 
 def test_an_exit_in_one_call_does_not_fall_on_the_next():
     async def main():
         guard = Guard(Faulty(), timeout=5., width=1)
-        got = await asyncio.gather(*[guard.score(guard.env.sample(0), [f]) for f in ('exit', 'fine')*20], return_exceptions=True)
+        got = await asyncio.gather(*[guard.score(guard.env.sample(0), [f]) for f in ('exit', 'fine')*20],
+            return_exceptions=True)
         assert [getattr(g, 'reason', g) for g in got] == ['env_error', 1.0]*20
     asyncio.run(main())

@@ -21,16 +21,20 @@ from moe_rl.moe.experts import grouped_experts
 BOUND = 2e-6
 
 
-# ------------------------------------------------------------------------------------------------------------------ exchanges over ranks
+# ------------------------------------------------------------------------------------------------------------------
+# exchanges over ranks
 def exchanges():
     R = dist.get_world_size()
-    out = dict(all_to_all=lambda: AllToAll(16), deepep=lambda: DeepEP(16, 256, dtype=torch.float32, buffer=BufferOnGloo(ep_group(), 16)),
-               deepep_fixed=lambda: DeepEP(16, 256, max_rows=200, dtype=torch.float32, buffer=BufferOnGloo(ep_group(), 16)))
+    out = dict(all_to_all=lambda: AllToAll(16), deepep=lambda: DeepEP(16, 256, dtype=torch.float32,
+        buffer=BufferOnGloo(ep_group(), 16)),
+               deepep_fixed=lambda: DeepEP(16, 256, max_rows=200, dtype=torch.float32,
+                   buffer=BufferOnGloo(ep_group(), 16)))
     if R >= 4: out["hierarchical"] = lambda: Hierarchical(16, per_node=R//2)
     return out
 
 def every_parity():
-    return {(name, skew, payload and payload.name): max(parity(make, width=256, tokens=10, skew=skew, **(dict(payload=payload) if payload else {})).values())
+    return {(name, skew, payload and payload.name): max(parity(make, width=256, tokens=10, skew=skew,
+        **(dict(payload=payload) if payload else {})).values())
             for name, make in exchanges().items() for skew in (False, True) for payload in (None, fp8_payload)}
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -93,10 +97,13 @@ def test_known_failure_06_unrouted_tokens_do_not_travel():
     assert [r for r, _ in run_ranks(zeros, 2)] == [[2., 0., 1.]]*2
 
 
-BAD = dict(k=(lambda me: (torch.zeros(2, 256), torch.zeros(2, 17 if me else 2, dtype=torch.int64)), "rank 1: k=17 experts per token is impossible with 16 experts"),
-           dtype=(lambda me: (torch.zeros(2, 256, dtype=torch.float64 if me else torch.float32), torch.zeros(2, 2, dtype=torch.int64)), "rank 1"),
+BAD = dict(k=(lambda me: (torch.zeros(2, 256), torch.zeros(2, 17 if me else 2, dtype=torch.int64)),
+    "rank 1: k=17 experts per token is impossible with 16 experts"),
+           dtype=(lambda me: (torch.zeros(2, 256, dtype=torch.float64 if me else torch.float32),
+               torch.zeros(2, 2, dtype=torch.int64)), "rank 1"),
            ids=(lambda me: (torch.zeros(2, 256), torch.full((2, 2), 16 if me else 0)), "rank 1: expert ids outside"),
-           int_tokens=(lambda me: (torch.zeros(2, 256, dtype=torch.int32 if me else torch.float32), torch.zeros(2, 2, dtype=torch.int64)), "rank 1: tokens and weights must be floating point"))
+           int_tokens=(lambda me: (torch.zeros(2, 256, dtype=torch.int32 if me else torch.float32),
+               torch.zeros(2, 2, dtype=torch.int64)), "rank 1: tokens and weights must be floating point"))
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_on_one_rank_is_an_error_on_every_rank(what):
@@ -115,7 +122,8 @@ def test_bad_input_on_one_rank_is_an_error_on_every_rank(what):
 
 def test_ranks_that_do_not_divide_the_experts():
     for e in run_ranks(lambda: AllToAll(9), 2, errors=True): assert "2 ranks do not divide 9 experts" in str(e)
-    for e in run_ranks(lambda: Hierarchical(8, per_node=2), 3, errors=True): assert "3 ranks are not a whole number of nodes of 2" in str(e)
+    for e in run_ranks(lambda: Hierarchical(8, per_node=2), 3, errors=True):
+        assert "3 ranks are not a whole number of nodes of 2" in str(e)
 
 def test_a_rank_that_dies_between_exchanges_is_named_as_dead_and_the_other_does_not_hang():
     def go():
@@ -137,7 +145,8 @@ def test_rows_come_home_to_their_tokens(hit):
     rows = 10.**torch.arange(3.).repeat_interleave(counts)[:,None] if len(token) else torch.zeros(0, 1)
     assert torch.equal(sum_rows(rows, back), (hit*10.**torch.arange(3)).sum(1, keepdim=True).float())
 
-def nodes_with_fewer_experts_than_k(): return max(parity(lambda: Hierarchical(8, per_node=1), num_experts=8, k=6, tokens=10).values())
+def nodes_with_fewer_experts_than_k():
+    return max(parity(lambda: Hierarchical(8, per_node=1), num_experts=8, k=6, tokens=10).values())
 
 def test_a_token_may_want_more_experts_than_a_node_has():
     for worst in run_ranks(nodes_with_fewer_experts_than_k, 4): assert worst <= BOUND
@@ -153,21 +162,25 @@ def test_expected_places_against_counting():
     assert abs(np.mean([len(set(t//8)) for t in idx]) - expected_places(8, 64, 8)) < .05
 
 
-# ------------------------------------------------------------------------------------------------------------------ placement
-@given(st.integers(0, 10**6), st.sampled_from([(16, 4, 2, 8, 24), (32, 8, 4, 8, 40), (32, 8, 8, 16, 48)]), st.floats(0., 3.))
+# ------------------------------------------------------------------------------------------------------------------
+# placement
+@given(st.integers(0, 10**6), st.sampled_from([(16, 4, 2, 8, 24), (32, 8, 4, 8, 40), (32, 8, 8, 16, 48)]),
+    st.floats(0., 3.))
 @settings(max_examples=40, deadline=None)
 def test_a_placement_holds_every_expert_and_fills_every_slot(seed, sizes, power):
     E, groups, nodes, gpus, slots = sizes
     rng = np.random.default_rng(seed)
     loads = rng.permuted(np.arange(1., E+1)[None].repeat(2, 0)**-power, axis=1)*(rng.random((2, E)) > .1)
     loads[:,0] += 1e-3
-    for p in (place(loads, slots, groups, nodes, gpus), weigh(place(loads, slots, groups, nodes, gpus), loads + 1e-6), evenly(eplb(loads + 1e-6, slots, groups, nodes, gpus), E, nodes, gpus)):
+    for p in (place(loads, slots, groups, nodes, gpus), weigh(place(loads, slots, groups, nodes, gpus), loads + 1e-6),
+            evenly(eplb(loads + 1e-6, slots, groups, nodes, gpus), E, nodes, gpus)):
         assert p.slots.shape == (2, slots) and (p.copies() >= 1).all() and p.copies().sum() == 2*slots
         assert np.allclose(p.node_share().sum(2), 1) and (p.share > 0).all()
     q = rebalance(p, np.roll(loads, 1, 1) + 1e-6, groups, moves=.1)
     assert (q.copies() >= 1).all() and ((p.slots != q.slots).mean(1) <= .1).all()
 
-@given(st.integers(0, 10**6), st.sampled_from([(16, 4, 8, 16, 2), (24, 3, 6, 30, 4), (20, 5, 10, 30, 3), (16, 1, 4, 16, 4)]), st.floats(0., 2.))
+@given(st.integers(0, 10**6), st.sampled_from([(16, 4, 8, 16, 2), (24, 3, 6, 30, 4), (20, 5, 10, 30, 3),
+    (16, 1, 4, 16, 4)]), st.floats(0., 2.))
 @settings(max_examples=25, deadline=None)
 def test_without_groups_never_behind_the_global_policy(seed, sizes, power):
     E, nodes, gpus, slots, k = sizes
@@ -176,10 +189,12 @@ def test_without_groups_never_behind_the_global_policy(seed, sizes, power):
     routes = np.argsort(-routes, 2)[:,:,:k]
     loads = np.stack([np.bincount(routes[:,l].ravel(), minlength=E) for l in range(2)]) + 1e-6
     loads /= loads.sum(1, keepdims=True)        # ties between experts are broken alike
-    policy, ours = evenly(eplb(loads, slots, 1, 1, gpus), E, nodes, gpus), place_ungrouped(loads, slots, nodes, gpus, routes)
+    policy = evenly(eplb(loads, slots, 1, 1, gpus), E, nodes, gpus)
+    ours = place_ungrouped(loads, slots, nodes, gpus, routes)
     assert (ours.copies() >= 1).all() and np.allclose(ours.node_share().sum(2), 1)
     assert balance(gpu_loads(ours, loads)) >= balance(gpu_loads(policy, loads)) - 1e-6
-    swapped = evenly(ours.slots, E, nodes, gpus)     # shares move a little work between nodes; the exchanges alone never add a visit
+    # shares move a little work between nodes; the exchanges alone never add a visit
+    swapped = evenly(ours.slots, E, nodes, gpus)
     assert nodes_per_token(swapped, routes) <= nodes_per_token(policy, routes) + 1e-9
     q = rebalance(ours, np.roll(loads, 1, 1) + 1e-6, 1, moves=.1)
     assert (q.copies() >= 1).all() and ((ours.slots != q.slots).mean(1) <= .1).all()
@@ -192,7 +207,8 @@ def test_more_shares_never_unbalance_and_replicas_help():
     assert balance(gpu_loads(ours, loads)) > balance(gpu_loads(evenly(eplb(loads, 80, 8, 4, 16), 64, 4, 16), loads))
 
 def test_company_counts_groups_and_lonely_experts():
-    routes = np.array([[[0, 1, 4]], [[0, 5, 6]]])           # groups of four: token 0 uses both, 0 is alone in its group in token 1
+    # groups of four: token 0 uses both, 0 is alone in its group in token 1
+    routes = np.array([[[0, 1, 4]], [[0, 5, 6]]])
     together, alone = company(routes, 8, 2)
     assert together[0,0].tolist() == [1., 1.] and alone[0,0] == .5 and alone[0,1] == 0. and alone[0,4] == 1.
 
@@ -210,7 +226,8 @@ def test_every_choice_gets_a_slot_of_its_expert(seed, tokens, k):
     choose = SlotChoice(p, 0)
     for _ in range(2):
         slot = choose(idx)
-        assert torch.equal(torch.as_tensor(p.slots[0])[slot.clamp(min=0)][idx >= 0], idx[idx >= 0]) and (slot[idx < 0] == -1).all()
+        assert torch.equal(torch.as_tensor(p.slots[0])[slot.clamp(min=0)][idx >= 0],
+            idx[idx >= 0]) and (slot[idx < 0] == -1).all()
 
 def test_choices_follow_the_shares():
     p = layer_of_slots()
@@ -235,10 +252,12 @@ def test_known_failure_15_weights_loaded_by_position_into_a_rearranged_model_are
     with pytest.raises(ValueError, match="do not fill"): load_experts(rows, weights[:3], p, 0)
 
 
-# ------------------------------------------------------------------------------------------------------------------ profile, overlap, traffic
+# ------------------------------------------------------------------------------------------------------------------
+# profile, overlap, traffic
 def test_profile_adds_up_and_refuses_another_models_routes():
     p = ExpertProfile(4)
-    for routes in (np.array([[[0, 1]], [[0, 2]]], dtype=np.uint8), np.array([[[0, 3]]], dtype=np.uint8)): p.add("a", routes)
+    for routes in (np.array([[[0, 1]], [[0, 2]]], dtype=np.uint8), np.array([[[0, 3]]], dtype=np.uint8)):
+        p.add("a", routes)
     assert p.counts["a"].tolist() == [[3, 1, 1, 1]]
     with pytest.raises(ValueError, match="is it of another model"): count_routes(np.array([[[4]]]), 4)
 

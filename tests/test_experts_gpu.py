@@ -29,7 +29,8 @@ def routes(T, E, k, unrouted, seed):
 def case(T=24, E=5, k=2, D=16, I=12, seed=0, unrouted=.2):
     g = torch.Generator().manual_seed(seed)
     r = lambda *s: torch.randn(*s, generator=g).to(DEVICE)
-    return r(T, D), routes(T, E, k, unrouted, seed), torch.rand(T, k, generator=g).to(DEVICE), r(E, 2*I, D)*.3, r(E, D, I)*.3
+    return r(T, D), routes(T, E, k, unrouted, seed), torch.rand(T, k, generator=g).to(DEVICE), r(E, 2*I, D)*.3, r(E, D,
+        I)*.3
 
 
 def outputs(f, x, idx, w, gate_up, down):
@@ -44,7 +45,8 @@ def close(a, b, eps=2e-5):
 
 
 @few
-@given(T=st.integers(1, 70), E=st.integers(1, 9), k=st.integers(1, 4), align=st.sampled_from([1, 4, 128]), unrouted=st.sampled_from([0., .5, 1.]), seed=st.integers(0, 99))
+@given(T=st.integers(1, 70), E=st.integers(1, 9), k=st.integers(1, 4), align=st.sampled_from([1, 4, 128]),
+    unrouted=st.sampled_from([0., .5, 1.]), seed=st.integers(0, 99))
 def test_layout_is_the_sort(T, E, k, align, unrouted, seed):
     idx = routes(T, E, min(k, E), unrouted, seed)
     for lay, n in zip(G.layouts(idx, E, align, 1), (align, 1)):
@@ -93,13 +95,15 @@ def test_gate_values_weigh_the_gradient_of_down(monkeypatch):
 def test_fused_experts_say_what_they_cannot_take():
     c = case()
     with pytest.raises(ValueError, match="use one of plain, quack"): FU.fused_experts(*c, backend="magic")
-    with pytest.raises(ValueError, match="cast them to one dtype"): FU.fused_experts(c[0].bfloat16(), *c[1:], backend="plain")
+    with pytest.raises(ValueError, match="cast them to one dtype"):
+        FU.fused_experts(c[0].bfloat16(), *c[1:], backend="plain")
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match="use backend='plain'"): FU.fused_experts(*c)
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU and quack-kernels")
-@pytest.mark.parametrize("T,E,k,D,I,unrouted", [(1000, 16, 4, 512, 384, .2), (300, 128, 8, 256, 128, 0.), (64, 128, 1, 128, 64, .5), (5, 4, 2, 64, 40, 0.), (700, 3, 2, 1024, 8, .9), (200, 8, 2, 256, 128, 1.)])
+@pytest.mark.parametrize("T,E,k,D,I,unrouted", [(1000, 16, 4, 512, 384, .2), (300, 128, 8, 256, 128, 0.),
+    (64, 128, 1, 128, 64, .5), (5, 4, 2, 64, 40, 0.), (700, 3, 2, 1024, 8, .9), (200, 8, 2, 256, 128, 1.)])
 def test_fused_products_are_the_plain_ones(T, E, k, D, I, unrouted):
     "Experts without rows, tails of rows that no pair owns, widths that no tile divides; twice the same to the bit, and never waiting for the device."
     c = [t.bfloat16() if i in (0, 3, 4) else t for i, t in enumerate(case(T=T, E=E, k=k, D=D, I=I, unrouted=unrouted))]
@@ -110,7 +114,8 @@ def test_fused_products_are_the_plain_ones(T, E, k, D, I, unrouted):
         y.backward(up)
         return y.detach(), *[t.grad for t in a if t.is_floating_point()]
     got, want = run(FU.fused_experts), run(plain)
-    for a, b in zip(got, want): assert a.isfinite().all() and (a.float()-b.float()).norm() <= 1e-2*b.float().norm().clamp(min=1e-6)
+    for a, b in zip(got, want):
+        assert a.isfinite().all() and (a.float()-b.float()).norm() <= 1e-2*b.float().norm().clamp(min=1e-6)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try: again = run(FU.fused_experts)
@@ -140,7 +145,8 @@ def poisoned(monkeypatch):
             t = make(*args, **kwargs)
             return t.fill_(float("nan")) if t.is_floating_point() and t.dtype != torch.float8_e4m3fn else t
         return f
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")): monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
     real = torch._grouped_mm
     def grouped(a, b, *, offs):
         if b.dim() == 3: # rows after the last end are undefined
@@ -184,7 +190,8 @@ def test_known_failure_07_replayed_gates_are_live():
 
 
 @few
-@given(T=st.integers(1, 40), E=st.integers(2, 20), k=st.integers(1, 4), softmax=st.booleans(), norm=st.booleans(), seed=st.integers(0, 99))
+@given(T=st.integers(1, 40), E=st.integers(2, 20), k=st.integers(1, 4), softmax=st.booleans(), norm=st.booleans(),
+    seed=st.integers(0, 99))
 def test_route_kernel(T, E, k, softmax, norm, seed):
     g = torch.Generator().manual_seed(seed)
     logits, bias, k = torch.randn(T, E, generator=g).to(DEVICE)*3, torch.randn(E, generator=g).to(DEVICE), min(k, E)
@@ -192,7 +199,8 @@ def test_route_kernel(T, E, k, softmax, norm, seed):
     def run(f):
         z = logits.clone().requires_grad_()
         r = f(z, k, bias, "softmax" if softmax else "sigmoid", route_norm=norm, route_scale=1.7)
-        return r.idx, r.weights.detach(), r.scores.detach(), torch.autograd.grad((r.weights*up).sum()+(r.scores*us).sum(), z)[0]
+        return r.idx, r.weights.detach(), r.scores.detach(), torch.autograd.grad(
+            (r.weights*up).sum()+(r.scores*us).sum(), z)[0]
     a, b = run(gpu_route), run(route)
     assert torch.equal(a[0], b[0])
     for u, v in zip(a[1:], b[1:]): close(u, v, 1e-4)
@@ -218,7 +226,9 @@ def test_gradients_of_logits_and_of_x_handed_on(T, E, dtype):
         ga, gb = torch.autograd.grad(outs, (a, b), ups, allow_unused=True)
         want = used[0]*(dz.double()@w.double()) + used[1]*dx.double()
         assert (ga.double()-want).norm() <= 4e-3*want.norm() and (ga.double()-want).abs().max() <= 1e-2*want.abs().max()
-        if used[0]: assert (gb.double()-dz.double().T@x.double()).norm() <= (2e-5 if dtype == torch.float32 else 4e-3)*gb.double().norm()
+        if used[0]:
+            assert (gb.double()-dz.double().T@x.double()).norm() <= (2e-5 if dtype == torch.float32
+                else 4e-3)*gb.double().norm()
         else: assert gb is None
 
 
@@ -237,7 +247,8 @@ def test_layer_through_the_x_handed_on():
 
 
 def test_pieces_are_exact():
-    w = torch.randn(4096, generator=torch.Generator().manual_seed(0))*torch.randn(4096, generator=torch.Generator().manual_seed(1)).exp()**3
+    w = torch.randn(4096, generator=torch.Generator().manual_seed(0))*torch.randn(4096,
+        generator=torch.Generator().manual_seed(1)).exp()**3
     assert torch.equal(sum(p.double() for p in bf16_pieces(w)), w.double())
     assert len(bf16_pieces(w.bfloat16())) == 1
 

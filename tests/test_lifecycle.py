@@ -19,15 +19,19 @@ from moe_rl.rollout.environments import Environment, Task
 from moe_rl.rollout.guard import Guard
 from moe_rl.train.checkpoint import commit, latest, save_state, stage, step_path
 
-TINY = {'model.hidden_size': 32, 'model.intermediate_size': 32, 'model.moe_intermediate_size': 16, 'model.num_hidden_layers': 2, 'model.num_attention_heads': 2, 'model.num_key_value_heads': 1,
-        'model.head_dim': 8, 'model.num_experts': 4, 'model.max_position_embeddings': 256, 'tokenizer.kind': 'byte', 'rl.steps': 4, 'rl.groups_per_step': 2, 'rl.group_size': 2, 'rl.tokens_per_batch': 512,
-        'eval.prompts': 8, 'engine.kv_tokens': 2048, 'engine.max_seqs': 8, 'engine.max_tokens': 6, 'checkpoint.every': 10**5, 'schedule.env_timeout': 10.0}
+TINY = {'model.hidden_size': 32, 'model.intermediate_size': 32, 'model.moe_intermediate_size': 16,
+        'model.num_hidden_layers': 2, 'model.num_attention_heads': 2, 'model.num_key_value_heads': 1,
+        'model.head_dim': 8, 'model.num_experts': 4, 'model.max_position_embeddings': 256, 'tokenizer.kind': 'byte',
+        'rl.steps': 4, 'rl.groups_per_step': 2, 'rl.group_size': 2, 'rl.tokens_per_batch': 512,
+        'eval.prompts': 8, 'engine.kv_tokens': 2048, 'engine.max_seqs': 8, 'engine.max_tokens': 6,
+        'checkpoint.every': 10**5, 'schedule.env_timeout': 10.0}
 
 
 class Letters(Environment):
     "Two rollouts of a group differ, unless `same`."
     name = 'letters'
-    def __init__(self, same=False, answer='x', points=1.): self.same, self.answer, self.points, self.count = same, answer, points, 0
+    def __init__(self, same=False, answer='x', points=1.):
+        self.same, self.answer, self.points, self.count = same, answer, points, 0
     def problem(self, key): return Task(env=self.name, prompt=f'Say {key % 1000}: ', answer=self.answer)
     def score(self, task, turns):
         self.count += 1
@@ -54,7 +58,8 @@ class Puppet:
     async def finish(self, name, requests):
         await asyncio.sleep(self.slow)
         ids = [*self.loop.tokenizer.encode(self.says), self.loop.tokenizer.eos_id]
-        got = [Finished(id=r.id, token_ids=ids, logprobs=[-1.]*len(ids), versions=[self.version]*len(ids), routes=None, stop_reason='stop') for r in requests]
+        got = [Finished(id=r.id, token_ids=ids, logprobs=[-1.]*len(ids), versions=[self.version]*len(ids), routes=None,
+            stop_reason='stop') for r in requests]
         await self.loop.pool.finished(name, Generated(got, dict(seconds=1., idle_seconds=.5)))
     async def take(self, name, version):
         self.version = version
@@ -74,7 +79,8 @@ def make_loop(folder, env=None, says='A', show=lambda row: None, **settings):
     pool.engines = {'engine-0.0': Worker('engine-0.0', Alive())}
     pool.engines['engine-0.0'].ready.set()
     held = [env.problem(i) for i in range(s.eval.prompts)]
-    server.loop = Orchestrator(s, Guard(env, timeout=20), byte_tokenizer(), server, pool, Worker('trainer', Alive()), RunLog(folder, tensorboard=False), folder, show, held_out=held)
+    server.loop = Orchestrator(s, Guard(env, timeout=20), byte_tokenizer(), server, pool, Worker('trainer', Alive()),
+        RunLog(folder, tensorboard=False), folder, show, held_out=held)
     return server.loop
 
 async def begin(loop):
@@ -98,8 +104,10 @@ def play(folder, *args, seconds=20, during=None, **kwargs):
 def test_a_plain_run(tmp_path):
     loop, last = play(tmp_path, says='x')
     rows = read_lines(tmp_path/'metrics.jsonl')
-    assert [r['step'] for r in rows] == [1, 2, 3, 4] and last['exact'] == 1. and loop.state.ended == 'rl.steps = 4 are done'
-    assert all(r['exact'] == 1. and (r['score'] is None or 0 <= r['score'] <= 1) for r in rows) and all(r['engine_waits'] in (0., .5) for r in rows)
+    assert [r['step'] for r in rows] == [1, 2, 3,
+        4] and last['exact'] == 1. and loop.state.ended == 'rl.steps = 4 are done'
+    assert all(r['exact'] == 1. and (r['score'] is None or 0 <= r['score'] <= 1)
+        for r in rows) and all(r['engine_waits'] in (0., .5) for r in rows)
     assert latest(tmp_path).name == 'step_4' and (tmp_path/END).exists()
 
 
@@ -107,15 +115,21 @@ def test_a_plain_run(tmp_path):
 @pytest.mark.parametrize('says, why', [('x', 'the task is solved'), ('A', 'every score of a group is the same')])
 def test_a_run_without_a_group_to_train_on_ends_by_name(tmp_path, monkeypatch, says, why, bug):
     "Bug: limits are asked between steps alone, and there is no step."
-    if bug: monkeypatch.setattr(Orchestrator, 'over', lambda self: '' if self.state.step < self.s.rl.steps and not self.state.ended else self.state.ended or 'steps')
+    if bug:
+        monkeypatch.setattr(Orchestrator, 'over', lambda self: '' if self.state.step < self.s.rl.steps
+            and not self.state.ended else self.state.ended or 'steps')
     said = []
-    def go(): return play(tmp_path, Letters(same=True), says, said.append, seconds=1.5 if bug else 20, rl__zero_variance='filter', rl__patience=20)
+    def go():
+        return play(tmp_path, Letters(same=True), says, said.append, seconds=1.5 if bug else 20,
+            rl__zero_variance='filter', rl__patience=20)
     if bug:
         with pytest.raises(TimeoutError): go()
         return
     loop, last = go()
-    assert loop.state.step == 0 and loop.state.ended.startswith('nothing to learn: ') and why in loop.state.ended and 'zero_variance' in loop.state.ended
-    assert any('groups dropped since the last step (zero_variance' in row.get('note', '') for row in said) and latest(tmp_path).name == 'step_0' and last['prompts'] == 8
+    assert loop.state.step == 0 and loop.state.ended.startswith(
+        'nothing to learn: ') and why in loop.state.ended and 'zero_variance' in loop.state.ended
+    assert any('groups dropped since the last step (zero_variance' in row.get('note', '')
+        for row in said) and latest(tmp_path).name == 'step_0' and last['prompts'] == 8
 
 
 @pytest.mark.parametrize('limit', [dict(rl__seconds=.5), dict(rl__stop_solved=.9)])
@@ -157,7 +171,8 @@ def test_an_evaluation_that_is_due_is_never_skipped_without_a_line(tmp_path):
         loop.answer = late
     play(tmp_path, show=said.append, during=slow, rl__steps=60, eval__every=4)
     notes = [r['note'] for r in said if 'note' in r]
-    assert any('waits for the one that is running' in n for n in notes) and any('joined with the one that waits' in n for n in notes)
+    assert any('waits for the one that is running' in n for n in notes) and any('joined with the one that waits' in n
+        for n in notes)
 
 
 def test_scores_without_reference_answers(tmp_path):
@@ -166,15 +181,18 @@ def test_scores_without_reference_answers(tmp_path):
     assert last['exact'] is None and last['interval'] is None and last['pass_at_k'] == {} and 0 <= last['score'] <= 10
     assert last['score_interval'][0] < last['score'] < last['score_interval'][1]
     assert all(r['exact'] is None for r in read_lines(tmp_path/'metrics.jsonl'))
-    assert run.idle_goals(load_settings(overrides={'rl.stop_at': .5}), [Task(env='a', prompt='b')])[0].startswith('rl.stop_at is a share of exact answers')
+    assert run.idle_goals(load_settings(overrides={'rl.stop_at': .5}),
+        [Task(env='a', prompt='b')])[0].startswith('rl.stop_at is a share of exact answers')
     assert run.idle_goals(load_settings(overrides={'rl.stop_at': .5}), [Task(env='a', prompt='b', answer='c')]) == []
 
 
 def test_exact_is_of_all_that_was_played(tmp_path):
     "Half the groups are filtered. Bug: the share is taken over what is left."
     class Half(Letters):
-        def problem(self, key): return Task(env=self.name, prompt=f'Say {key % 1000}: ', answer='A' if key % 2 else 'x', data=key % 2)
-        def score(self, task, turns): return float(task.data) if task.data else super().score(task, turns)    # the right ones are all alike
+        def problem(self, key):
+            return Task(env=self.name, prompt=f'Say {key % 1000}: ', answer='A' if key % 2 else 'x', data=key % 2)
+        # the right ones are all alike
+        def score(self, task, turns): return float(task.data) if task.data else super().score(task, turns)
     loop, _ = play(tmp_path, Half(), rl__steps=20, rl__zero_variance='filter')
     exact = np.mean([r['exact'] for r in read_lines(tmp_path/'metrics.jsonl')])
     assert .2 < exact < .8
@@ -191,7 +209,8 @@ def test_an_interruption_saves_and_says_so(tmp_path, monkeypatch, bug):
         loop.interrupt('SIGTERM')
     with pytest.raises(Interrupted) as e: play(tmp_path, during=stop, rl__steps=10**6, checkpoint__every=10**5)
     steps = len(read_lines(tmp_path/'metrics.jsonl'))
-    assert (latest(tmp_path).name == f'step_{steps}' and str(e.value) == f'interrupted by SIGTERM: checkpoint of step {steps} committed') != bug and steps >= 7
+    assert (latest(tmp_path).name == f'step_{steps}' and str(e.value)
+        == f'interrupted by SIGTERM: checkpoint of step {steps} committed') != bug and steps >= 7
 
 
 def test_an_interruption_that_cannot_save_says_what_is_lost(tmp_path):
@@ -202,7 +221,8 @@ def test_an_interruption_that_cannot_save_says_what_is_lost(tmp_path):
         loop.server.done = never
         await asyncio.sleep(.1)
         loop.interrupt('SIGTERM', patience=.2)
-    with pytest.raises(Interrupted, match='interrupted by SIGTERM: no checkpoint within 0.2 s; the last checkpoint is that of step 0, what came after it is lost'):
+    with pytest.raises(Interrupted, match='interrupted by SIGTERM: no checkpoint within 0.2 s; the last checkpoint is '
+                                          'that of step 0, what came after it is lost'):
         play(tmp_path, during=stop, rl__steps=10**6, checkpoint__every=10**5)
 
 
@@ -235,7 +255,8 @@ def test_a_group_that_is_too_old_is_stopped(tmp_path, monkeypatch, bug):
         loop.issue(0, [0, 1])
         while len(loop.pool.out) < 2: await asyncio.sleep(0)
         first = min(loop.pool.out)
-        await loop.pool.finished('engine-0.0', Generated([Finished(id=first, token_ids=[65, 2], logprobs=[-1., -1.], versions=[0, 0], routes=None, stop_reason='stop')], {}))
+        await loop.pool.finished('engine-0.0', Generated([Finished(id=first, token_ids=[65, 2], logprobs=[-1., -1.],
+            versions=[0, 0], routes=None, stop_reason='stop')], {}))
         while not loop.buffer.members: await asyncio.sleep(.01)
         await loop.expire(5)
         told = [m.ids for _, m in loop.server.sent if isinstance(m, Abort)]
@@ -313,15 +334,18 @@ def test_an_end_without_a_model_is_no_end(tmp_path):
         loop.server.listen, loop.server.receive = silent, silent
         try: await run.drive(loop, crew, None)
         finally: run.first_version = real
-    with pytest.raises(UserError, match='the model was not saved: the trainer ended with code 0; --resume tries again'): asyncio.run(go())
+    with pytest.raises(UserError, match='the model was not saved: the trainer ended with code 0; --resume tries again'):
+        asyncio.run(go())
     assert not (tmp_path/run.DONE).exists()
 
 
 def test_large_answers_travel_in_parts():
     "The wire refuses a message beyond its size; an engine divides what it has finished, and every part holds something."
-    done = [Finished(id=str(i), token_ids=[1]*10, logprobs=np.zeros(10, np.float32), versions=np.zeros(10, np.int32), routes=np.zeros((10, 4, 25), np.uint8), stop_reason='stop') for i in range(7)]
+    done = [Finished(id=str(i), token_ids=[1]*10, logprobs=np.zeros(10, np.float32), versions=np.zeros(10, np.int32),
+        routes=np.zeros((10, 4, 25), np.uint8), stop_reason='stop') for i in range(7)]
     parts = workers.letters(done, most=2500)
-    assert [len(p) for p in parts] == [2, 2, 2, 1] and [f.id for p in parts for f in p] == list('0123456') and workers.letters([]) == [[]] and len(workers.letters(done, most=1)) == 7
+    assert [len(p) for p in parts] == [2, 2, 2, 1] and [f.id for p in parts
+        for f in p] == list('0123456') and workers.letters([]) == [[]] and len(workers.letters(done, most=1)) == 7
 
 
 # ---- one distribution for all who ask
@@ -330,10 +354,13 @@ def test_large_answers_travel_in_parts():
 def test_all_roads_ask_the_same(seed):
     "Drawn settings: training, evaluation and probe differ in temperature and noise alone; evaluations share their noise."
     rng = np.random.default_rng(seed)
-    s = load_settings(overrides={'engine.top_k': int(rng.integers(0, 30)), 'engine.top_p': float(rng.uniform(.2, 1)), 'engine.temperature': float(rng.uniform(.1, 2)), 'engine.max_tokens': int(rng.integers(1, 50)),
+    s = load_settings(overrides={'engine.top_k': int(rng.integers(0, 30)), 'engine.top_p': float(rng.uniform(.2, 1)),
+                                 'engine.temperature': float(rng.uniform(.1, 2)),
+                                 'engine.max_tokens': int(rng.integers(1, 50)),
                                  'eval.temperature': float(rng.uniform(.1, 2)), 'seed': int(rng.integers(0, 99))})
     asked = {lane: request(s, byte_tokenizer(), [5], lane, 3, 1) for lane in (TRAIN, EVAL, PROBE)}
-    assert len({(r.top_k, r.top_p, r.max_tokens, r.stop_ids) for r in asked.values()}) == 1 and asked[TRAIN].temperature == asked[PROBE].temperature == s.engine.temperature
+    assert len({(r.top_k, r.top_p, r.max_tokens, r.stop_ids)
+        for r in asked.values()}) == 1 and asked[TRAIN].temperature == asked[PROBE].temperature == s.engine.temperature
     assert asked[EVAL].temperature == s.eval.temperature and len({r.seed for r in asked.values()}) == 3
     assert request(s, byte_tokenizer(), [5], EVAL, 3, 1, name=9).seed == asked[EVAL].seed
 
@@ -361,7 +388,8 @@ def test_the_fingerprint_that_an_engine_says_is_compared(tmp_path, dtype):
         pool = EnginePool(None)
         pool.published(3, said)
         await pool.took('engine-0.0', updated.version, updated.fingerprint)
-        with pytest.raises(UserError, match='engine-0.0: says that it took weights v3, but computes with others'): await pool.took('engine-0.0', 3, 'f' * 16)
+        with pytest.raises(UserError, match='engine-0.0: says that it took weights v3, but computes with others'):
+            await pool.took('engine-0.0', 3, 'f' * 16)
     asyncio.run(go())
 
 
@@ -405,7 +433,8 @@ def test_a_step_can_be_chosen(tmp_path):
 def test_a_tokenizer_is_there_whole_or_not_at_all(tmp_path):
     class Killed(Exception): pass
     class Half:
-        def save(self, folder): Path(folder).mkdir(); (Path(folder)/'tokenizer.json').write_text('{'); raise Killed('power cut')
+        def save(self, folder):
+            Path(folder).mkdir(); (Path(folder)/'tokenizer.json').write_text('{'); raise Killed('power cut')
     with pytest.raises(UserError, match='power cut'): run.keep_tokenizer(Half(), tmp_path/'tokenizer')
     assert not (tmp_path/'tokenizer').exists()
     run.keep_tokenizer(byte_tokenizer(), tmp_path/'tokenizer')
@@ -429,7 +458,8 @@ def test_a_freeze_of_this_process_is_not_blamed_on_others(tmp_path, monkeypatch)
         loop = make_loop(tmp_path, schedule__silence_seconds=2.)
         for w in (loop.trainer, *loop.pool.engines.values()): w.ready.set(); w.heard -= 60; w.moved -= 60
         clock = [time.monotonic() - 60]
-        monkeypatch.setattr(orchestrator.time, 'monotonic', lambda real=time.monotonic: clock.pop() if clock else real())
+        monkeypatch.setattr(orchestrator.time, 'monotonic', lambda real=time.monotonic: clock.pop() if clock
+            else real())
         watching = loop.spawn(watch(loop, None))
         await asyncio.sleep(.8)
         watching.cancel()

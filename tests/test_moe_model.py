@@ -15,8 +15,10 @@ from moe_rl.moe.model import MoE, Model, ModelOutput, init_weights, moe_modules
 from moe_rl.moe.spec import ModelSpec, TensorSpec, count_parameters
 from moe_rl.moe.zoo import PRESETS, preset
 
-TINY = new_afmoe(vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=5, num_dense_layers=2, num_attention_heads=4,
-                   num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=2, sliding_window=4, route_scale=2., max_position_embeddings=128)
+TINY = new_afmoe(vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=5,
+                   num_dense_layers=2, num_attention_heads=4,
+                   num_key_value_heads=2, head_dim=8, num_experts=8, num_experts_per_tok=2, sliding_window=4,
+                   route_scale=2., max_position_embeddings=128)
 
 
 def mutant(monkeypatch, owner, name:str, old:str, new:str):
@@ -50,17 +52,20 @@ def run(model:Model, docs:list[torch.Tensor], **kw) -> ModelOutput:
     return model(torch.cat(docs), packed_positions(cu), packed_attend(cu), **kw)
 
 
-@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any), kv=st.integers(1, 3), group=st.integers(1, 3),
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any), kv=st.integers(1, 3),
+       group=st.integers(1, 3),
        window=st.none() | st.integers(1, 50), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
 def test_packed_attention_is_the_masked_one(lengths, kv, group, window, seed):
     gen = torch.Generator().manual_seed(seed)
     cu = torch.tensor([0]+lengths).cumsum(0)
-    q, k, v = (torch.randn(int(cu[-1]), h, 4, generator=gen, dtype=torch.double, requires_grad=True) for h in (kv*group, kv, kv))
+    q, k, v = (torch.randn(int(cu[-1]), h, 4, generator=gen, dtype=torch.double, requires_grad=True)
+        for h in (kv*group, kv, kv))
     got, want = packed_attend(cu)(0, q, k, v, window), masked_attend(q, k, v, document_mask(cu, window))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
     g = torch.randn(got.shape, generator=gen, dtype=torch.double)
-    for a, b in zip(torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g)): torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    for a, b in zip(torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
 @given(lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=300))
@@ -80,7 +85,8 @@ def test_rms_norm_and_its_gradient(rows, dim, scale, seed):
     x, w = (x*scale).requires_grad_(), w.requires_grad_()
     fast, plain = attention._RMSNormCPU.apply(x, w, 1e-5), torch.nn.functional.rms_norm(x, (dim,), w, 1e-5)
     torch.testing.assert_close(fast, plain)
-    for a, b in zip(torch.autograd.grad(fast, (x, w), g), torch.autograd.grad(plain, (x, w), g)): torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    for a, b in zip(torch.autograd.grad(fast, (x, w), g), torch.autograd.grad(plain, (x, w), g)):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
 def sees_only_itself(model:Model) -> bool:
@@ -96,7 +102,8 @@ def sees_only_itself(model:Model) -> bool:
 def test_a_document_sees_no_other(monkeypatch):
     model = stirred()
     assert sees_only_itself(model)
-    monkeypatch.setattr(PackedAttend, "__call__", lambda self, layer, q, k, v, window: masked_attend(q, k, v, document_mask(self.cu[[0,-1]], window)))
+    monkeypatch.setattr(PackedAttend, "__call__", lambda self, layer, q, k, v, window: masked_attend(q, k, v,
+        document_mask(self.cu[[0,-1]], window)))
     assert not sees_only_itself(model)
 
 
@@ -117,7 +124,8 @@ def test_known_failure_02_packing_order(lengths, order):
     alone = [run(model, [d]) for d in docs]
     packed = run(model, [docs[i] for i in perm])
     torch.testing.assert_close(packed.hidden, torch.cat([alone[i].hidden for i in perm]), rtol=0, atol=2e-5)
-    torch.testing.assert_close(model.logits(packed.hidden), torch.cat([model.logits(alone[i].hidden) for i in perm]), rtol=0, atol=5e-5)
+    torch.testing.assert_close(model.logits(packed.hidden), torch.cat([model.logits(alone[i].hidden) for i in perm]),
+        rtol=0, atol=5e-5)
     assert routes_belong(model, [docs[i] for i in perm], packed.routes)
 
 
@@ -125,7 +133,8 @@ def test_known_failure_02_misaligned_routes_are_noticed(monkeypatch):
     model, docs = stirred(), documents([5, 7, 5])
     assert routes_belong(model, docs, run(model, docs).routes)
     mutant(monkeypatch, ModelOutput, "routes", "torch.stack([r.idx for r in self.routings], 1)",
-           "torch.stack([r.idx for r in self.routings], 0).reshape(len(self.hidden), len(self.routings), -1)") # same shape, other tokens
+           # same shape, other tokens
+           "torch.stack([r.idx for r in self.routings], 0).reshape(len(self.hidden), len(self.routings), -1)")
     assert not routes_belong(model, docs, run(model, docs).routes)
 
 
@@ -134,7 +143,8 @@ def replay_is_exact(model:Model) -> bool:
     docs = documents([9, 12])
     live = run(model, docs)
     again = run(model, docs, replay=live.routes)
-    return torch.equal(again.hidden, live.hidden) and all(torch.equal(a.idx, b.idx) for a, b in zip(again.routings, live.routings))
+    return torch.equal(again.hidden, live.hidden) and all(torch.equal(a.idx, b.idx)
+        for a, b in zip(again.routings, live.routings))
 
 
 def test_known_failure_03_layer_axis_shifted(monkeypatch):
@@ -145,7 +155,8 @@ def test_known_failure_03_layer_axis_shifted(monkeypatch):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("zip(s.moe_layers, replay.unbind(1))", "zip(range(9), [*replay.unbind(1)]+[replay[:,-1]]*2)"), # entry l for layer l, the last one repeated
+    # entry l for layer l, the last one repeated
+    ("zip(s.moe_layers, replay.unbind(1))", "zip(range(9), [*replay.unbind(1)]+[replay[:,-1]]*2)"),
     ("replay.unbind(1)", "replay.roll(-2, 1).unbind(1)")])
 def test_known_failure_09_absolute_layer_as_moe_layer(monkeypatch, old, new):
     model = stirred()
@@ -157,7 +168,8 @@ def test_known_failure_09_absolute_layer_as_moe_layer(monkeypatch, old, new):
 def test_known_failure_09_routes_of_all_layers_are_refused():
     model, docs = stirred(), documents([9])
     by_absolute_layer = torch.zeros(9, TINY.num_hidden_layers, 2, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"replay has shape \(9, 5, 2\), this model and batch need \(9, 3, 2\)"): run(model, docs, replay=by_absolute_layer)
+    with pytest.raises(ValueError, match=r"replay has shape \(9, 5, 2\), this model and batch need \(9, 3, 2\)"):
+        run(model, docs, replay=by_absolute_layer)
 
 
 def balance_survives(folder:Path) -> bool:
@@ -169,7 +181,8 @@ def balance_survives(folder:Path) -> bool:
     save_file(model.state_dict(), folder/"state.safetensors")
     fresh = Model(TINY)
     fresh.load_state_dict(load_file(folder/"state.safetensors"))
-    kept = all(torch.equal(a.expert_bias, b.expert_bias) and torch.equal(a.bias_momentum, b.bias_momentum) for a, b in zip(moe_modules(model), moe_modules(fresh)))
+    kept = all(torch.equal(a.expert_bias, b.expert_bias) and torch.equal(a.bias_momentum, b.bias_momentum)
+        for a, b in zip(moe_modules(model), moe_modules(fresh)))
     return kept and torch.equal(run(model, docs).routes, run(fresh, docs).routes)
 
 
@@ -200,8 +213,10 @@ def bias_is_exported(folder:Path) -> bool:
 def test_known_failure_24_bias_is_in_a_hugging_face_checkpoint(monkeypatch, tmp_path):
     assert bias_is_exported(tmp_path/"a")
     names = TensorSpec.names.fget
-    monkeypatch.setattr(TensorSpec, "names", property(lambda t: [] if t.name.endswith("expert_bias") else names(t))) # forgotten on both sides
-    monkeypatch.setattr(checkpoint, "_stack", lambda t, state, where, stack=checkpoint._stack: stack(t, state, where) if t.names else torch.zeros(t.shape))
+    # forgotten on both sides
+    monkeypatch.setattr(TensorSpec, "names", property(lambda t: [] if t.name.endswith("expert_bias") else names(t)))
+    monkeypatch.setattr(checkpoint, "_stack", lambda t, state, where, stack=checkpoint._stack: stack(t, state, where)
+        if t.names else torch.zeros(t.shape))
     assert not bias_is_exported(tmp_path/"a")
 
 
@@ -241,7 +256,8 @@ def test_fillers_are_neither_routed_nor_counted(monkeypatch):
         out = run(model, docs, token_mask=mask, replay=torch.where(mask[:,None,None], run(model, docs).routes, 0))
         return out.counts().sum(1).tolist() == [40]*3 and bool((out.routes[20:] == -1).all())
     assert clean()
-    mutant(monkeypatch, MoE, "forward", "routing = unroute(routing, token_mask)", "pass") # padding replayed as expert 0 and counted
+    # padding replayed as expert 0 and counted
+    mutant(monkeypatch, MoE, "forward", "routing = unroute(routing, token_mask)", "pass")
     assert not clean()
 
 
@@ -268,10 +284,13 @@ def test_gpu_attention_is_the_masked_one(heads, kv, hd, window, dtype):
     qkv = [torch.randn(228, h, hd, generator=gen).to("cuda", dtype).requires_grad_() for h in (heads, kv, kv)]
     exact = [x.detach().double().requires_grad_() for x in qkv]
     got, want = packed_attend(cu)(0, *qkv, window), masked_attend(*exact, document_mask(cu, window))
-    g, tol = torch.randn(got.shape, generator=gen).cuda(), 2e-2 if dtype == torch.bfloat16 else 1e-3 # float32 products may use TF32
-    close = lambda a, b: (a.double()-b).abs().max() <= tol*b.abs().max().clamp(min=.1) # with one visible key the gradient is exactly 0
+    # float32 products may use TF32
+    g, tol = torch.randn(got.shape, generator=gen).cuda(), 2e-2 if dtype == torch.bfloat16 else 1e-3
+    # with one visible key the gradient is exactly 0
+    close = lambda a, b: (a.double()-b).abs().max() <= tol*b.abs().max().clamp(min=.1)
     assert close(got, want)
-    for a, b in zip(torch.autograd.grad(got, qkv, g.to(dtype)), torch.autograd.grad(want, exact, g.double())): assert close(a, b)
+    for a, b in zip(torch.autograd.grad(got, qkv, g.to(dtype)), torch.autograd.grad(want, exact, g.double())):
+        assert close(a, b)
 
 
 @gpu
@@ -307,15 +326,18 @@ def test_parameters_are_those_that_transformers_counts():
         theirs = transformers.AutoConfig.for_model(kind, **{k: v for k, v in config.items() if k != "model_type"})
         with torch.device("meta"): model = transformers.AutoModelForCausalLM.from_config(theirs)
         total = sum(p.numel() for p in model.parameters())
-        unchosen = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)*(spec.num_experts-spec.num_experts_per_tok)//spec.num_experts
+        unchosen = sum(p.numel() for n, p in model.named_parameters()
+            if ".experts." in n)*(spec.num_experts-spec.num_experts_per_tok)//spec.num_experts
         assert count_parameters(spec) == (total, total-unchosen), name
 
 
 def test_config_json_has_what_vllm_reads(tmp_path):
     written = json.loads((save_pretrained(stirred(), tmp_path/"m")/"config.json").read_text())
-    for key, value in dict(score_func="sigmoid", route_norm=True, n_group=1, topk_group=1, num_expert_groups=1, num_limited_groups=1, hidden_act="silu",
+    for key, value in dict(score_func="sigmoid", route_norm=True, n_group=1, topk_group=1, num_expert_groups=1,
+                           num_limited_groups=1, hidden_act="silu",
                            model_type="afmoe", architectures=["AfmoeForCausalLM"]).items(): assert written[key] == value
-    assert written["layer_types"][:4] == ["sliding_attention"]*3+["full_attention"] and written["rope_parameters"]["rope_theta"] == 10000.
+    assert written["layer_types"][:4] == ["sliding_attention"]*3+["full_attention"] and written["rope_parameters"][
+        "rope_theta"] == 10000.
     assert not any("momentum" in n for n in load_file(tmp_path/"m"/"model.safetensors"))
 
 
@@ -346,7 +368,8 @@ def error_line(action, text:str):
 
 @pytest.mark.parametrize("change, text", [
     (dict(architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel is foreign"),
-    (dict(vocab_size=80), "model.embed_tokens.weight has shape (64, 32), config.json asks for (80, 32) (vocab_size=80)"),
+    (dict(
+        vocab_size=80), "model.embed_tokens.weight has shape (64, 32), config.json asks for (80, 32) (vocab_size=80)"),
     (dict(num_experts=9), "has no tensor model.layers.2.mlp.experts.8.down_proj.weight"),
     (dict(num_hidden_layers=4, layer_types=None), "has an unknown tensor model.layers.4."),
     (dict(moe_intermediate_size=8), "has shape (16, 32), config.json asks for (8, 32)"),
@@ -369,8 +392,10 @@ def test_a_failed_save_replaces_nothing(good, tmp_path, monkeypatch, failing):
         calls.append(target)
         return fail() if len(calls) == 2 else real(self, target)
     monkeypatch.setattr(*(Path, "rename", second_rename) if failing == "rename" else (checkpoint, failing, fail))
-    error_line(lambda: save_pretrained(stirred(seed=1), tmp_path/"m", overwrite=True), "could not be written ([Errno 28] No space left on device)")
-    assert {f.name: f.read_bytes() for f in (tmp_path/"m").iterdir()} == before and [f.name for f in tmp_path.iterdir()] == ["m"]
+    error_line(lambda: save_pretrained(stirred(seed=1), tmp_path/"m", overwrite=True),
+        "could not be written ([Errno 28] No space left on device)")
+    assert {f.name: f.read_bytes() for f in (tmp_path/"m").iterdir()} == before and [f.name
+        for f in tmp_path.iterdir()] == ["m"]
 
 
 @given(seed=st.integers(0, 10_000))
@@ -381,5 +406,6 @@ def test_config_json_round_trip(seed):
 
 
 def test_imports_are_light():
-    code = "import sys, moe_rl.moe.checkpoint, moe_rl.moe.zoo; assert not {'transformers', 'matplotlib', 'fastcore', 'IPython'} & set(sys.modules)"
+    code = ("import sys, moe_rl.moe.checkpoint, moe_rl.moe.zoo; assert not {'transformers', 'matplotlib', 'fastcore', "
+            "'IPython'} & set(sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0

@@ -10,7 +10,8 @@ from torch import nn
 
 import moe_rl.moe.experts as experts
 from moe_rl.moe.balance import max_vio, router_z_loss, sequence_aux_loss, sign_update, smebu_update
-from moe_rl.moe.experts import (auto_experts, choose_experts, experts_loop, grouped_experts, inplace_experts, small_experts, sorted_experts,
+from moe_rl.moe.experts import (auto_experts, choose_experts, experts_loop, grouped_experts, inplace_experts,
+                                small_experts, sorted_experts,
                                 torch_grouped_mm)
 from moe_rl.moe.routing import count_tokens, route, unroute
 from moe_rl.routes import RouteError, check_routes, narrow_routes, route_dtype
@@ -32,7 +33,8 @@ def caught(check, *args):
     with pytest.raises(AssertionError): check(*args)
 
 
-# ------------------------------------------------------------------------------------------------------------------ routing
+# ------------------------------------------------------------------------------------------------------------------
+# routing
 @st.composite
 def router(draw):
     "Logits and the settings of a router that fits them."
@@ -42,8 +44,10 @@ def router(draw):
     k = draw(st.integers(1, top*per))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     T = draw(st.integers(0, 20))
-    logits, bias = torch.randn(T, groups*per, generator=g)*draw(st.sampled_from([.1, 1., 4.])), torch.randn(groups*per, generator=g)*.1
-    kw = dict(score_func=draw(st.sampled_from(["sigmoid", "softmax"])), route_norm=draw(st.booleans()), route_scale=draw(st.sampled_from([1., 2.826])))
+    logits = torch.randn(T, groups*per, generator=g)*draw(st.sampled_from([.1, 1., 4.]))
+    bias = torch.randn(groups*per, generator=g)*.1
+    kw = dict(score_func=draw(st.sampled_from(["sigmoid", "softmax"])), route_norm=draw(st.booleans()),
+        route_scale=draw(st.sampled_from([1., 2.826])))
     return logits, k, bias, groups, top, kw, g
 
 
@@ -52,7 +56,8 @@ def plain_route(row, k, bias, n_group, topk_group, score_func, route_norm, route
     ex = [np.exp(v - max(row)) for v in row]
     s = [1/(1+np.exp(-v)) for v in row] if score_func == "sigmoid" else [e/sum(ex) for e in ex]
     sel, per = [a+b for a, b in zip(s, bias)], len(row)//n_group
-    worth = [sum(sorted(sel[g*per:(g+1)*per])[-2:]) if score_func == "sigmoid" else max(sel[g*per:(g+1)*per]) for g in range(n_group)]
+    worth = [sum(sorted(sel[g*per:(g+1)*per])[-2:]) if score_func == "sigmoid" else max(sel[g*per:(g+1)*per])
+        for g in range(n_group)]
     open_ = sorted(range(n_group), key=lambda g: -worth[g])[:topk_group]
     S = sorted((i for i in range(len(row)) if i//per in open_), key=lambda i: -sel[i])[:k]
     total = sum(s[i] for i in S) if route_norm else 1.
@@ -65,7 +70,8 @@ def test_route_equals_the_definition(case):
     logits, k, bias, n_group, topk_group, kw, _ = case
     r = route(logits, k, bias, n_group=n_group, topk_group=topk_group, **kw)
     check_routes(r.idx[:, None].numpy(), len(logits), 1, k, logits.shape[1])
-    assert r.idx.shape == r.weights.shape == (len(logits), k) and r.weights.dtype == r.scores.dtype == r.logits.dtype == torch.float32
+    assert r.idx.shape == r.weights.shape == (len(logits),
+        k) and r.weights.dtype == r.scores.dtype == r.logits.dtype == torch.float32
     for i, row in enumerate(logits.double().tolist()):
         S, w = plain_route(row, k, bias.double().tolist(), n_group, topk_group, **kw)
         assert r.idx[i].tolist() == S
@@ -79,7 +85,8 @@ def test_route_is_a_function_of_the_token_alone(case):
     full = route(logits, k, bias, n_group=n_group, topk_group=topk_group, **kw)
     perm = torch.randperm(len(logits), generator=g)
     some = route(logits[perm[:5]], k, bias, n_group=n_group, topk_group=topk_group, **kw)
-    assert torch.equal(some.idx, full.idx[perm[:5]]) and torch.allclose(some.weights, full.weights[perm[:5]], rtol=1e-6, atol=0)
+    assert torch.equal(some.idx, full.idx[perm[:5]]) and torch.allclose(some.weights, full.weights[perm[:5]], rtol=1e-6,
+        atol=0)
 
 
 @few
@@ -90,10 +97,12 @@ def test_counts_add_up_and_skip_fillers(case, seed):
     r = route(logits, k, bias)
     n = count_tokens(unroute(r, mask).idx, E)
     assert n.shape == (E,) and n.sum() == mask.sum()*k
-    assert torch.equal(n, count_tokens(r.idx, E, mask)) and torch.equal(n, torch.bincount(r.idx[mask].flatten(), minlength=E))
+    assert torch.equal(n, count_tokens(r.idx, E, mask)) and torch.equal(n,
+        torch.bincount(r.idx[mask].flatten(), minlength=E))
 
 
-# ------------------------------------------------------------------------------------------------------------------- replay
+# -------------------------------------------------------------------------------------------------------------------
+# replay
 def replay_case(T=40, E=16, k=4):
     g = torch.Generator().manual_seed(3)
     logits = torch.randn(T, E, generator=g).requires_grad_()
@@ -110,7 +119,8 @@ def check_replay(fn):
         r = fn(logits, k, route_norm=norm, route_scale=2., replay=replay)
         assert torch.equal(r.idx[on], replay[on]) and torch.equal(r.idx[~on], route(logits, k).idx[~on])
         picked = logits.detach().sigmoid().gather(1, r.idx)
-        assert torch.allclose(r.weights.detach(), 2*picked/(picked.sum(1, keepdim=True) if norm else 1.), atol=1e-6), "weights are not those of the ids"
+        assert torch.allclose(r.weights.detach(), 2*picked/(picked.sum(1, keepdim=True) if norm else 1.),
+            atol=1e-6), "weights are not those of the ids"
         assert r.weights.requires_grad, "no gradient to the router"
         cotangent = torch.linspace(.1, 1, k)
         (grad,) = torch.autograd.grad((r.weights*cotangent).sum(), logits)
@@ -118,17 +128,20 @@ def check_replay(fn):
         assert torch.equal(grad != 0, hit), "the gradient misses replayed experts or reaches others"
         h = 1e-3 # one derivative by finite differences: the weights follow the live logits
         with torch.no_grad():
-            up, dn = (fn(logits + s*h*torch.nn.functional.one_hot(r.idx[:,0], logits.shape[1]), k, route_norm=norm, route_scale=2., replay=replay)
+            up, dn = (fn(logits + s*h*torch.nn.functional.one_hot(r.idx[:,0], logits.shape[1]), k, route_norm=norm,
+                route_scale=2., replay=replay)
                       for s in (1, -1))
         fd = ((up.weights - dn.weights)*cotangent).sum(1)/(2*h)
-        assert torch.allclose(fd[on], grad.gather(1, r.idx[:,:1])[:,0][on], atol=2e-3), "the gate does not follow the live logits"
+        assert torch.allclose(fd[on], grad.gather(1, r.idx[:,:1])[:,0][on],
+            atol=2e-3), "the gate does not follow the live logits"
 
 
 def test_replay_is_right(): check_replay(route)
 
 
 def test_known_failure_07_index_drifts_from_gathered_score():
-    live_gather = mutant(route, "weights = scores.gather(-1, idx)", "weights = scores.gather(-1, select(scores, k, bias))")
+    live_gather = mutant(route, "weights = scores.gather(-1, idx)",
+        "weights = scores.gather(-1, select(scores, k, bias))")
     shifted = mutant(route, "weights = scores.gather(-1, idx)", "weights = scores.gather(-1, idx.roll(1, 0))")
     for bug in (live_gather, shifted): caught(check_replay, bug)
 
@@ -136,8 +149,10 @@ def test_known_failure_07_index_drifts_from_gathered_score():
 def test_known_failure_08_frozen_gate_values():
     detached = mutant(route, "weights = scores.gather(-1, idx)", "weights = scores.detach().gather(-1, idx)")
     caught(check_replay, detached)
-    recorded = torch.rand(40, 4, generator=torch.Generator().manual_seed(0)) # the engine's gate values replayed along with its choice
-    frozen = mutant(route, "weights = scores.gather(-1, idx)", "weights = RECORDED + 0*scores.gather(-1, idx)", RECORDED=recorded)
+    # the engine's gate values replayed along with its choice
+    recorded = torch.rand(40, 4, generator=torch.Generator().manual_seed(0))
+    frozen = mutant(route, "weights = scores.gather(-1, idx)", "weights = RECORDED + 0*scores.gather(-1, idx)",
+        RECORDED=recorded)
     caught(check_replay, frozen)
     frozen_with_right_values = mutant(route, "weights = scores.gather(-1, idx)",
         "weights = scores.detach().gather(-1, idx) + 0*scores.gather(-1, idx)")
@@ -151,7 +166,8 @@ def check_fillers(unroute_fn, count_fn):
     logits[~mask] = 0. # identical fillers
     r = unroute_fn(route(logits, 2), mask)
     assert torch.equal(count_fn(r.idx, 8), count_fn(route(logits[mask], 2).idx, 8)), "fillers counted as load"
-    assert torch.equal(count_tokens(route(logits, 2).idx, 8, mask), torch.bincount(route(logits[mask], 2).idx.flatten(), minlength=8))
+    assert torch.equal(count_tokens(route(logits, 2).idx, 8, mask),
+        torch.bincount(route(logits[mask], 2).idx.flatten(), minlength=8))
     x, gu, dn = torch.randn(24, 8, generator=g), torch.randn(8, 16, 8, generator=g), torch.randn(8, 8, 8, generator=g)
     for f in [experts_loop, *FAST]:
         y = f(x, r.idx, r.weights, gu, dn)
@@ -181,11 +197,13 @@ def check_order(fn):
 
 def test_known_failure_10_order_and_duplicates():
     check_order(route)
-    sorted_gates = mutant(route, "return Routing(idx, weights*route_scale", "weights = weights.sort(-1, descending=True).values\n    return Routing(idx, weights*route_scale")
+    sorted_gates = mutant(route, "return Routing(idx, weights*route_scale",
+        "weights = weights.sort(-1, descending=True).values\n    return Routing(idx, weights*route_scale")
     caught(check_order, sorted_gates)
     good = np.array([[[3, 1]], [[0, 2]]])
     check_routes(good, 2, 1, 2, 4)
-    for bad, word in (([2, 2], "same expert twice"), ([3, -1], "the model has 0 to 3"), ([0, 4], "the model has 0 to 3")):
+    for bad, word in (([2, 2], "same expert twice"), ([3, -1], "the model has 0 to 3"),
+            ([0, 4], "the model has 0 to 3")):
         with pytest.raises(RouteError, match=word): check_routes(np.concatenate([good, [[bad]]]), 3, 1, 2, 4)
 
 
@@ -198,7 +216,8 @@ def check_travel(pack):
 def test_known_failure_11_uint8_overflow():
     check_travel(narrow_routes)
     caught(check_travel, mutant(narrow_routes, "astype(dtype)", "astype(np.uint8)"))
-    caught(check_travel, mutant(narrow_routes, "return", "return", route_dtype=lambda n: np.dtype(np.uint8 if n <= 257 else np.uint16)))
+    caught(check_travel, mutant(narrow_routes, "return", "return",
+        route_dtype=lambda n: np.dtype(np.uint8 if n <= 257 else np.uint16)))
     for E, ids in ((256, [[256]]), (8, [[-1]]), (512, [[700]])):
         with pytest.raises(ValueError, match=f"only 0 to {E-1} can be stored"): narrow_routes(np.array(ids), E)
     assert route_dtype(256) == np.uint8 and route_dtype(65536) == np.uint16
@@ -208,11 +227,13 @@ def test_known_failure_11_uint8_overflow():
 def test_route_refuses_what_cannot_be():
     logits = torch.randn(4, 8)
     for kw, word in ((dict(k=9), "k=9"), (dict(k=2, n_group=3), "n_group=3"), (dict(k=2, score_func="tanh"), "tanh"),
-                     (dict(k=2, replay=torch.zeros(4, 3).long()), r"replay has shape \(4, 3\)"), (dict(k=2, replay=torch.zeros(3, 2).long()), r"needs \(4, 2\)")):
+                     (dict(k=2, replay=torch.zeros(4, 3).long()), r"replay has shape \(4, 3\)"),
+                     (dict(k=2, replay=torch.zeros(3, 2).long()), r"needs \(4, 2\)")):
         with pytest.raises(ValueError, match=word): route(logits, **kw)
 
 
-# ------------------------------------------------------------------------------------------------------------------ balance
+# ------------------------------------------------------------------------------------------------------------------
+# balance
 counts_ = st.lists(st.integers(0, 10**6), min_size=2, max_size=64).filter(lambda n: sum(n) > 0)
 
 
@@ -266,13 +287,16 @@ def check_bias_lives(update, make=Moe):
 def test_known_failure_24_bias_not_updated_or_not_saved():
     check_bias_lives(smebu_update)
     caught(check_bias_lives, mutant(smebu_update, "bias += momentum", "bias = bias + momentum"))
-    caught(check_bias_lives, mutant(smebu_update, "momentum.mul_(beta).add_(delta, alpha=1-beta)", "momentum = momentum*beta + delta*(1-beta)"))
+    caught(check_bias_lives, mutant(smebu_update, "momentum.mul_(beta).add_(delta, alpha=1-beta)",
+        "momentum = momentum*beta + delta*(1-beta)"))
     caught(check_bias_lives, smebu_update, lambda: Moe(persistent=False))
 
 
 def test_update_refuses():
-    with pytest.raises(ValueError, match="counted no tokens"): smebu_update(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]))
-    with pytest.raises(TypeError, match="keep it in float32"): smebu_update(torch.zeros(4).bfloat16(), torch.zeros(4), torch.ones(4))
+    with pytest.raises(ValueError, match="counted no tokens"):
+        smebu_update(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]))
+    with pytest.raises(TypeError, match="keep it in float32"):
+        smebu_update(torch.zeros(4).bfloat16(), torch.zeros(4), torch.ones(4))
 
 
 @few
@@ -304,7 +328,8 @@ def test_max_vio_and_z_loss():
     assert router_z_loss(logits, torch.zeros(9, dtype=torch.bool)) == 0
 
 
-# ------------------------------------------------------------------------------------------------------------------ experts
+# ------------------------------------------------------------------------------------------------------------------
+# experts
 def value_and_grads(f, x, idx, weights, gate_up, down):
     ts = [t.detach().clone().requires_grad_() for t in (x, weights, gate_up, down)]
     y = f(ts[0], idx, *ts[1:])
@@ -312,21 +337,24 @@ def value_and_grads(f, x, idx, weights, gate_up, down):
 
 
 def check_experts(f, args, tol=1e-5):
-    for name, a, b in zip(("y", "dx", "dweights", "dgate_up", "ddown"), value_and_grads(f, *args), value_and_grads(experts_loop, *args)):
+    for name, a, b in zip(("y", "dx", "dweights", "dgate_up", "ddown"), value_and_grads(f, *args),
+            value_and_grads(experts_loop, *args)):
         assert a.shape == b.shape and torch.isfinite(a).all(), f"{name} is not finite"
         assert (a-b).abs().max() <= tol*max(1., b.abs().max()) if a.numel() else True, f"{name} differs from the loop"
 
 
 def make(T, E, k, D, I, seed, skew=0., holes=0.):
     g = torch.Generator().manual_seed(seed)
-    x, gu, dn = torch.randn(T, D, generator=g), torch.randn(E, 2*I, D, generator=g)/D**.5, torch.randn(E, D, I, generator=g)/I**.5
+    x, gu = torch.randn(T, D, generator=g), torch.randn(E, 2*I, D, generator=g)/D**.5
+    dn = torch.randn(E, D, I, generator=g)/I**.5
     r = route(torch.randn(T, E, generator=g) + skew*torch.arange(E), k)
     r = unroute(r, torch.rand(T, generator=g) >= holes)
     return x, r.idx, r.weights, gu, dn
 
 
 @few
-@given(st.sampled_from(FAST), st.sampled_from([0, 1, 2, 7, 33, 100]), st.integers(1, 9), st.integers(1, 4), st.sampled_from([4, 8, 20]),
+@given(st.sampled_from(FAST), st.sampled_from([0, 1, 2, 7, 33, 100]), st.integers(1, 9), st.integers(1, 4),
+       st.sampled_from([4, 8, 20]),
        st.sampled_from([4, 12, 16]), st.integers(0, 2**31), st.sampled_from([0., 5.]), st.sampled_from([0., .4, 1.]))
 def test_fast_experts_equal_the_loop(f, T, E, k, D, I, seed, skew, holes):
     check_experts(f, make(T, E, min(k, E), D, I, seed, skew, holes))
@@ -339,7 +367,8 @@ def test_odd_widths(D, I):
     with pytest.raises(ValueError, match="multiples of 4"): grouped_experts(*args)
 
 
-@pytest.mark.parametrize("T,k,E,D,I,choice", [(8, 2, 8, 128, 128, small_experts), (64, 2, 8, 128, 128, sorted_experts), (2000, 2, 8, 96, 64, sorted_experts),
+@pytest.mark.parametrize("T,k,E,D,I,choice", [(8, 2, 8, 128, 128, small_experts), (64, 2, 8, 128, 128, sorted_experts),
+                                              (2000, 2, 8, 96, 64, sorted_experts),
                                               (3000, 2, 8, 128, 128, inplace_experts)])
 def test_auto_experts(T, k, E, D, I, choice):
     args = make(T, E, k, D, I, 0, holes=.1)
@@ -375,7 +404,8 @@ def test_known_failure_23_nan_in_tail_rows():
 
     def check(grouped): check_experts(lambda *a: grouped(*a, grouped_mm=NanTail.apply), args)
     check(grouped_experts)
-    caught(check, mutant(grouped_experts, "rows = x.index_select(0, tok).where(live, 0.)", "rows = x.index_select(0, tok)"))
+    caught(check, mutant(grouped_experts, "rows = x.index_select(0, tok).where(live, 0.)",
+        "rows = x.index_select(0, tok)"))
     caught(check, mutant(grouped_experts, "down, offsets).where(live, 0.)", "down, offsets)"))
     caught(check, mutant(grouped_experts, "down, offsets).where(live, 0.)", "down, offsets)*live")) # 0*NaN
 
@@ -383,7 +413,8 @@ def test_known_failure_23_nan_in_tail_rows():
 def test_backward_by_hand_is_checked():
     "Bugs in the handwritten backward are caught by the comparison with the loop."
     args = make(60, 4, 2, 16, 8, 0, holes=.2)
-    for old, new in (("gact.mul_(w)", "gact"), ("act.mul_(w), out=grad_down", "act, out=grad_down"), ("out=gup", "out=ggate")):
+    for old, new in (("gact.mul_(w)", "gact"), ("act.mul_(w), out=grad_down", "act, out=grad_down"),
+            ("out=gup", "out=ggate")):
         bad = mutant(experts.expert_backward, old, new)
         fn = mutant(experts.InplaceExperts, "@once_differentiable", "@once_differentiable", expert_backward=bad)
         caught(check_experts, fn.apply, args)

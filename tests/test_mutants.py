@@ -22,7 +22,8 @@ def test_broken_settings_are_one_clear_line(tmp_path, monkeypatch):
     assert not tally.shown and tally.cases == 24 and tally.refused > 12
 
 
-@pytest.mark.parametrize('words, said', [(['--env.params.x', '3'], "no setting 'x'"), (['--env.params.terms', 'x'], 'terms is a number'), (['--config', 'none.toml'], 'no such settings file')])
+@pytest.mark.parametrize('words, said', [(['--env.params.x', '3'], "no setting 'x'"),
+    (['--env.params.terms', 'x'], 'terms is a number'), (['--config', 'none.toml'], 'no such settings file')])
 def test_found_by_the_bench(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'fine.toml').write_text(mutants.TINY)

@@ -37,9 +37,12 @@ from moe_rl.rollout.guard import Guard
 from moe_rl.train import weights
 from moe_rl.train.checkpoint import CheckpointError, commit, latest, load_state, stage, verify
 
-TINY = {'model.hidden_size': 32, 'model.intermediate_size': 32, 'model.moe_intermediate_size': 16, 'model.num_hidden_layers': 2, 'model.num_attention_heads': 2, 'model.num_key_value_heads': 1,
-        'model.head_dim': 8, 'model.num_experts': 4, 'model.max_position_embeddings': 256, 'tokenizer.kind': 'byte', 'warm_start.steps': 1, 'warm_start.tokens_per_step': 256, 'warm_start.threads': 1,
-        'rl.steps': 4, 'rl.groups_per_step': 4, 'rl.group_size': 2, 'rl.tokens_per_batch': 512, 'eval.prompts': 8, 'engine.kv_tokens': 2048, 'engine.max_seqs': 8, 'engine.max_tokens': 6,
+TINY = {'model.hidden_size': 32, 'model.intermediate_size': 32, 'model.moe_intermediate_size': 16,
+        'model.num_hidden_layers': 2, 'model.num_attention_heads': 2, 'model.num_key_value_heads': 1,
+        'model.head_dim': 8, 'model.num_experts': 4, 'model.max_position_embeddings': 256, 'tokenizer.kind': 'byte',
+        'warm_start.steps': 1, 'warm_start.tokens_per_step': 256, 'warm_start.threads': 1,
+        'rl.steps': 4, 'rl.groups_per_step': 4, 'rl.group_size': 2, 'rl.tokens_per_batch': 512, 'eval.prompts': 8,
+        'engine.kv_tokens': 2048, 'engine.max_seqs': 8, 'engine.max_tokens': 6,
         'checkpoint.every': 1, 'checkpoint.keep': 9, 'env': 'letters_task:Letters'}
 
 MODULE = '''
@@ -80,11 +83,15 @@ class Command:
     "`moe-rl run` in processes of its own, watched from outside."
     started = []
     def __init__(self, home, *args, before=None, **settings):
-        if settings: args = (*args, *(part for k, v in (TINY | {k.replace('__', '.'): v for k, v in settings.items()}).items() for part in (f'--{k}', str(v))))
+        if settings:
+            args = (*args, *(part for k, v in (TINY | {k.replace('__', '.'): v for k, v in settings.items()}).items()
+                for part in (f'--{k}', str(v))))
         self.folder = home / (settings['dir'] if settings else args[-1])
         self.out = home / f'{self.folder.name}-{time.monotonic_ns()}.txt'
         with self.out.open('wb') as out:
-            self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.cli', 'run', *map(str, args)], cwd=home, stdout=out, stderr=out, env=os.environ | dict(OMP_NUM_THREADS='1'), start_new_session=True, preexec_fn=before)
+            self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.cli', 'run', *map(str, args)], cwd=home,
+                stdout=out, stderr=out, env=os.environ | dict(OMP_NUM_THREADS='1'), start_new_session=True,
+                preexec_fn=before)
         self.started.append(self.process)
 
     def workers(self, role=''):
@@ -126,7 +133,8 @@ def books(folder):
     state = load_state(latest(folder) / 'orchestrator.msgpack', State)
     buffer = decode(BufferState, state.buffer)
     issued = {f'{g}-{i}' for g in range(state.next_group) for i in range(buffer.group_size)}
-    waiting = {f'{g}-{i}' for g, live in state.live.items() for i in live} | {r.id for rs in buffer.members.values() for r in rs} | {r.id for g in buffer.complete for r in g.rollouts}
+    waiting = {f'{g}-{i}' for g, live in state.live.items() for i in live} | {r.id for rs in buffer.members.values()
+        for r in rs} | {r.id for g in buffer.complete for r in g.rollouts}
     ledger = [line for line in read_lines(folder / 'ledger.jsonl') if line['step'] <= state.step]
     return audit(ledger, issued, waiting)
 
@@ -154,9 +162,11 @@ def make_loop(tmp_path, env=None, **settings):
     s, server = load_settings(overrides=TINY | {k.replace('__', '.'): v for k, v in settings.items()}), Wire()
     pool = EnginePool(server)
     pool.engines = {'engine-0.0': Worker('engine-0.0', Alive())}
-    return Orchestrator(s, Guard(env or Letters(), timeout=20, width=2), byte_tokenizer(), server, pool, Worker('trainer', Alive()), RunLog(tmp_path, tensorboard=False), tmp_path)
+    return Orchestrator(s, Guard(env or Letters(), timeout=20, width=2), byte_tokenizer(), server, pool,
+        Worker('trainer', Alive()), RunLog(tmp_path, tensorboard=False), tmp_path)
 
-def answer(r): return Finished(id=r.id, token_ids=[65, 2], logprobs=[-1.0, -1.0], versions=[0, 0], routes=None, stop_reason='stop')
+def answer(r):
+    return Finished(id=r.id, token_ids=[65, 2], logprobs=[-1.0, -1.0], versions=[0, 0], routes=None, stop_reason='stop')
 
 
 # ---- 27: an error reaches the one who waits
@@ -165,7 +175,8 @@ def test_known_failure_27_error_of_a_worker_ends_the_run_by_name(home):
     run = Command(home, dir='breaks', rl__loss='letters_task:breaks')
     assert run.wait() == 2
     last = run.said().strip().splitlines()[-1]
-    assert last.startswith('moe-rl: trainer: ZeroDivisionError: the loss of a user; the engines wait for version 1') and 'Traceback' not in run.said()
+    assert last.startswith(
+        'moe-rl: trainer: ZeroDivisionError: the loss of a user; the engines wait for version 1') and 'Traceback' not in run.said()
     assert 'Traceback' in run.events()                                    # the log has the whole of it
     assert latest(run.folder).name == 'step_0'
 
@@ -191,9 +202,12 @@ def test_known_failure_27_last_words_of_an_engine(tmp_path, monkeypatch, bug):
         loop = make_loop(tmp_path)
         loop.pool.engines['engine-0.0'].ready.set()
         _ = loop.spawn(receive(loop)), loop.spawn(watch(loop, start_engine))
-        loop.server.inbox.put_nowait(('engine-0.0', Failure('engine-0.0: request too long', 'Traceback', final=not bug)))
+        loop.server.inbox.put_nowait(('engine-0.0', Failure('engine-0.0: request too long', 'Traceback',
+            final=not bug)))
         await asyncio.wait_for(loop.until(asyncio.get_running_loop().create_future()), 1.5)
-    with pytest.raises(TimeoutError if bug else UserError, match=None if bug else 'engine-0.0: request too long; the trainer waits for a batch'): asyncio.run(go())
+    with pytest.raises(TimeoutError if bug else UserError, match=None if bug
+            else 'engine-0.0: request too long; the trainer waits for a batch'):
+        asyncio.run(go())
     assert bool(started) == bug
 
 
@@ -213,14 +227,17 @@ def crashed(folder, name):
     for n in (3, 4): shutil.rmtree(copy / 'checkpoints' / f'step_{n}')
     shutil.rmtree(copy / 'model')
     for n in ('finished.json', 'end.msgpack'): (copy / n).unlink()
-    for n in range(30, 34): shutil.copytree(copy / 'weights' / 'v4', copy / 'weights' / f'v{n}')   # of a life that went much further
+    # of a life that went much further
+    for n in range(30, 34): shutil.copytree(copy / 'weights' / 'v4', copy / 'weights' / f'v{n}')
     for half in ('.step_4.tmp', 'step_3'):
         shutil.copytree(copy / 'checkpoints' / 'step_2', copy / 'checkpoints' / half)
         (copy / 'checkpoints' / half / 'COMMITTED').unlink()
         (copy / 'checkpoints' / half / 'orchestrator.msgpack').unlink()
     return copy
 
-def timeless(folder): return [{k: v for k, v in row.items() if not k.endswith(('seconds', 'per_s', 'waits'))} for row in read_lines(folder / 'metrics.jsonl')]
+def timeless(folder):
+    return [{k: v for k, v in row.items() if not k.endswith(('seconds', 'per_s', 'waits'))}
+        for row in read_lines(folder / 'metrics.jsonl')]
 
 
 def test_known_failure_28_resume_after_a_crash_between_two_checkpoints(deterministic, home):
@@ -230,7 +247,8 @@ def test_known_failure_28_resume_after_a_crash_between_two_checkpoints(determini
     run = Command(home, '--resume', folder)
     assert run.wait() == 0, run.said()
     assert 'resumed from step_2' in run.events()
-    ours, theirs = load_file(folder / 'model' / 'model.safetensors'), load_file(deterministic / 'model' / 'model.safetensors')
+    ours = load_file(folder / 'model' / 'model.safetensors')
+    theirs = load_file(deterministic / 'model' / 'model.safetensors')
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert timeless(folder) == timeless(deterministic) and [r['step'] for r in timeless(folder)] == [1, 2, 3, 4]
     assert read_lines(folder / 'ledger.jsonl') == read_lines(deterministic / 'ledger.jsonl') and books(folder) == SOUND
@@ -281,7 +299,8 @@ def test_versions_that_an_engine_was_told_to_take_stay(monkeypatch, bug):
         assert pool.oldest() == 5
         await pool.missing('engine-1.0', 3)                              # told again, of the newest
         assert pool.server.sent[-1] == ('engine-1.0', Update(5, 'weights'))
-        with pytest.raises(UserError, match='engine-1.0: weights v5 are not in weights'): await pool.missing('engine-1.0', 5)
+        with pytest.raises(UserError, match='engine-1.0: weights v5 are not in weights'):
+            await pool.missing('engine-1.0', 5)
     asyncio.run(go())
 
 
@@ -317,7 +336,8 @@ def test_known_failure_28_bugs(deterministic):
     with pytest.raises(CheckpointError, match='no finished checkpoint'): verify(newest)
     target = stage(folder, 7)
     (target / 'model.safetensors').write_bytes(b'x')
-    with pytest.raises(CheckpointError, match='orchestrator.msgpack missing'): commit(folder, 7, ('model.safetensors', 'orchestrator.msgpack'))
+    with pytest.raises(CheckpointError, match='orchestrator.msgpack missing'):
+        commit(folder, 7, ('model.safetensors', 'orchestrator.msgpack'))
     assert latest(folder).name == 'step_2'
 
 
@@ -327,8 +347,10 @@ def test_known_failure_29_signals_leave_nothing_behind(home):
     "SIGTERM, SIGINT and SIGKILL to the orchestrator, one life after the other: each ends soon, leaves no process, and can be resumed."
     args = None
     for how, code in ((signal.SIGTERM, 130), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        def script(): signal.signal(signal.SIGINT, signal.SIG_IGN)     # what a shell leaves to a command with `&` in a script
-        run = Command(home, *args) if args else Command(home, before=script, dir='signals', rl__steps=100000, checkpoint__keep=2)
+        # what a shell leaves to a command with `&` in a script
+        def script(): signal.signal(signal.SIGINT, signal.SIG_IGN)
+        run = Command(home, *args) if args else Command(home, before=script, dir='signals', rl__steps=100000,
+            checkpoint__keep=2)
         before = run.steps()
         run.until(lambda: run.steps() >= before + 2 and (latest(run.folder) or Path('step_0')).name != 'step_0')
         workers = run.workers()
@@ -336,7 +358,8 @@ def test_known_failure_29_signals_leave_nothing_behind(home):
         if how == signal.SIGINT: os.killpg(run.process.pid, how)       # a terminal's Ctrl-C reaches every process
         else: run.process.send_signal(how)
         assert run.wait(30) == code and gone(workers)
-        if code > 0: assert 'committed; `moe-rl run --resume' in run.said() and 'goes on from the last checkpoint' in run.said() and 'Traceback' not in run.said(), run.said()
+        if code > 0:
+            assert 'committed; `moe-rl run --resume' in run.said() and 'goes on from the last checkpoint' in run.said() and 'Traceback' not in run.said(), run.said()
         args = '--resume', run.folder
     assert books(run.folder) == SOUND
 
@@ -344,7 +367,9 @@ def test_known_failure_29_signals_leave_nothing_behind(home):
 @pytest.mark.parametrize('bug', [False, True])
 def test_known_failure_29_stop_ends_those_who_do_not_listen(bug):
     "Bug: `stop` asks, and waits for ever for a worker that hangs."
-    deaf = subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)'], stdout=subprocess.PIPE)
+    deaf = subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(signal.SIGTERM, '
+                                                   'signal.SIG_IGN); print(flush=True); time.sleep(60)'],
+                                                   stdout=subprocess.PIPE)
     deaf.stdout.readline()
     worker = Worker('engine-0.0', deaf)
     worker.ready.set()
@@ -364,8 +389,11 @@ def test_known_failure_29_stop_ends_those_who_do_not_listen(bug):
 @pytest.mark.parametrize('bug', [False, True])
 def test_known_failure_29_no_orphans(bug):
     "A worker dies with its orchestrator, whatever killed that. Bug: it does not ask the kernel for it."
-    child = f'import ctypes, signal, sys, time\n{inspect.getsource(wire.die_with_parent)}\n{"" if bug else "die_with_parent()"}\nprint("up", flush=True); time.sleep(30)'
-    parent = f'import subprocess, sys, time\np = subprocess.Popen([sys.executable, "-c", {child!r}], stdout=subprocess.PIPE)\np.stdout.readline(); print(p.pid, flush=True); time.sleep(30)'
+    child = ('import ctypes, signal, sys, '
+             f'time\n{inspect.getsource(wire.die_with_parent)}\n{"" if bug else "die_with_parent()"}\nprint("up", '
+             'flush=True); time.sleep(30)')
+    parent = (f'import subprocess, sys, time\np = subprocess.Popen([sys.executable, "-c", {child!r}], '
+              'stdout=subprocess.PIPE)\np.stdout.readline(); print(p.pid, flush=True); time.sleep(30)')
     process = subprocess.Popen([sys.executable, '-c', parent], stdout=subprocess.PIPE, text=True)
     orphan = psutil.Process(int(process.stdout.readline()))
     process.kill()
@@ -433,7 +461,9 @@ def test_known_failure_30_a_message_to_nobody_is_an_error(bug):
 def test_known_failure_31_requests_of_a_lost_engine_are_sent_again(monkeypatch, bug):
     "Every request has one answer, whatever happens to engines and versions between. Bug: what a dead engine had is forgotten."
     if bug:
-        async def lost(self, engine): self.engines.pop(engine), self.version.pop(engine), [self.out.pop(id) for id, (e, _) in list(self.out.items()) if e == engine]
+        async def lost(self, engine):
+            self.engines.pop(engine), self.version.pop(engine), [self.out.pop(id)
+                for id, (e, _) in list(self.out.items()) if e == engine]
         monkeypatch.setattr(EnginePool, 'lost', lost)
     async def go():
         server = Wire()
@@ -443,15 +473,18 @@ def test_known_failure_31_requests_of_a_lost_engine_are_sent_again(monkeypatch, 
         requests = [Request(id=f'0-{i}-0.0', prompt=[1, 2, 3], max_tokens=4) for i in range(10)]
         answers = [asyncio.ensure_future(pool.generate(r)) for r in requests]
         await asyncio.sleep(.05)
-        sent = {name: [r for n, m in server.sent if n == name and isinstance(m, Generate) for r in m.requests] for name in pool.engines}
+        sent = {name: [r for n, m in server.sent if n == name and isinstance(m, Generate) for r in m.requests]
+            for name in pool.engines}
         assert [len(v) for v in sent.values()] == [5, 5]                                  # shared out
         await pool.finished('engine-0.0', Generated([answer(sent['engine-0.0'][0])], {}))
         await pool.lost('engine-0.0')
         again = [r for n, m in server.sent[2:] if n == 'engine-1.0' for r in m.requests]
-        await pool.finished('engine-0.0', Generated([answer(r) for r in sent['engine-0.0']], {}))   # a voice from the grave
+        # a voice from the grave
+        await pool.finished('engine-0.0', Generated([answer(r) for r in sent['engine-0.0']], {}))
         await pool.finished('engine-1.0', Generated([answer(r) for r in sent['engine-1.0'] + again], {}))
         got = await asyncio.wait_for(asyncio.gather(*answers), 1)
-        assert [g.id for g in got] == [r.id for r in requests] and pool.requeued == 4 and not (pool.out or pool.held or pool.waiting)
+        assert [g.id for g in got] == [r.id for r in requests] and pool.requeued == 4 and not (pool.out or pool.held
+            or pool.waiting)
     if bug:
         with pytest.raises((TimeoutError, asyncio.CancelledError)): asyncio.run(go())
     else: asyncio.run(go())
@@ -465,7 +498,9 @@ def test_known_failure_31_the_audit_finds_it(deterministic, tmp_path, bug):
     assert books(folder) == SOUND
     text = (folder / 'ledger.jsonl').read_text()
     first = re.search(r'"trained": \["(\d+-\d+)", "(\d+-\d+)"', text)
-    if bug: (folder / 'ledger.jsonl').write_text(text.replace(f'"{first[1]}", ', '', 1) if bug == 'lost' else text.replace(f'"{first[1]}"', f'"{first[1]}", "{first[1]}"', 1))
+    if bug:
+        (folder / 'ledger.jsonl').write_text(text.replace(f'"{first[1]}", ', '', 1) if bug == 'lost'
+            else text.replace(f'"{first[1]}"', f'"{first[1]}", "{first[1]}"', 1))
     found = books(folder)
     assert (found['lost'] == [first[1]]) == (bug == 'lost') and (found['duplicated'] == [first[1]]) == (bug == 'twice')
 
@@ -500,7 +535,8 @@ def test_known_failure_32_judging_has_threads_of_its_own(tmp_path, bug):
 def test_known_failure_32_both_lanes_get_seats(first, second, bug):
     "A crowd of one kind is in the engine when one request of the other kind comes. Bug: one queue for both, first come, first served."
     s = load_settings(overrides=TINY)
-    engine = Engine(init_weights(Model(model_config(s, 64)), 0), kv_tokens=4096, max_seqs=4, eval_share=.25, record_routes=False)
+    engine = Engine(init_weights(Model(model_config(s, 64)), 0), kv_tokens=4096, max_seqs=4, eval_share=.25,
+        record_routes=False)
     for i in range(40): engine.add(Request(id=f'{first}-{i}', prompt=[1, 2, i], max_tokens=6, lane=first))
     for _ in range(3): engine.step()
     engine.add(Request(id='late', prompt=[7], max_tokens=6, lane=first if bug else second))
@@ -513,15 +549,18 @@ def test_known_failure_32_both_lanes_get_seats(first, second, bug):
 
 def test_dead_and_silent_components_are_named_and_engines_replaced(home):
     "One run: evaluations beside the training; an engine is killed, its successor falls silent, then the trainer does."
-    run = Command(home, dir='trouble', rl__steps=100000, checkpoint__keep=2, eval__every=1, eval__prompts=32, schedule__silence_seconds=8)
+    run = Command(home, dir='trouble', rl__steps=100000, checkpoint__keep=2, eval__every=1, eval__prompts=32,
+        schedule__silence_seconds=8)
     run.until(lambda: len(run.lines('evals.jsonl')) >= 3 and run.steps() >= 6)                       # 32: both go on
     evals, rows = run.lines('evals.jsonl'), run.lines('metrics.jsonl')
-    assert any(e['seconds'] - e['eval_seconds'] < r['seconds'] < e['seconds'] for e in evals[1:] for r in rows) or len(rows) > len(evals)
+    assert any(e['seconds'] - e['eval_seconds'] < r['seconds'] < e['seconds'] for e in evals[1:]
+        for r in rows) or len(rows) > len(evals)
 
     [engine] = run.workers('engine')
     engine.send_signal(signal.SIGKILL)
     run.until(lambda: 'engine-0.1 started in place of engine-0.0' in run.events())
-    assert re.search(r'engine-0\.0 died \(exit code -9\) while .*; the trainer waits for a batch \(\d+ groups are being played', run.events())
+    assert re.search(r'engine-0\.0 died \(exit code -9\) while .*; the trainer waits for a batch \(\d+ groups are '
+                     r'being played', run.events())
     now = run.steps()
     run.until(lambda: run.steps() >= now + 3 and latest(run.folder).name != 'step_0')
 
@@ -539,14 +578,17 @@ def test_dead_and_silent_components_are_named_and_engines_replaced(home):
     trainer.send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
     assert run.wait(60) == 2 and time.monotonic() - stopped < 8 + 22
-    assert re.search(r'^moe-rl: trainer has been silent for \d+ s while .*; the engines wait for version \d+$', run.said().strip().splitlines()[-1])
+    assert re.search(r'^moe-rl: trainer has been silent for \d+ s while .*; the engines wait for version \d+$',
+        run.said().strip().splitlines()[-1])
     assert gone(workers) and books(run.folder) == SOUND
 
 
 @pytest.mark.parametrize('bug', [False, True])
 def test_silence_is_noticed_without_a_process_that_died(tmp_path, monkeypatch, bug):
     "Bug: only dead processes are looked for, and a stopped one is waited for for ever."
-    if bug: monkeypatch.setattr(Worker, 'trouble', lambda self, silence, stall: '' if self.process.poll() is None else 'died')
+    if bug:
+        monkeypatch.setattr(Worker, 'trouble', lambda self, silence, stall: '' if self.process.poll() is None
+            else 'died')
     async def go():
         loop = make_loop(tmp_path, schedule__silence_seconds=.4)
         for w in (loop.trainer, *loop.pool.engines.values()): w.ready.set()
@@ -558,4 +600,7 @@ def test_silence_is_noticed_without_a_process_that_died(tmp_path, monkeypatch, b
             if loop.error: raise loop.error
     if bug: asyncio.run(go())
     else:
-        with pytest.raises(UserError, match=r'trainer has been silent for . s while step 3, micro-batch 1 of 2 \(no beat, no CPU time; schedule.silence_seconds = 0.4\); the engines wait for version 1'): asyncio.run(go())
+        with pytest.raises(UserError, match=r'trainer has been silent for . s while step 3, micro-batch 1 of 2 \(no '
+                                            r'beat, no CPU time; schedule.silence_seconds = 0.4\); the engines wait '
+                                            r'for version 1'):
+            asyncio.run(go())

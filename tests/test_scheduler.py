@@ -13,7 +13,8 @@ LANES = {'train': .75, 'eval': .25}
 class Play(RuleBasedStateMachine):
     "Random requests, aborts and new versions. A slot contains (version, all tokens up to its own): what real KV is a function of."
 
-    @initialize(blocks=st.integers(2, 14), size=st.integers(1, 5), seats=st.integers(1, 6), extra=st.integers(1, 20), cache=st.sampled_from([True, True, True, False]))
+    @initialize(blocks=st.integers(2, 14), size=st.integers(1, 5), seats=st.integers(1, 6), extra=st.integers(1, 20),
+        cache=st.sampled_from([True, True, True, False]))
     def start(self, blocks, size, seats, extra, cache):
         self.s = Scheduler(blocks, size, seats, seats+extra, LANES, prefix_cache=cache)
         self.slots = np.full((blocks*size, 2), -1)
@@ -28,7 +29,8 @@ class Play(RuleBasedStateMachine):
         self.s.add(id, prompt, max_tokens, lane)
         self.asked[id] = (prompt, max_tokens)
 
-    @rule(text=st.sampled_from([0b1011, 0b1010, 0b0011]), n=st.integers(1, 24), max_tokens=st.integers(1, 20), lane=st.sampled_from(sorted(LANES)), copies=st.integers(1, 4))
+    @rule(text=st.sampled_from([0b1011, 0b1010, 0b0011]), n=st.integers(1, 24), max_tokens=st.integers(1, 20),
+        lane=st.sampled_from(sorted(LANES)), copies=st.integers(1, 4))
     def add(self, text, n, max_tokens, lane, copies):
         for _ in range(copies): self._try_add([text >> i%4 & 1 for i in range(n)], max_tokens, lane)
 
@@ -47,11 +49,14 @@ class Play(RuleBasedStateMachine):
         assert (kvcache.step_order(plan.starts+plan.counts, plan.counts) == np.arange(len(plan.rows))).all()
         for seq,*_ in plan.evicted: assert seq.arrival != oldest, 'the oldest running request was sent away'
         size, at = s.block_size, lambda block, n: np.arange(block*size, block*size+n)
-        if plan.copies: self.slots[np.concatenate([at(t, n) for _,t,n in plan.copies])] = self.slots[np.concatenate([at(b, n) for b,_,n in plan.copies])]
+        if plan.copies:
+            self.slots[np.concatenate([at(t, n) for _,t,n in plan.copies])] = self.slots[np.concatenate([at(b, n)
+                for b,_,n in plan.copies])]
         spans = list(zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist()))
         written = np.concatenate([self._at(row, a, a+n) for row,a,n in spans])
         assert len(set(written.tolist())) == len(written), 'two requests write to one slot'
-        for row,a,n in spans: self.slots[self._at(row, a, a+n)] = np.stack([np.full(n, s.version), self._text(row)[a:a+n]], 1)
+        for row,a,n in spans:
+            self.slots[self._at(row, a, a+n)] = np.stack([np.full(n, s.version), self._text(row)[a:a+n]], 1)
         for row,a,n in spans: self._check_row(row, a+n)
         s.commit(plan)
         rows = plan.rows[plan.samples]
@@ -65,20 +70,23 @@ class Play(RuleBasedStateMachine):
     def _text(self, row):
         "For each position a number that stands for the whole text up to it."
         s, known = self.s, self.texts.setdefault(self.s.at[row].id, [1])
-        for token in s.tokens[row,len(known)-1:s.length[row]].tolist(): known.append((known[-1]*1_000_003 + token + 7) % (2**61-1))
+        for token in s.tokens[row,len(known)-1:s.length[row]].tolist():
+            known.append((known[-1]*1_000_003 + token + 7) % (2**61-1))
         return np.array(known[1:])
 
     def _check_row(self, row, upto):
         seq = self.s.at[row]
         version, text = self.slots[self._at(row, 0, upto)].T
         assert (text == self._text(row)[:upto]).all(), f'{seq.id} looks at the KV of another text'
-        assert (version == self.s.version).all() or (not seq.pure and (version >= 0).all()), f'{seq.id} uses KV of another version'
+        assert (version == self.s.version).all() or (not seq.pure
+            and (version >= 0).all()), f'{seq.id} uses KV of another version'
 
     def _end(self, id):
         prompt, max_tokens = self.asked[id]
         tokens = self.s.remove(id).tokens
         assert tokens[:len(prompt)].tolist() == prompt, 'a request came back with another prompt'
-        assert tokens[len(prompt):].tolist() == [p%2 for p in range(len(prompt), len(tokens))], 'a generated token was lost'
+        assert tokens[len(prompt):].tolist() == [p%2 for p in range(len(prompt),
+            len(tokens))], 'a generated token was lost'
         self.ended.append(id)
 
     @precondition(lambda self: self.s.seqs)
@@ -117,7 +125,8 @@ class Play(RuleBasedStateMachine):
 
 
 def play(examples, phases=tuple(Phase)):
-    quiet = settings(max_examples=examples, stateful_step_count=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), phases=phases, print_blob=False)
+    quiet = settings(max_examples=examples, stateful_step_count=25, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck), phases=phases, print_blob=False)
     run_state_machine_as_test(Play, settings=quiet)
 
 
@@ -149,7 +158,8 @@ def bug_block_kept_after_the_end(monkeypatch):
 
 def bug_oldest_is_preempted(monkeypatch):
     real = scheduler.evict
-    def evict(s, seq, plan): real(s, s.at[int(np.argmin(np.where(s.active, s.age, 2**60)))] if plan is not None else seq, plan)
+    def evict(s, seq, plan):
+        real(s, s.at[int(np.argmin(np.where(s.active, s.age, 2**60)))] if plan is not None else seq, plan)
     monkeypatch.setattr(scheduler, 'evict', evict)
 
 def bug_preempted_request_keeps_its_tokens_in_the_seat(monkeypatch):
@@ -176,7 +186,8 @@ def bug_rest_taken_over_while_it_is_held(monkeypatch):
         return True
     monkeypatch.setattr(scheduler, 'place', place)
 
-BUGS = [bug_names_without_version, bug_mixtures_get_names, bug_names_without_history, bug_copy_forgotten, bug_block_kept_after_the_end, bug_oldest_is_preempted,
+BUGS = [bug_names_without_version, bug_mixtures_get_names, bug_names_without_history, bug_copy_forgotten,
+        bug_block_kept_after_the_end, bug_oldest_is_preempted,
         bug_preempted_request_keeps_its_tokens_in_the_seat, bug_rest_taken_over_while_it_is_held]
 
 @pytest.mark.parametrize('bug', BUGS)
@@ -235,7 +246,8 @@ def plans(s, requests):
     for id, prompt, n, lane in requests: s.add(id, prompt, n, lane)
     return [[x.tolist() for x in (plan.rows, plan.starts, plan.counts)] for plan, _ in steps(s)]
 
-work = st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=12), st.integers(1, 9), st.sampled_from(sorted(LANES))), min_size=1, max_size=12)
+work = st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=12), st.integers(1, 9),
+    st.sampled_from(sorted(LANES))), min_size=1, max_size=12)
 
 def history_leaves_no_trace(examples):
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
@@ -251,6 +263,7 @@ def history_leaves_no_trace(examples):
 def test_an_engine_that_was_replaced_batches_like_the_one_before(monkeypatch):
     "A resumed run has a fresh engine; another order of the rows in a batch is another rounding."
     history_leaves_no_trace(60)
-    monkeypatch.setattr(scheduler, 'heappush', lambda seats, row: seats.insert(0, row)) # the bug: the seat that was left last is taken first
+    # the bug: the seat that was left last is taken first
+    monkeypatch.setattr(scheduler, 'heappush', lambda seats, row: seats.insert(0, row))
     monkeypatch.setattr(scheduler, 'heappop', lambda seats: seats.pop(0))
     with pytest.raises(AssertionError): history_leaves_no_trace(60)

@@ -23,8 +23,11 @@ plain = partial(fused_experts, backend="plain")
 
 
 def config(**over):
-    return new_afmoe(**dict(vocab_size=40, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=2, num_dense_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-                              num_experts=4, num_experts_per_tok=2, global_attn_every_n_layers=2, sliding_window=3, score_func="softmax", route_norm=False, mup_enabled=False) | over)
+    return new_afmoe(**dict(vocab_size=40, hidden_size=16, intermediate_size=24, moe_intermediate_size=8,
+                              num_hidden_layers=2, num_dense_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                              head_dim=8,
+                              num_experts=4, num_experts_per_tok=2, global_attn_every_n_layers=2, sliding_window=3,
+                              score_func="softmax", route_norm=False, mup_enabled=False) | over)
 
 
 def test_fused_model_is_the_plain_model_with_routes_replayed_in_part_and_fillers():
@@ -39,10 +42,12 @@ def test_fused_model_is_the_plain_model_with_routes_replayed_in_part_and_fillers
     out = model(ids, packed_positions(docs.cu), packed_attend(docs.cu), replay=replay, token_mask=mask)
     lp, _, lse = token_logprobs(out.hidden, model.lm_head.weight, targets)
     want = (weights*(.01*lse.square()-lp)).sum()
-    got = FusedModel(model, plain, "plain").loss(ids, targets, weights, docs, replay=replay, token_mask=mask, z_loss=.01)
+    got = FusedModel(model, plain, "plain").loss(ids, targets, weights, docs, replay=replay, token_mask=mask,
+        z_loss=.01)
     assert torch.equal(torch.stack([r.idx for r in got.routings], 1), out.routes)
     assert abs(got.loss-want) <= 1e-6*abs(want) and (got.logprobs-lp).abs().max() < 1e-5
-    for (n, p), a, b in zip(model.named_parameters(), *(torch.autograd.grad(l, list(model.parameters())) for l in (got.loss, want))):
+    for (n, p), a, b in zip(model.named_parameters(), *(torch.autograd.grad(l, list(model.parameters()))
+            for l in (got.loss, want))):
         assert (a-b).abs().max() <= 2e-5*b.abs().max().clamp(min=1e-6), n
 
 
@@ -63,7 +68,8 @@ def test_fused_model_without_gates_and_post_norms():
 
 
 def test_groups_of_experts_are_refused():
-    with pytest.raises(ValueError, match="knows no groups"): FusedModel(Model(config(n_group=2, topk_group=1)), plain, "plain")
+    with pytest.raises(ValueError, match="knows no groups"):
+        FusedModel(Model(config(n_group=2, topk_group=1)), plain, "plain")
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing():
@@ -72,7 +78,8 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     for opt in (Muon(ps[:1]), AdamW(ps)):
         opt.scale, norm = clip_scale(ps, 1.)
         opt.step()
-        assert not norm.isfinite() and all(torch.equal(p, torch.ones_like(p)) for p in ps) and all(t.isfinite().all() for s in opt.state.values() for t in s.values())
+        assert not norm.isfinite() and all(torch.equal(p, torch.ones_like(p)) for p in ps) and all(t.isfinite().all()
+            for s in opt.state.values() for t in s.values())
 
 
 def test_muon_moves_masters_that_bf16_could_not_hold():
@@ -84,7 +91,8 @@ def test_muon_moves_masters_that_bf16_could_not_hold():
         q.grad = p.grad.float()
         ours.step(); theirs.step()
     master = ours.state[p]["master"]
-    assert (master-q).abs().max() < (1e-6 if DEVICE == "cpu" else 2e-5) and torch.equal(p, master.bfloat16()) and not torch.equal(master, start.float().to(DEVICE))
+    assert (master-q).abs().max() < (1e-6 if DEVICE == "cpu" else 2e-5) and torch.equal(p,
+        master.bfloat16()) and not torch.equal(master, start.float().to(DEVICE))
 
 
 @pytest.mark.parametrize("experts", [plain, gpu_experts], ids=["fused", "triton"])
@@ -98,11 +106,13 @@ def test_a_layer_of_experts_compiles_whole(experts):
     f = lambda x: moe(x)[0].sin().sum()
     args = [x, *moe.parameters()]
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager" if DEVICE == "cpu" else "inductor")
-    for a, b in zip(*(torch.autograd.grad(h(x), args) for h in (compiled, f))): assert (a-b).norm() <= (1e-5 if DEVICE == "cpu" else 3e-2)*b.norm().clamp(min=1e-6)
+    for a, b in zip(*(torch.autograd.grad(h(x), args) for h in (compiled, f))):
+        assert (a-b).norm() <= (1e-5 if DEVICE == "cpu" else 3e-2)*b.norm().clamp(min=1e-6)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a GPU's attention")
-@pytest.mark.parametrize("name", ["torch", pytest.param("flash4", marks=pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn-4"))])
+@pytest.mark.parametrize("name", ["torch", pytest.param("flash4",
+    marks=pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn-4"))])
 @pytest.mark.parametrize("window", [None, 1, 100])
 def test_flash_attention_is_the_plain_one(name, window):
     model = init_weights(Model(config()), 1).to(DEVICE)
@@ -111,7 +121,8 @@ def test_flash_attention_is_the_plain_one(name, window):
     o, lse = ATTENTION[name].forward(q, k, v, docs, window)
     want, wanted_lse = plain_forward(q, k, v, docs, window)
     assert (o.float()-want.float()).norm() <= 1e-2*want.float().norm() and (lse-wanted_lse).abs().max() < 1e-2
-    for a, b in zip(ATTENTION[name].backward(do, q, k, v, o, lse, docs, window), plain_backward(do, q, k, v, want, wanted_lse, docs, window)):
+    for a, b in zip(ATTENTION[name].backward(do, q, k, v, o, lse, docs, window),
+            plain_backward(do, q, k, v, want, wanted_lse, docs, window)):
         assert (a.float()-b.float()).norm() <= 2e-2*b.float().norm().clamp(min=1.)
 
 

@@ -18,7 +18,8 @@ from moe_rl.rollout.profile import answer_limit, draw_profile, fit, own_list, re
 class Numbers(Environment):
     "Problems of a given supply, length and slowness."
     name = 'numbers'
-    def __init__(self, supply=10**6, length=1, answer='7', seconds=0.): self.supply, self.length, self.answer, self.seconds = supply, length, answer, seconds
+    def __init__(self, supply=10**6, length=1, answer='7', seconds=0.):
+        self.supply, self.length, self.answer, self.seconds = supply, length, answer, seconds
     def problem(self, key):
         time.sleep(self.seconds)
         return Task(env=self.name, prompt=f'{key % self.supply} '*(1 + key % self.length), answer=self.answer)
@@ -29,7 +30,8 @@ class Numbers(Environment):
 def test_a_profile_is_of_both_sides_and_of_nothing_else():
     p = draw_profile(Numbers())
     assert len(p.held_out) == 512 and p.share == 1/16 and len({t.prompt for t in p.held_out}) == 512
-    assert all(is_held_out(t.prompt, p.share) for t in p.held_out) and not any(is_held_out(t.prompt, p.share) for t in p.tasks)
+    assert all(is_held_out(t.prompt, p.share) for t in p.held_out) and not any(is_held_out(t.prompt, p.share)
+        for t in p.tasks)
     assert recall(Numbers(), p.numbers) == p.held_out
 
 
@@ -52,7 +54,8 @@ def test_a_share_that_was_given_is_kept():
 
 
 def test_one_text_is_refused_by_name():
-    with pytest.raises(UserError, match='numbers: [0-9]+ draws gave 1 different prompts'): draw_profile(Numbers(supply=1))
+    with pytest.raises(UserError, match='numbers: [0-9]+ draws gave 1 different prompts'):
+        draw_profile(Numbers(supply=1))
 
 
 class Listed(Numbers):
@@ -79,7 +82,8 @@ def test_long_answers_and_prompts_get_room():
 
 
 def test_what_is_given_is_obeyed_and_objected_to():
-    s, p, size = fitted(Numbers(answer='7'*100), engine__max_tokens=24, eval__prompts=5, rl__groups_per_step=3, schedule__env_timeout=2.)
+    s, p, size = fitted(Numbers(answer='7'*100), engine__max_tokens=24, eval__prompts=5, rl__groups_per_step=3,
+        schedule__env_timeout=2.)
     assert (s.engine.max_tokens, s.eval.prompts, s.rl.groups_per_step, s.schedule.env_timeout) == (24, 5, 3, 2.)
     assert 'only 0 % of the reference answers fit engine.max_tokens = 24' in warnings(s, p, size, 2048)[0]
 
@@ -119,7 +123,8 @@ class Rare(Letters):
         return float(self.count % 2) if int(task.prompt.split()[1][:-1]) % 3 == 0 else 0.
 
 def shares(folder, *parts, weights, steps=40):
-    loop, last = play(folder, Mixture(list(parts), weights), rl__steps=steps, rl__groups_per_step=4, rl__zero_variance='filter', rl__patience=10**6)
+    loop, last = play(folder, Mixture(list(parts), weights), rl__steps=steps, rl__groups_per_step=4,
+        rl__zero_variance='filter', rl__patience=10**6)
     rows = read_lines(folder/'metrics.jsonl')
     trained = {e: sum(r[f'{e}/trained'] for r in rows) for e in loop.mixture()}
     return {e: n/sum(trained.values()) for e, n in trained.items()}, rows, last
@@ -133,8 +138,10 @@ def test_every_environment_has_its_share_of_what_is_trained(tmp_path, monkeypatc
         monkeypatch.setattr(orchestrator, 'in_shares', lambda groups, weights, trained: groups)
     got, rows, last = shares(tmp_path, Letters(), Rare(), weights=[.5, .5])
     assert (got['rare'] < .35) if bug else (.4 < got['rare'] < .6), got
-    assert set(last['envs']) == {'letters', 'rare'} and last['envs']['rare']['prompts'] + last['envs']['letters']['prompts'] == last['prompts']
-    played = {e: sum(r[f'{e}/played'] for r in rows) for e in got}      # of the whole run: a single step may be all letters
+    assert set(last['envs']) == {'letters',
+        'rare'} and last['envs']['rare']['prompts'] + last['envs']['letters']['prompts'] == last['prompts']
+    # of the whole run: a single step may be all letters
+    played = {e: sum(r[f'{e}/played'] for r in rows) for e in got}
     assert played['rare'] > played['letters'] or bug, played
 
 
@@ -150,7 +157,8 @@ def test_each_environment_has_a_verdict(tmp_path):
 
 class Long(Letters):
     "One prompt in two is longer than any conversation may be."
-    def problem(self, key): return Task(env=self.name, prompt=f'Say {key % 1000}: '*(1 + 80*((key >> 20) % 2)), answer='x')
+    def problem(self, key):
+        return Task(env=self.name, prompt=f'Say {key % 1000}: '*(1 + 80*((key >> 20) % 2)), answer='x')
 
 def test_a_prompt_that_is_too_long_costs_its_own_group(tmp_path):
     loop = make_loop(tmp_path, Long())

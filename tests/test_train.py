@@ -18,13 +18,15 @@ SMALL = BalanceSection(aux_coef=0, head_z_coef=.01)
 FLOATS = st.one_of(st.floats(-50, 50), st.sampled_from([math.inf, -math.inf, math.nan, 1e38, -1e38, 0.]))
 
 def tiny(seed=0, **kw):
-    cfg = dict(vocab_size=20, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=2, num_dense_layers=1, num_attention_heads=2,
+    cfg = dict(vocab_size=20, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=2,
+               num_dense_layers=1, num_attention_heads=2,
                num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2, sliding_window=8) | kw
     return init_weights(Model(new_afmoe(**cfg)), seed)
 
 def examples(n, seed=0, longest=9):
     rng = np.random.default_rng(seed)
-    return [sft.example(rng.integers(2, 20, rng.integers(1, longest)).tolist(), rng.integers(2, 20, rng.integers(1, longest)).tolist(), i) for i in range(n)]
+    return [sft.example(rng.integers(2, 20, rng.integers(1, longest)).tolist(),
+        rng.integers(2, 20, rng.integers(1, longest)).tolist(), i) for i in range(n)]
 
 # ---- objective
 
@@ -42,7 +44,8 @@ def plain_row(logits, temperature, top_k, top_p, keep):
     return [z[i]-total if i in support else -math.inf for i in range(len(z))]
 
 @quick
-@given(st.lists(st.integers(-6, 6), min_size=1, max_size=12), st.sampled_from([.5, 1., 2.]), st.integers(0, 14), st.sampled_from([.1234, .4321, .9876, 1.]), st.data())
+@given(st.lists(st.integers(-6, 6), min_size=1, max_size=12), st.sampled_from([.5, 1., 2.]), st.integers(0, 14),
+    st.sampled_from([.1234, .4321, .9876, 1.]), st.data())
 def test_sampling_logprobs_are_the_plain_ones(logits, temperature, top_k, top_p, data):
     "Small integers as logits: ties everywhere."
     keep = data.draw(st.integers(0, len(logits)-1))
@@ -52,7 +55,8 @@ def test_sampling_logprobs_are_the_plain_ones(logits, temperature, top_k, top_p,
     assert torch.allclose(fast.exp(), slow.exp(), atol=1e-5)
 
 @quick
-@given(st.lists(FLOATS, min_size=2, max_size=8), st.sampled_from([0., 1e-3, .7, 1., 5.]), st.integers(0, 9), st.floats(1e-6, 1.), st.data())
+@given(st.lists(FLOATS, min_size=2, max_size=8), st.sampled_from([0., 1e-3, .7, 1., 5.]), st.integers(0, 9),
+    st.floats(1e-6, 1.), st.data())
 def test_known_failure_20_any_logits_give_finite_logprobs_and_gradients(logits, temperature, top_k, top_p, data):
     keep = torch.tensor([data.draw(st.integers(0, len(logits)-1))])
     x = torch.tensor([logits], dtype=torch.float32, requires_grad=True)
@@ -80,21 +84,25 @@ def test_known_failure_20_plain_softmax_is_caught():
 def test_rows_do_not_depend_on_their_neighbours(n, seed, integers):
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(-3, 4, (n, 11), generator=g).float() if integers else torch.randn(n, 11, generator=g)
-    t, k, p = torch.tensor([0., .5, 1., 2.])[torch.randint(0, 4, (n,), generator=g)], torch.randint(0, 13, (n,), generator=g), torch.rand(n, generator=g).clamp_min(.01)
+    t = torch.tensor([0., .5, 1., 2.])[torch.randint(0, 4, (n,), generator=g)]
+    k, p = torch.randint(0, 13, (n,), generator=g), torch.rand(n, generator=g).clamp_min(.01)
     p[torch.rand(n, generator=g) < .3] = 1.
     p = p.double()
     together = ob.sampling_logprobs(x, t, k, p)
-    for i in range(n): assert torch.equal(together[i:i+1], ob.sampling_logprobs(x[i:i+1], t[i].item(), k[i].item(), p[i].item()))
+    for i in range(n):
+        assert torch.equal(together[i:i+1], ob.sampling_logprobs(x[i:i+1], t[i].item(), k[i].item(), p[i].item()))
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 40), st.integers(1, 17), st.sampled_from([dict(), dict(temperature=.6), dict(top_k=4), dict(temperature=1.5, top_k=9, top_p=.7)]), st.integers(0, 2**31))
+@given(st.integers(0, 40), st.integers(1, 17), st.sampled_from([dict(), dict(temperature=.6), dict(top_k=4),
+    dict(temperature=1.5, top_k=9, top_p=.7)]), st.integers(0, 2**31))
 def test_chunks_change_neither_values_nor_gradients(n, chunk, how, seed):
     g = torch.Generator().manual_seed(seed)
     h, w, t = torch.randn(n, 5, generator=g), torch.randn(13, 5, generator=g), torch.randint(0, 13, (n,), generator=g)
     def run(chunk):
         a, b = h.clone().requires_grad_(), w.clone().requires_grad_()
         outs = ob.token_logprobs(a, b, t, **how, chunk=chunk)
-        return *outs, *torch.autograd.grad(sum((c*o).sum() for c, o in zip((-1., .3, .1), outs)), (a, b), allow_unused=n == 0, materialize_grads=n == 0)
+        return *outs, *torch.autograd.grad(sum((c*o).sum() for c, o in zip((-1., .3, .1), outs)), (a, b),
+            allow_unused=n == 0, materialize_grads=n == 0)
     for a, b in zip(run(chunk), run(1000)): assert torch.allclose(a, b, atol=1e-4)
 
 # ---- global token counts
@@ -162,8 +170,12 @@ def test_every_parameter_has_exactly_one_optimiser():
     opt = build_optimizer(m)
     assert sorted(map(id, opt.params)) == sorted(map(id, m.parameters()))
     of = {opt.names[p]: type(o).__name__ for o in opt.all for g in o.param_groups for p in g['params']}
-    for n in ('embed_tokens.weight', 'lm_head.weight', 'layers.1.mlp.router.weight', 'norm.weight', 'layers.0.self_attn.q_norm.weight'): assert of[n] == 'AdamW'
-    for n in ('layers.1.mlp.experts.gate_up_proj', 'layers.1.mlp.experts.down_proj', 'layers.0.self_attn.gate_proj.weight', 'layers.0.mlp.up_proj.weight'): assert of[n] == 'Muon'
+    for n in ('embed_tokens.weight', 'lm_head.weight', 'layers.1.mlp.router.weight', 'norm.weight',
+            'layers.0.self_attn.q_norm.weight'):
+        assert of[n] == 'AdamW'
+    for n in ('layers.1.mlp.experts.gate_up_proj', 'layers.1.mlp.experts.down_proj',
+            'layers.0.self_attn.gate_proj.weight', 'layers.0.mlp.up_proj.weight'):
+        assert of[n] == 'Muon'
 
 @pytest.mark.parametrize('cut', [1, 3])
 def test_warm_start_resumes_bit_for_bit(tmp_path, cut):
@@ -177,9 +189,11 @@ def test_warm_start_resumes_bit_for_bit(tmp_path, cut):
     a = tiny(); oa = build_optimizer(a); steps(a, oa, 5)
     b = tiny(); obj = build_optimizer(b); steps(b, obj, cut)
     with ck.saving(tmp_path, cut) as folder:
-        ck.save_tensors(folder/'model.safetensors', b.state_dict()); ck.save_tensors(folder/'optim.safetensors', obj.state_dict())
+        ck.save_tensors(folder/'model.safetensors', b.state_dict())
+        ck.save_tensors(folder/'optim.safetensors', obj.state_dict())
     c = tiny(seed=9); oc = build_optimizer(c)
-    c.load_state_dict(ck.load_tensors(ck.latest(tmp_path)/'model.safetensors')); oc.load_state_dict(ck.load_tensors(ck.latest(tmp_path)/'optim.safetensors'))
+    c.load_state_dict(ck.load_tensors(ck.latest(tmp_path)/'model.safetensors'))
+    oc.load_state_dict(ck.load_tensors(ck.latest(tmp_path)/'optim.safetensors'))
     steps(c, oc, 5, skip=cut)
     assert wt.fingerprint(a.state_dict() | oa.state_dict()) == wt.fingerprint(c.state_dict() | oc.state_dict())
 
@@ -216,7 +230,8 @@ def test_known_failure_14_a_missing_shard_is_an_error_by_name(tmp_path):
     assert wt.fingerprint(bug.state_dict()) != manifest.fingerprint
     engine = tiny(0)
     before = wt.fingerprint(engine.state_dict())
-    with pytest.raises(wt.WeightError, match='layers.1.mlp.experts.down_proj is missing.*nothing was loaded'): wt.apply_weights(engine, shard, manifest)
+    with pytest.raises(wt.WeightError, match='layers.1.mlp.experts.down_proj is missing.*nothing was loaded'):
+        wt.apply_weights(engine, shard, manifest)
     assert wt.fingerprint(engine.state_dict()) == before
     wt.save_tensors(tmp_path/'weights'/'v1'/'model.safetensors', shard)
     with pytest.raises(wt.WeightError, match='down_proj is missing'): wt.load_version(tmp_path/'weights', 1)
@@ -236,13 +251,15 @@ def test_known_failure_17_dropped_or_misnamed_tensors_are_caught(data):
     manifest = wt.describe(new, 1)
     fresh = [n for n in new if not torch.equal(new[n], engine.state_dict()[n])]
     name = data.draw(st.sampled_from(fresh))
-    with pytest.raises(wt.WeightError, match=f'did not arrive in the model: {name} has other contents; do not use it'): wt.apply_weights(Dropping(engine, name), new, manifest)
+    with pytest.raises(wt.WeightError, match=f'did not arrive in the model: {name} has other contents; do not use it'):
+        wt.apply_weights(Dropping(engine, name), new, manifest)
     twins = [n for n in fresh if n != name and new[n].shape == new[name].shape]
     if twins:
         other = data.draw(st.sampled_from(twins))
         swapped = new | {name: new[other], other: new[name]}
         tiny(0).load_state_dict(swapped) # the bug: strict, and nothing is noticed
-        with pytest.raises(wt.WeightError, match='has other contents.*nothing was loaded'): wt.apply_weights(tiny(0), swapped, manifest)
+        with pytest.raises(wt.WeightError, match='has other contents.*nothing was loaded'):
+            wt.apply_weights(tiny(0), swapped, manifest)
     assert wt.apply_weights(tiny(0), new, manifest) == manifest.fingerprint
 
 @settings(max_examples=40, deadline=None)
@@ -257,7 +274,8 @@ def test_any_flipped_bit_shows(data):
 
 def test_wrong_config_and_dtype_are_one_line(tmp_path):
     model, tensors, manifest = published(tmp_path)
-    for engine, said in ((tiny(vocab_size=21), r'embed_tokens.weight has shape \[20, 16\] instead of \[21, 16\]'), (tiny(num_experts=5), 'do not fit the model')):
+    for engine, said in ((tiny(vocab_size=21), r'embed_tokens.weight has shape \[20, 16\] instead of \[21, 16\]'),
+            (tiny(num_experts=5), 'do not fit the model')):
         with pytest.raises(UserError, match=said) as e: wt.apply_weights(engine, tensors, manifest)
         assert '\n' not in str(e.value)
 
@@ -287,7 +305,8 @@ def test_known_failure_28_latest_is_never_unfinished(tmp_path):
     (half/'model.safetensors').write_bytes(b'half')  # a crash between the parts of two components
     assert careless_latest(tmp_path) == half         # the bug
     assert ck.latest(tmp_path) == ck.step_path(tmp_path, 7) and ck.verify(ck.latest(tmp_path)).step == 7
-    with pytest.raises(ck.CheckpointError, match='buffer.msgpack missing'): save(tmp_path, 8, ('model.safetensors', None))
+    with pytest.raises(ck.CheckpointError, match='buffer.msgpack missing'):
+        save(tmp_path, 8, ('model.safetensors', None))
     save(tmp_path, 8)                                # what the crash left is no obstacle
     assert ck.latest(tmp_path) == half and ck.verify(half).step == 8
 
@@ -321,7 +340,8 @@ def test_known_failure_28_sigkill_before_every_file_operation(tmp_path):
         folder = ck.step_path(tmp_path, 2)
         folder.mkdir()
         data = b'late part'
-        (folder/ck.MARKER).write_bytes(ck.msgspec.json.encode(ck.Commit(2, {'buffer': ck.PartInfo(len(data), ck.zlib.crc32(data))})))
+        (folder/ck.MARKER).write_bytes(ck.msgspec.json.encode(ck.Commit(2,
+            {'buffer': ck.PartInfo(len(data), ck.zlib.crc32(data))})))
         (folder/'buffer').write_bytes(data)
     with pytest.raises(ck.CheckpointError, match='lacks buffer|was not written by this program'): sweep(marker_first)
 
@@ -344,13 +364,15 @@ try: publish({str(tmp_path/'weights')!r}, 1, big)
 except StorageError as e: print(e)
 '''
     lines = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 3 and all('File too large; what was there before is untouched' in l and 'cannot write' in l for l in lines)
+    assert len(lines) == 3 and all('File too large; what was there before is untouched' in l and 'cannot write' in l
+        for l in lines)
     assert {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == before
     if os.path.exists('/dev/full'):
         with pytest.raises(StorageError, match='No space left on device'): ck.write_bytes('/dev/full', b'x')
 
 @pytest.mark.parametrize('harm, said', [
-    (lambda c: (c/'model.safetensors').write_bytes((c/'model.safetensors').read_bytes()[:30]), 'model.safetensors has 30 of'),
+    (lambda c: (c/'model.safetensors').write_bytes((c/'model.safetensors').read_bytes()[:30]),
+        'model.safetensors has 30 of'),
     (lambda c: (c/'buffer.msgpack').unlink(), 'lacks buffer.msgpack'),
     (lambda c: (c/'buffer.msgpack').write_bytes(b'\x81\xa4step\x09'), 'altered after the commit'),
     (lambda c: (c/ck.MARKER).write_bytes(b'yes'), 'was not written by this program'),
@@ -427,7 +449,8 @@ def test_a_step_without_signal_moves_nothing():
 def test_balance_rules_differ_and_none_is_none():
     def biases(rule):
         model = tiny()
-        sft.run_sft(model, build_optimizer(model), examples(20), batch=6, steps=3, balance=BalanceSection(rule=rule, rate=.01))
+        sft.run_sft(model, build_optimizer(model), examples(20), batch=6, steps=3,
+            balance=BalanceSection(rule=rule, rate=.01))
         return moe_modules(model)[0].expert_bias
     none, sign, smebu = map(biases, ('none', 'sign', 'smebu'))
     assert not none.any() and sign.any() and smebu.any() and not torch.allclose(sign, smebu, atol=1e-4)

@@ -40,7 +40,8 @@ class LengthProfile:
     def of(cls, lengths)->'LengthProfile':
         "Profile of `lengths`; `ValueError` if there are none."
         if len(lengths) == 0: raise ValueError('lengths: empty, a profile needs at least one')
-        return cls(len(lengths), float(np.mean(lengths)), *(float(p) for p in np.percentile(lengths, [50, 95])), int(np.max(lengths)))
+        return cls(len(lengths), float(np.mean(lengths)), *(float(p) for p in np.percentile(lengths, [50, 95])),
+            int(np.max(lengths)))
 
     @property
     def micro_batch_budget(self)->int: return max(math.ceil(4*self.p95), self.longest)
@@ -149,7 +150,9 @@ def utilisation(
 )->float:       # real tokens / (bins * budget)
     "Share of the budget that is used; warns below `warn_below`."
     share = sum(int(lengths[i]) for b in bins for i in b) / (len(bins)*budget)
-    if share < warn_below: warnings.warn(f'utilisation {share:.0%}: {len(bins)} micro-batches of {budget} tokens are mostly empty; lower the token budget or raise the batch size', stacklevel=2)
+    if share < warn_below:
+        warnings.warn(f'utilisation {share:.0%}: {len(bins)} micro-batches of {budget} tokens are mostly empty; lower '
+                      'the token budget or raise the batch size', stacklevel=2)
     return share
 
 # %% ../../nbs/02_data/02_packing.ipynb #00e61384
@@ -217,7 +220,8 @@ def refine(
         order = np.argsort(loads, kind='stable')
         h = order[-1]
         if loads[h] <= loads.mean()*(1+tolerance): break
-        l, swap = next(((l, s) for l in order[:-1] if (s := _best_swap(parts[h], parts[l], costs, sizes, limit))), (None, None))
+        l, swap = next(((l, s) for l in order[:-1] if (s := _best_swap(parts[h], parts[l], costs, sizes, limit))),
+            (None, None))
         if swap is None: break
         i, j = swap
         item, back = parts[h].pop(i), parts[l][j:j+1]
@@ -233,5 +237,6 @@ def balance(
 )->list[list[int]]: # indices per rank; empty for ranks beyond the items
     "Equal work for every rank: LPT, then `refine`; never worse than LPT. `ValueError` for costs that are negative or not finite, or for no rank."
     costs = np.asarray(costs, np.float64)
-    if ranks < 1 or not np.isfinite(costs).all() or (costs < 0).any(): raise ValueError(f'balance: {ranks} ranks, costs must be finite and non-negative')
+    if ranks < 1 or not np.isfinite(costs).all() or (costs < 0).any():
+        raise ValueError(f'balance: {ranks} ranks, costs must be finite and non-negative')
     return refine(longest_first(costs, ranks), costs, tolerance=1e-5)

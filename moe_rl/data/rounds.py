@@ -40,6 +40,7 @@ def plan_rounds(
 )->list[list[list[int]]]: # round -> rank -> rollout numbers, maybe none
     "Every rollout in one micro-batch of at most `budget` rows, the same number of micro-batches on each rank, similar work within a round."
     rows, work = np.asarray(rows), np.asarray(work, np.float64)
-    plans = [[[np.array(b, int) for b in refine(bins, work, rows, budget)] for bins in make(rows, work, budget, ranks)] for make in (_ranks_first, _bins_first)]
+    plans = [[[np.array(b, int) for b in refine(bins, work, rows, budget)] for bins in make(rows, work, budget, ranks)]
+        for make in (_ranks_first, _bins_first)]
     best = min(plans, key=lambda p: (len(p), step_time(p, work)))
     return [[b.tolist() for b in bins] for bins in best]

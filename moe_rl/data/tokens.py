@@ -25,7 +25,8 @@ def _byte_core(across_words:bool=False)->Core:
 
 def _train(texts, vocab_size, min_frequency, across_words=False)->Core:
     core = _byte_core(across_words)
-    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=SPECIALS,
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=min_frequency,
+                             special_tokens=SPECIALS,
                              initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
     return core
 
@@ -53,8 +54,10 @@ def render_template(
     messages:list    # dicts with role and content
 )->str:              # rendered conversation, opened for the model's answer
     "Render a chat template as transformers does."
-    from transformers.utils.chat_template_utils import render_jinja_template # a second to import, needed by chat checkpoints only
-    return render_jinja_template(conversations=[messages], chat_template=template, add_generation_prompt=True, **names)[0][0]
+    # a second to import, needed by chat checkpoints only
+    from transformers.utils.chat_template_utils import render_jinja_template
+    return render_jinja_template(conversations=[messages], chat_template=template, add_generation_prompt=True,
+        **names)[0][0]
 
 # %% ../../nbs/02_data/01_tokens.ipynb #c6b06252
 class TextTokenizer:
@@ -70,10 +73,12 @@ class TextTokenizer:
         self.eos_id, self.bos_id = self._id('eos_token'), self._id('bos_token', None)
         self.pad_id = self._id('pad_token', self.eos_id)
         self.stop_ids = tuple(dict.fromkeys((self.eos_id, *stop_ids)))
-        if bad := [i for i in self.stop_ids if core.id_to_token(i) is None]: raise ValueError(f'tokenizer: end token {bad[0]} is not in the vocabulary of {self.vocab_size}')
+        if bad := [i for i in self.stop_ids if core.id_to_token(i) is None]:
+            raise ValueError(f'tokenizer: end token {bad[0]} is not in the vocabulary of {self.vocab_size}')
         self._silent = {self.pad_id, self.bos_id, *self.stop_ids}
         self.plain = self._deaf(core)
-        special = sorted((t.content for t in self.plain.get_added_tokens_decoder().values() if t.special), key=len, reverse=True)
+        special = sorted((t.content for t in self.plain.get_added_tokens_decoder().values() if t.special), key=len,
+            reverse=True)
         self._special = re.compile('(' + '|'.join(map(re.escape, special)) + ')')
 
     def _deaf(self, core):
@@ -92,11 +97,13 @@ class TextTokenizer:
     def _id(self, key, *default):
         name = self._name(key)
         if name is None and default: return default[0]
-        if name is None or self.core.token_to_id(name) is None: raise ValueError(f'tokenizer: {key} {name!r} is not in the vocabulary; set it in tokenizer_config.json')
+        if name is None or self.core.token_to_id(name) is None:
+            raise ValueError(f'tokenizer: {key} {name!r} is not in the vocabulary; set it in tokenizer_config.json')
         return self.core.token_to_id(name)
 
     def encode(self, text): return self.plain.encode(text, add_special_tokens=False).ids
-    def decode(self, ids): return self.core.decode([i for i in map(int, ids) if i not in self._silent], skip_special_tokens=False)
+    def decode(self, ids):
+        return self.core.decode([i for i in map(int, ids) if i not in self._silent], skip_special_tokens=False)
 
     def _around(self, before, text, after):
         "Ids of `before+text+after`; special tokens count in `before` and `after` only. `re.split` alternates plain, special, plain, ..."
@@ -107,19 +114,25 @@ class TextTokenizer:
     def _render(self, messages):
         names = {k: self._name(k) for k in ('bos_token', 'eos_token', 'pad_token', 'unk_token') if self.config.get(k)}
         try: s = render_template(self.template, names, messages)
-        except Exception as e: raise UserError(f'chat template: {e}: correct chat_template.jinja or tokenizer_config.json') from None # any code may be in it
+        except Exception as e:
+            # any code may be in it
+            raise UserError(f'chat template: {e}: correct chat_template.jinja or tokenizer_config.json') from None
         for slot in (m['content'] for m in messages):
-            if s.count(slot) != 1: raise UserError(f'chat template: shows a message {s.count(slot)} times, expected once: correct chat_template.jinja or tokenizer_config.json')
+            if s.count(slot) != 1:
+                raise UserError(f'chat template: shows a message {s.count(slot)} times, expected once: correct '
+                                'chat_template.jinja or tokenizer_config.json')
         return re.split(f'[{"".join(SLOT)}]', s)
 
     def render_prompt(self, text):
-        if self.template is None: return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text) + self.encode('\n')
+        if self.template is None:
+            return ([] if self.bos_id is None else [self.bos_id]) + self.encode(text) + self.encode('\n')
         before, after = self._render([dict(role='user', content=SLOT[0])])
         return self._around(before, text, after)
 
     def render_reply(self, text):
         if self.template is None: return self.encode('\n') + self.encode(text) + self.encode('\n')
-        before, after = self._render([dict(role='user', content='-'*9), dict(role='assistant', content=SLOT[0]), dict(role='user', content=SLOT[1])])[1:]
+        before, after = self._render([dict(role='user', content='-'*9), dict(role='assistant', content=SLOT[0]),
+            dict(role='user', content=SLOT[1])])[1:]
         ids = self._around(before, text, after)
         return ids[ids[0] == self.eos_id:]
 
@@ -127,17 +140,22 @@ class TextTokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.core.save(str(folder/'tokenizer.json'))
-        (folder/'tokenizer_config.json').write_text(json.dumps(self.config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-        (folder/'generation_config.json').write_text(json.dumps(dict(bos_token_id=self.bos_id, eos_token_id=list(self.stop_ids), pad_token_id=self.pad_id)) + '\n', encoding='utf-8')
+        (folder/'tokenizer_config.json').write_text(json.dumps(self.config, indent=2, ensure_ascii=False) + '\n',
+            encoding='utf-8')
+        (folder/'generation_config.json').write_text(json.dumps(dict(bos_token_id=self.bos_id,
+            eos_token_id=list(self.stop_ids), pad_token_id=self.pad_id)) + '\n', encoding='utf-8')
         if self.template is not None: (folder/'chat_template.jinja').write_text(self.template, encoding='utf-8')
 
-    def __repr__(self): return f'TextTokenizer({self.vocab_size} ids, eos {self.eos_id}, {"chat template" if self.template else "no chat template"})'
+    def __repr__(self):
+        return (f'TextTokenizer({self.vocab_size} ids, eos {self.eos_id}, '
+                f'{"chat template" if self.template else "no chat template"})')
 
 # %% ../../nbs/02_data/01_tokens.ipynb #dc030c49
 def _own(core)->TextTokenizer:
     "`core` with the configuration of the vocabularies that this project trains."
     pad, bos, eos = SPECIALS
-    return TextTokenizer(core, dict(tokenizer_class='PreTrainedTokenizerFast', pad_token=pad, bos_token=bos, eos_token=eos,
+    return TextTokenizer(core, dict(tokenizer_class='PreTrainedTokenizerFast', pad_token=pad, bos_token=bos,
+                                    eos_token=eos,
                                     split_special_tokens=True, clean_up_tokenization_spaces=False))
 
 def byte_tokenizer()->TextTokenizer: # 259 ids: three special tokens, 256 bytes
@@ -151,7 +169,9 @@ def train_bpe(
     min_frequency:int=2 # a pair must occur this often to be merged
 )->TextTokenizer:
     "A byte-level BPE whose merges stay inside words. Raises `ValueError` for a `vocab_size` that does not hold all bytes."
-    if vocab_size < len(SPECIALS)+256: raise ValueError(f'vocab_size: {vocab_size}, expected at least {len(SPECIALS)+256} (special tokens and all bytes)')
+    if vocab_size < len(SPECIALS)+256:
+        raise ValueError(f'vocab_size: {vocab_size}, expected at least {len(SPECIALS)+256} (special tokens and all '
+                         'bytes)')
     return _own(_train(texts, vocab_size, min_frequency))
 
 # %% ../../nbs/02_data/01_tokens.ipynb #5fd3e005
@@ -194,15 +214,20 @@ def _template(folder:Path, config:dict)->str|None:
     "The chat template of a folder: its own file, or the text or the `default` of a list in tokenizer_config.json."
     jinja, found = folder/'chat_template.jinja', config.get('chat_template')
     if jinja.is_file(): return jinja.read_text(encoding='utf-8')
-    if isinstance(found, list): found = {t.get('name'): t.get('template') for t in found if isinstance(t, dict)}.get('default', found)
-    if found is not None and not isinstance(found, str): raise ValueError(f"{folder/'tokenizer_config.json'}: chat_template is no text and has no template named 'default'")
+    if isinstance(found, list):
+        found = {t.get('name'): t.get('template') for t in found if isinstance(t, dict)}.get('default', found)
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"{folder/'tokenizer_config.json'}: chat_template is no text and has no template named "
+                         "'default'")
     return found
 
 def _ends(folder:Path)->list[int]:
     "The end tokens that generation_config.json and config.json name."
-    found = [(path, _table(path).get('eos_token_id')) for path in (folder/'generation_config.json', folder/'config.json')]
+    found = [(path, _table(path).get('eos_token_id')) for path in (folder/'generation_config.json',
+        folder/'config.json')]
     found = [(path, i) for path, ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
-    if bad := [(path, i) for path, i in found if type(i) is not int or i < 0]: raise ValueError(f'{bad[0][0]}: eos_token_id {bad[0][1]!r} is no token id')
+    if bad := [(path, i) for path, i in found if type(i) is not int or i < 0]:
+        raise ValueError(f'{bad[0][0]}: eos_token_id {bad[0][1]!r} is no token id')
     return [i for _, i in found]
 
 # %% ../../nbs/02_data/01_tokens.ipynb #7d0c1e55
@@ -212,9 +237,12 @@ def load_tokenizer(
     "Tokenizer of a Hugging Face checkpoint. Raises `ValueError` naming the file that is missing or broken. Without a padding token, the end token pads."
     folder = Path(folder)
     for name in ('tokenizer.json', 'tokenizer_config.json'):
-        if not (folder/name).is_file(): raise ValueError(f'{folder/name}: no such file; expected a checkpoint folder with tokenizer.json and tokenizer_config.json')
+        if not (folder/name).is_file():
+            raise ValueError(f'{folder/name}: no such file; expected a checkpoint folder with tokenizer.json and '
+                             'tokenizer_config.json')
     try: core = Core.from_file(str(folder/'tokenizer.json'))
-    except Exception as e: raise ValueError(f'{folder/"tokenizer.json"}: not a tokenizer ({e})') from e # the library raises bare Exception
+    # the library raises bare Exception
+    except Exception as e: raise ValueError(f'{folder/"tokenizer.json"}: not a tokenizer ({e})') from e
     config = _table(folder/'tokenizer_config.json')
     try: return TextTokenizer(core, config, _template(folder, config), _ends(folder))
     except ValueError as e: raise ValueError(f'{e}, says {folder}' if str(e).startswith('tokenizer') else str(e)) from e

@@ -30,16 +30,19 @@ class BufferOnGloo:
     def get_dispatch_layout(self, topk_idx, num_experts):
         place = torch.where(topk_idx < 0, self.all.ranks, topk_idx//self.all.num_local)
         hit = torch.zeros(len(topk_idx), self.all.ranks+1, dtype=torch.bool).scatter_(1, place, True)[:,:-1]
-        return hit.sum(0).int(), None, torch.bincount(topk_idx.flatten()+1, minlength=num_experts+1)[1:].int(), hit, None
+        return hit.sum(0).int(), None, torch.bincount(topk_idx.flatten()+1,
+            minlength=num_experts+1)[1:].int(), hit, None
 
     def dispatch(self, x, handle=None, topk_idx=None, topk_weights=None, num_worst_tokens=0, config=None, **layout):
         parts = x if isinstance(x, tuple) else (x,)
-        if handle is not None: return self._pad(self.all.scatter(parts[0], handle[0]), handle[1]), None, None, None, None, None
+        if handle is not None:
+            return self._pad(self.all.scatter(parts[0], handle[0]), handle[1]), None, None, None, None, None
         s = self.all.send(parts, topk_idx, topk_weights)
         worst = num_worst_tokens or sum(s.plan.recv)
         rows = tuple(self._pad(p, worst) for p in s.parts)
         counts = torch.bincount(s.idx.flatten()+1, minlength=self.all.num_local+1)[1:].tolist()
-        return rows if isinstance(x, tuple) else rows[0], self._pad(s.idx, worst, -1), self._pad(s.weights, worst), counts, (s.plan, worst), None
+        return rows if isinstance(x, tuple) else rows[0], self._pad(s.idx, worst, -1), self._pad(s.weights,
+            worst), counts, (s.plan, worst), None
 
     def combine(self, x, handle, topk_weights=None, config=None):
         got = sum(handle[0].recv)
@@ -47,7 +50,8 @@ class BufferOnGloo:
 
     def _pad(self, t, rows, value=float("nan")):
         value = 0 if value != value and not t.dtype.is_floating_point else value
-        return torch.cat([t, torch.full((rows - len(t), *t.shape[1:]), value, dtype=torch.float32).to(t.dtype)]) if rows > len(t) else t
+        return torch.cat([t, torch.full((rows - len(t), *t.shape[1:]), value,
+            dtype=torch.float32).to(t.dtype)]) if rows > len(t) else t
 
 # %% ../../nbs/12_ep/02_deepep.ipynb #5408bd9d
 SUPPORTED_RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
@@ -57,8 +61,10 @@ def deepep_problem(
     dtype:torch.dtype=torch.bfloat16, # what unquantised rows must be
 )->str: # "" when the kernels can take it
     "Why DeepEP's kernels can't take such rows, in one line that says what to do."
-    if x.dtype not in (dtype, torch.float8_e4m3fn): return f"DeepEP moves {dtype} or float8_e4m3fn rows, not {x.dtype}; cast the layer or use AllToAll"
-    if x.shape[-1] % 256: return f"DeepEP needs a width that 256 divides, not {x.shape[-1]}; pad the width or use AllToAll"
+    if x.dtype not in (dtype, torch.float8_e4m3fn):
+        return f"DeepEP moves {dtype} or float8_e4m3fn rows, not {x.dtype}; cast the layer or use AllToAll"
+    if x.shape[-1] % 256:
+        return f"DeepEP needs a width that 256 divides, not {x.shape[-1]}; pad the width or use AllToAll"
     return ""
 
 # %% ../../nbs/12_ep/02_deepep.ipynb #d8973784
@@ -67,7 +73,8 @@ def deepep_configs(
     sms:int, # multiprocessors that communication may use, even
 )->tuple: # DeepEP's settings for dispatch and for combine
     "DeepEP's recommended settings. Raises `ExchangeError` for a number of ranks it has no kernels for."
-    if ranks not in SUPPORTED_RANKS: raise ExchangeError(f"DeepEP has no kernels for {ranks} ranks, only for {SUPPORTED_RANKS}; use AllToAll")
+    if ranks not in SUPPORTED_RANKS:
+        raise ExchangeError(f"DeepEP has no kernels for {ranks} ranks, only for {SUPPORTED_RANKS}; use AllToAll")
     if sms < 2 or sms % 2: raise ExchangeError(f"DeepEP uses an even number of multiprocessors, not {sms}")
     from deep_ep import Buffer
     Buffer.set_num_sms(sms)
@@ -82,7 +89,8 @@ def make_buffer(
     R = dist.get_world_size(group)
     configs = deepep_configs(R, sms)
     from deep_ep import Buffer
-    return Buffer(group, max(c.get_nvl_buffer_size_hint(width*2, R) for c in configs), max(c.get_rdma_buffer_size_hint(width*2, R) for c in configs))
+    return Buffer(group, max(c.get_nvl_buffer_size_hint(width*2, R) for c in configs),
+        max(c.get_rdma_buffer_size_hint(width*2, R) for c in configs))
 
 # %% ../../nbs/12_ep/02_deepep.ipynb #77fce245
 class DeepEP:
@@ -99,9 +107,11 @@ class DeepEP:
         timeout:float=60., # seconds, for the agreement
         buffer:Any=None, # something with the calls of `deep_ep.Buffer`; None makes one
     ):
-        self.group, self.timeout, self.max_rows, self.dtype = group or ep_group(timeout=timeout), timeout, max_rows, dtype
+        self.group, self.timeout = group or ep_group(timeout=timeout), timeout
+        self.max_rows, self.dtype = max_rows, dtype
         self.num_experts, self.num_local = num_experts, experts_per_rank(num_experts, dist.get_world_size(self.group))
-        self.configs = (None, None) if buffer and isinstance(buffer, BufferOnGloo) else deepep_configs(dist.get_world_size(self.group), sms)
+        self.configs = (None, None) if buffer and isinstance(buffer,
+            BufferOnGloo) else deepep_configs(dist.get_world_size(self.group), sms)
         self.buffer, self.agreed = buffer or make_buffer(self.group, width, sms), set()
 
     def agree(self, x, idx, weights):
@@ -110,22 +120,27 @@ class DeepEP:
         if shape in self.agreed: return
         problem = check_input(x, idx, weights, self.num_experts) or deepep_problem(x, self.dtype)
         facts = dict(zip(("width", "bytes", "k"), shape), experts=self.num_experts)
-        exchange_counts(torch.zeros(dist.get_world_size(self.group), dtype=torch.int64, device=x.device), facts, problem, self.group, self.timeout)
+        exchange_counts(torch.zeros(dist.get_world_size(self.group), dtype=torch.int64, device=x.device), facts,
+            problem, self.group, self.timeout)
         self.agreed.add(shape)
 
     def send(self, parts, idx, weights):
         self.agree(parts[0], idx, weights)
         tokens, weights = idx.shape[0], weights.detach().float()
         if tokens == 0:
-            parts, idx, weights = tuple(p.new_zeros(1, *p.shape[1:]) for p in parts), idx.new_full((1, idx.shape[1]), -1), weights.new_zeros(1, idx.shape[1])
+            parts, idx, weights = tuple(p.new_zeros(1, *p.shape[1:]) for p in parts), idx.new_full((1, idx.shape[1]),
+                -1), weights.new_zeros(1, idx.shape[1])
         per_rank, per_node, per_expert, where, _ = self.buffer.get_dispatch_layout(idx, self.num_experts)
         rows, idx, weights, _, handle, _ = self.buffer.dispatch(
-            parts if len(parts) > 1 else parts[0], topk_idx=idx, topk_weights=weights, num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_node,
-            is_token_in_rank=where, num_tokens_per_expert=per_expert, num_worst_tokens=self.max_rows, config=self.configs[0])
+            parts if len(parts) > 1 else parts[0], topk_idx=idx, topk_weights=weights, num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_node,
+            is_token_in_rank=where, num_tokens_per_expert=per_expert, num_worst_tokens=self.max_rows,
+            config=self.configs[0])
         return Sent(rows if isinstance(rows, tuple) else (rows,), idx, weights, (handle, tokens))
 
     def scatter(self, rows, plan):
-        return self.buffer.dispatch(rows if plan[1] else rows.new_zeros(1, rows.shape[1]), handle=plan[0], config=self.configs[0])[0]
+        return self.buffer.dispatch(rows if plan[1] else rows.new_zeros(1, rows.shape[1]), handle=plan[0],
+            config=self.configs[0])[0]
 
     def gather(self, rows, plan, weights=None):
         rows, weights, _ = self.buffer.combine(rows, plan[0], topk_weights=weights, config=self.configs[1])
@@ -153,20 +168,26 @@ class DeepEPDecode:
         self.group, self.max_tokens, self.fp8 = group or ep_group(timeout=timeout), max_tokens, fp8
         self.ranks = dist.get_world_size(self.group)
         self.num_experts, self.num_local = num_experts, experts_per_rank(num_experts, self.ranks)
-        if width % 512: raise ExchangeError(f"DeepEP's low-latency kernels need a width that 512 divides, not {width}; use DeepEP or AllToAll")
+        if width % 512:
+            raise ExchangeError(f"DeepEP's low-latency kernels need a width that 512 divides, not {width}; use DeepEP "
+                                "or AllToAll")
         if buffer is None:
             import deep_ep
             size = deep_ep.Buffer.get_low_latency_rdma_size_hint(max_tokens, width, self.ranks, num_experts)
-            buffer = deep_ep.Buffer(self.group, 0, size, low_latency_mode=True, num_qps_per_rank=self.num_local, allow_nvlink_for_low_latency_mode=True)
+            buffer = deep_ep.Buffer(self.group, 0, size, low_latency_mode=True, num_qps_per_rank=self.num_local,
+                allow_nvlink_for_low_latency_mode=True)
         self.buffer = buffer
 
     @torch.no_grad()
     def send_masked(self, x:Tensor, idx:Tensor, weights:Tensor)->Masked:
         "Tokens [T,D] bfloat16 to fixed slots of their experts. Raises `ExchangeError` when they are too many; the others then time out."
         problem = check_input(x, idx, weights, self.num_experts) or deepep_problem(x)
-        if x.shape[0] > self.max_tokens: problem = f"{x.shape[0]} tokens, but this exchange was made for {self.max_tokens}; raise max_tokens on every rank"
+        if x.shape[0] > self.max_tokens:
+            problem = (f"{x.shape[0]} tokens, but this exchange was made for {self.max_tokens}; raise max_tokens on "
+                       "every rank")
         if problem: raise ExchangeError(f"rank {dist.get_rank()}: {problem}")
-        rows, counts, handle, *_ = self.buffer.low_latency_dispatch(x, idx, self.max_tokens, self.num_experts, use_fp8=self.fp8)
+        rows, counts, handle, *_ = self.buffer.low_latency_dispatch(x, idx, self.max_tokens, self.num_experts,
+            use_fp8=self.fp8)
         return Masked(rows, counts, (handle, idx, weights.float()))
 
     @torch.no_grad()
@@ -235,8 +256,10 @@ class DeepEPElastic:
 
     def send(self, parts, idx, weights):
         self.agree(parts[0], idx, weights)
-        rows, idx, weights, handle, _ = self.buffer.dispatch(parts if len(parts) > 1 else parts[0], topk_idx=idx, topk_weights=weights.detach().float(),
-                                                             num_experts=self.num_experts, num_max_tokens_per_rank=self.max_tokens)
+        rows, idx, weights, handle, _ = self.buffer.dispatch(parts if len(parts) > 1 else parts[0], topk_idx=idx,
+                                                             topk_weights=weights.detach().float(),
+                                                             num_experts=self.num_experts,
+                                                             num_max_tokens_per_rank=self.max_tokens)
         return Sent(rows if isinstance(rows, tuple) else (rows,), idx, weights, handle)
 
     def scatter(self, rows, plan): return self.buffer.dispatch(rows, handle=plan)[0]
@@ -252,7 +275,8 @@ def capabilities()->dict[str,str]: # backend -> "" if this rank can run it, else
         try: import_module("deep_ep"); reason = ""
         except ImportError as e: reason = f"deep_ep does not import ({str(e).splitlines()[0][:80]})"
     if reason: return dict.fromkeys(out, reason)
-    if not any(Path("/sys/class/infiniband").glob("*")): out["elastic"] = "no RDMA device, which NCCL's device-initiated network (GIN) needs"
+    if not any(Path("/sys/class/infiniband").glob("*")):
+        out["elastic"] = "no RDMA device, which NCCL's device-initiated network (GIN) needs"
     return out
 
 # %% ../../nbs/12_ep/02_deepep.ipynb #a6ec4967
@@ -266,15 +290,20 @@ def choose_exchange(
     timeout:float=60., # seconds
 )->tuple[Exchange,str]: # the exchange, and one line that says which runs and why not a better one
     "The fastest exchange that all ranks can run: elastic, deepep, hierarchical (several nodes), all_to_all, local (one rank)."
-    if not dist.is_initialized() or dist.get_world_size(group) == 1: return Local(num_experts), "exchange: local (one rank)"
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return Local(num_experts), "exchange: local (one rank)"
     group = group or ep_group(timeout=timeout)
     R, all_can = dist.get_world_size(group), [None]*dist.get_world_size(group)
     dist.all_gather_object(all_can, capabilities(), group)
-    lacking = {name: next((f"rank {r}: {c[name]}" for r, c in enumerate(all_can) if c[name]), "") for name in all_can[0]}
+    lacking = {name: next((f"rank {r}: {c[name]}" for r, c in enumerate(all_can) if c[name]), "")
+        for name in all_can[0]}
     if R not in SUPPORTED_RANKS and not lacking["deepep"]: lacking["deepep"] = f"no kernels for {R} ranks"
     if width % 256: lacking = dict.fromkeys(lacking, f"256 does not divide the width {width}")
     why = "".join(f"; {name} can't run: {reason}" for name, reason in lacking.items() if reason)
-    if not lacking["elastic"]: return DeepEPElastic(num_experts, width, max_tokens, k, group, timeout=timeout), "exchange: elastic"
+    if not lacking["elastic"]:
+        return DeepEPElastic(num_experts, width, max_tokens, k, group, timeout=timeout), "exchange: elastic"
     if not lacking["deepep"]: return DeepEP(num_experts, width, group, timeout=timeout), "exchange: deepep" + why
-    if R > per_node: return Hierarchical(num_experts, per_node, dist.get_process_group_ranks(group), timeout), "exchange: hierarchical" + why
+    if R > per_node:
+        return Hierarchical(num_experts, per_node, dist.get_process_group_ranks(group),
+            timeout), "exchange: hierarchical" + why
     return AllToAll(num_experts, group, timeout), "exchange: all_to_all" + why

@@ -54,11 +54,15 @@ def check_input(
     num_experts:int, # E
 )->str: # "" when all is well
     "What is wrong with the arguments of a dispatch, in one line that says what to do."
-    if idx.ndim != 2 or idx.dtype != torch.int64: return f"expert ids must be int64 [tokens, k], not {idx.dtype} {list(idx.shape)}; use Routing.idx"
-    if idx.shape[1] > num_experts: return f"k={idx.shape[1]} experts per token is impossible with {num_experts} experts; lower k"
+    if idx.ndim != 2 or idx.dtype != torch.int64:
+        return f"expert ids must be int64 [tokens, k], not {idx.dtype} {list(idx.shape)}; use Routing.idx"
+    if idx.shape[1] > num_experts:
+        return f"k={idx.shape[1]} experts per token is impossible with {num_experts} experts; lower k"
     if weights.shape != idx.shape or x.shape[0] != idx.shape[0]:
-        return f"{x.shape[0]} tokens, ids {list(idx.shape)} and weights {list(weights.shape)} do not belong together; pass one routing of these tokens"
-    if not x.dtype.is_floating_point or not weights.dtype.is_floating_point: return f"tokens and weights must be floating point, not {x.dtype}, {weights.dtype}"
+        return (f"{x.shape[0]} tokens, ids {list(idx.shape)} and weights {list(weights.shape)} do not belong "
+                "together; pass one routing of these tokens")
+    if not x.dtype.is_floating_point or not weights.dtype.is_floating_point:
+        return f"tokens and weights must be floating point, not {x.dtype}, {weights.dtype}"
     return ""
 
 # %% ../../nbs/12_ep/01_dispatch.ipynb #86607ac8
@@ -67,7 +71,9 @@ def experts_per_rank(
     ranks:int, # R
 )->int: # E/R
     "Experts that each of `ranks` ranks holds. Raises `ExchangeError`, alike on every rank, when they can't be split evenly."
-    if num_experts % ranks: raise ExchangeError(f"{ranks} ranks do not divide {num_experts} experts; choose an expert-parallel size that does")
+    if num_experts % ranks:
+        raise ExchangeError(f"{ranks} ranks do not divide {num_experts} experts; choose an expert-parallel size that "
+                            "does")
     return num_experts//ranks
 
 # %% ../../nbs/12_ep/01_dispatch.ipynb #20bef653
@@ -80,7 +86,8 @@ class Local:
     def send(self, parts, idx, weights):
         if (problem := check_input(parts[0], idx, weights, self.num_experts)): raise ExchangeError(f"rank 0: {problem}")
         if idx.numel() and not idx.is_cuda and (int(idx.max()) >= self.num_experts or int(idx.min()) < -1):
-            raise ExchangeError("rank 0: expert ids outside -1..E-1; check the router or the replayed routes of that rank")
+            raise ExchangeError("rank 0: expert ids outside -1..E-1; check the router or the replayed routes of that "
+                                "rank")
         return Sent(parts, idx, weights.float(), None)
 
     def scatter(self, rows, plan): return rows
@@ -138,10 +145,12 @@ class AllToAll:
         if problem: idx = torch.full((x.shape[0], 1), -1, device=x.device)
         bad = ((idx < -1) | (idx >= self.num_experts)).any()
         place = torch.where((idx < 0) | bad, self.ranks, idx//self.num_local)
-        hit = torch.zeros(idx.shape[0], self.ranks+1, dtype=torch.bool, device=idx.device).scatter_(1, place, True)[:,:self.ranks]
+        hit = torch.zeros(idx.shape[0], self.ranks+1, dtype=torch.bool, device=idx.device).scatter_(1, place, True)[:,
+            :self.ranks]
         token, back, counts = plan_rows(hit, min(idx.shape[1], self.ranks))
         facts = dict(width=x.shape[-1], bytes=x.element_size(), k=idx.shape[1], experts=self.num_experts)
-        return Plan(token, *exchange_counts(torch.where(bad, -1, counts), facts, problem, self.group, self.timeout), back)
+        return Plan(token, *exchange_counts(torch.where(bad, -1, counts), facts, problem, self.group, self.timeout),
+            back)
 
     def send(self, parts, idx, weights, problem=""):
         plan = self.plan(parts[0], idx, weights, problem)
@@ -166,7 +175,9 @@ def node_groups(
 )->tuple[dist.ProcessGroup,dist.ProcessGroup]: # this rank's rail (same place on every node), this rank's node
     "The two groups of a hierarchical exchange. Raises `ExchangeError` when the nodes are not full."
     ranks = list(range(dist.get_world_size())) if ranks is None else ranks
-    if len(ranks) % per_node: raise ExchangeError(f"{len(ranks)} ranks are not a whole number of nodes of {per_node}; use all_to_all or full nodes")
+    if len(ranks) % per_node:
+        raise ExchangeError(f"{len(ranks)} ranks are not a whole number of nodes of {per_node}; use all_to_all or "
+                            "full nodes")
     node, place = divmod(ranks.index(dist.get_rank()), per_node)
     return ep_group(ranks[place::per_node], timeout), ep_group(ranks[node*per_node:(node+1)*per_node], timeout)
 
@@ -190,7 +201,8 @@ class Hierarchical:
         except ExchangeError as e:  # heard on this rail only: the node must hear it too
             a, problem = Sent(tuple(p[:0] for p in parts), idx[:0], weights[:0], None), str(e)
         kept, most = None, self.between.num_local
-        if idx.shape[1] > most:             # a token has at most that many choices on a node: the columns of the others are left out
+        # a token has at most that many choices on a node: the columns of the others are left out
+        if idx.shape[1] > most:
             kept = (a.idx < 0).sort(dim=1, stable=True).indices[:,:most]
             a = a._replace(idx=a.idx.gather(1, kept), weights=a.weights.gather(1, kept))
         b = self.inside.send(a.parts, a.idx, a.weights, problem)
@@ -304,7 +316,8 @@ class ExpertParallel:
     def __call__(self, x, idx, weights, gate_up, down):
         r = self.dispatcher.receive(x, idx, weights)
         if gate_up.shape[0] != self.dispatcher.exchange.num_local:
-            raise ExchangeError(f"this rank holds {gate_up.shape[0]} experts, its exchange expects {self.dispatcher.exchange.num_local}; slice the expert weights by rank")
+            raise ExchangeError(f"this rank holds {gate_up.shape[0]} experts, its exchange expects "
+                                f"{self.dispatcher.exchange.num_local}; slice the expert weights by rank")
         return self.dispatcher.give_back(self.experts(r.x, r.idx, r.weights, gate_up, down), r)
 
 # %% ../../nbs/12_ep/01_dispatch.ipynb #059a650c

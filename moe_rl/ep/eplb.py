@@ -21,7 +21,8 @@ def draw_routes(
     "Experts of T tokens under group-limited routing (DeepSeek-V3: a group counts as much as its two best experts)."
     s = (strength + noise).reshape(len(noise), groups, -1)
     worth = np.partition(s, -2, -1)[...,-2:].sum(-1)
-    closed = np.argpartition(worth, groups-topk_groups, 1)[:,:groups-topk_groups] if topk_groups < groups else np.empty((len(noise), 0), int)
+    closed = np.argpartition(worth, groups-topk_groups, 1)[:,
+        :groups-topk_groups] if topk_groups < groups else np.empty((len(noise), 0), int)
     s[np.arange(len(s))[:,None], closed] = -np.inf
     return np.argpartition(s.reshape(len(noise), -1), -k, 1)[:,-k:]
 
@@ -120,7 +121,8 @@ class Placement:
 
     def __post_init__(self):
         P = self.slots.shape[1]
-        if P % self.gpus or self.gpus % self.nodes: raise ValueError(f"{P} slots, {self.gpus} GPUs, {self.nodes} nodes: each must divide the one before")
+        if P % self.gpus or self.gpus % self.nodes:
+            raise ValueError(f"{P} slots, {self.gpus} GPUs, {self.nodes} nodes: each must divide the one before")
         if (self.copies() == 0).any(): raise ValueError("an expert has no slot: every expert must live somewhere")
 
     def copies(self)->np.ndarray: # [L,E]
@@ -134,9 +136,12 @@ class Placement:
     def node_share(self)->np.ndarray: # [L,E,nodes]
         "Part of an expert's tokens that each node takes."
         L, P = self.slots.shape
-        return _sum_by(self.slots*self.nodes + self.node_of(), self.share, self.num_experts*self.nodes).reshape(L, -1, self.nodes)
+        return _sum_by(self.slots*self.nodes + self.node_of(), self.share, self.num_experts*self.nodes).reshape(L, -1,
+            self.nodes)
 
-    def __repr__(self): return f"Placement({len(self.slots)} layers, {self.num_experts} experts in {self.slots.shape[1]} slots, {self.gpus} GPUs of {self.nodes} nodes)"
+    def __repr__(self):
+        return (f"Placement({len(self.slots)} layers, {self.num_experts} experts in {self.slots.shape[1]} slots, "
+                f"{self.gpus} GPUs of {self.nodes} nodes)")
 
 def _sum_by(
     key:np.ndarray, # [L,P] in [0,n)

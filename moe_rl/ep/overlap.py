@@ -44,7 +44,8 @@ def moe_program(
 # %% ../../nbs/12_ep/07_overlap.ipynb #457e6e03
 def interleave(
     programs:list[Iterator[Segment]], # the half-batches
-    streams:dict[str,"torch.cuda.Stream"]|None=None, # 'comm' and 'compute'; None issues everything where we are (CPU, or one stream)
+    # 'comm' and 'compute'; None issues everything where we are (CPU, or one stream)
+    streams:dict[str,"torch.cuda.Stream"]|None=None,
 )->list[Tensor]: # their return values
     "Run programs in turns; a turn ends when a segment of 'compute' has been issued. Every program's own segments stay in order."
     results, at, done = [None]*len(programs), {}, {}
@@ -109,12 +110,15 @@ class DeferredExperts:
         sms:int=0, # multiprocessors that the exchange uses
         beside:tuple[str,...]=("d_weights",), # which of `PRODUCTS` run beside communication and leave them free
     ):
-        if (odd := set(beside) - set(self.PRODUCTS)): raise ValueError(f"DeferredExperts: {sorted(odd)} are not products; there are {self.PRODUCTS}")
-        self.stream, self.free = streams and streams["later"], {name: sms if name in beside else 0 for name in self.PRODUCTS}
+        if (odd := set(beside) - set(self.PRODUCTS)):
+            raise ValueError(f"DeferredExperts: {sorted(odd)} are not products; there are {self.PRODUCTS}")
+        self.stream = streams and streams["later"]
+        self.free = {name: sms if name in beside else 0 for name in self.PRODUCTS}
 
     def __call__(self, x, idx, weights, gate_up, down):
         for w in (gate_up, down):
-            if w.requires_grad and not w.is_leaf: raise ValueError("DeferredExperts: expert weights must be leaves, for it adds to their .grad itself")
+            if w.requires_grad and not w.is_leaf:
+                raise ValueError("DeferredExperts: expert weights must be leaves, for it adds to their .grad itself")
         return _Deferred.apply(x.contiguous(), idx, weights.contiguous(), gate_up, down, self)
 
     def product(self, name, a, b, ends):
@@ -127,7 +131,8 @@ class DeferredExperts:
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream): compute()
         for t in inputs: t.record_stream(self.stream)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: torch.cuda.current_stream().wait_stream(self.stream))
+        torch.autograd.Variable._execution_engine.queue_callback(
+            lambda: torch.cuda.current_stream().wait_stream(self.stream))
 
 # %% ../../nbs/12_ep/07_overlap.ipynb #872bdabb
 def _add_grad(w, grad): w.grad = grad if w.grad is None else w.grad.add_(grad)
@@ -169,7 +174,8 @@ class Replayed:
     def send(self, parts, idx, weights):
         s = self.sent[self.turn % len(self.sent)]
         self.turn += 1
-        if s.parts[0].shape[0] < parts[0].shape[0]: raise ValueError("a rank that receives fewer tokens than it sends can't be replayed; use larger batches")
+        if s.parts[0].shape[0] < parts[0].shape[0]:
+            raise ValueError("a rank that receives fewer tokens than it sends can't be replayed; use larger batches")
         return s._replace(plan=(s.parts[0], parts[0].shape[0], weights))
 
     def scatter(self, rows, plan): return plan[0].to(rows.dtype)
@@ -185,7 +191,8 @@ def hidden_share(
     return 1 - (overlap-compute)/(serial-compute)
 
 # %% ../../nbs/12_ep/07_overlap.ipynb #71723b50
-KINDS = (("combine", r"deep_ep.*combine"), ("dispatch", r"deep_ep"), ("experts", r"gemm|cutlass|nvjet|_swiglu|_permute|_combine"))
+KINDS = (("combine", r"deep_ep.*combine"), ("dispatch", r"deep_ep"),
+    ("experts", r"gemm|cutlass|nvjet|_swiglu|_permute|_combine"))
 
 def kind_of(
     kernel:str, # its name in a trace
@@ -199,10 +206,12 @@ def spans(
     gap:float=10., # microseconds; shorter pauses are bridged
 )->list[list]: # [stream, kind, start us, duration us], sorted; the first starts at 0
     "Busy spans of every stream of the GPU, by kind of work."
-    kernels = sorted((e["args"]["stream"], e["ts"], e["dur"], kind_of(e["name"])) for e in trace["traceEvents"] if e.get("cat") == "kernel")
+    kernels = sorted((e["args"]["stream"], e["ts"], e["dur"], kind_of(e["name"])) for e in trace["traceEvents"]
+        if e.get("cat") == "kernel")
     out, zero = [], min((k[1] for k in kernels), default=0.)
     for stream, ts, dur, kind in kernels:
-        if out and out[-1][:2] == [stream, kind] and ts-zero - sum(out[-1][2:]) < gap: out[-1][3] = ts-zero + dur - out[-1][2]
+        if out and out[-1][:2] == [stream, kind] and ts-zero - sum(out[-1][2:]) < gap:
+            out[-1][3] = ts-zero + dur - out[-1][2]
         else: out.append([stream, kind, ts-zero, dur])
     return [[s, k, round(a, 1), round(d, 1)] for s, k, a, d in out]
 
@@ -221,7 +230,9 @@ def plot_spans(
     streams = sorted({r[0] for r in rows})
     for kind, c in colour.items():
         for y, s in enumerate(streams):
-            ax.broken_barh([(r[2]/1e3, r[3]/1e3) for r in rows if r[0] == s and r[1] == kind], (y-.4, .8), color=c, label=kind if y == 0 else None)
-    ax.set(yticks=range(len(streams)), yticklabels=[f"stream {s}" for s in streams], xlabel="ms", xlim=(start, min(stop, max((r[2] + r[3] for r in rows), default=1e3)/1e3)))
+            ax.broken_barh([(r[2]/1e3, r[3]/1e3) for r in rows if r[0] == s and r[1] == kind], (y-.4, .8), color=c,
+                label=kind if y == 0 else None)
+    ax.set(yticks=range(len(streams)), yticklabels=[f"stream {s}" for s in streams], xlabel="ms",
+        xlim=(start, min(stop, max((r[2] + r[3] for r in rows), default=1e3)/1e3)))
     ax.legend(ncol=4, fontsize=7, loc="lower center", bbox_to_anchor=(.5, 1.), frameon=False)
     return ax

@@ -24,12 +24,15 @@ def company(
     group = np.asarray(routes, np.int64)//size
     used = np.zeros((T, L, groups), int)
     for j in range(k): np.put_along_axis(used, group[:,:,j:j+1], np.take_along_axis(used, group[:,:,j:j+1], 2) + 1, 2)
-    mask = ((used > 0) << np.arange(groups)).sum(2)                                          # [T,L] groups of a token as bits
+    # [T,L] groups of a token as bits
+    mask = ((used > 0) << np.arange(groups)).sum(2)
     key = routes + np.arange(L)[:,None]*num_experts
-    table = np.bincount(((key << groups) + mask[:,:,None]).ravel(), minlength=L*num_experts << groups).reshape(L, num_experts, -1)
+    table = np.bincount(((key << groups) + mask[:,:,None]).ravel(), minlength=L*num_experts << groups).reshape(L,
+        num_experts, -1)
     bits = (np.arange(1 << groups)[:,None] >> np.arange(groups)) & 1                          # [2^G,G]
     n = np.maximum(table.sum(2), 1)
-    alone = np.bincount(key.ravel(), weights=(np.take_along_axis(used, group, 2) == 1).ravel(), minlength=L*num_experts).reshape(L, -1)
+    alone = np.bincount(key.ravel(), weights=(np.take_along_axis(used, group, 2) == 1).ravel(),
+        minlength=L*num_experts).reshape(L, -1)
     return table @ bits/n[:,:,None], alone/n
 
 # %% ../../nbs/12_ep/04_placement.ipynb #e1594c31
@@ -46,7 +49,8 @@ def pack(
     for _ in range(swaps):
         load = x.sum(2)
         full = load.argmax(1)
-        moved = x[b,full][:,:,None,None] - x[:,None]                       # [B,i,bin,j] load that leaves the fullest bin
+        # [B,i,bin,j] load that leaves the fullest bin
+        moved = x[b,full][:,:,None,None] - x[:,None]
         worse = np.maximum(load[b,full][:,None,None,None] - moved, load[:,None,:,None] + moved)
         worse[b,:,full] = np.inf
         best = worse.reshape(B, -1).argmin(1)
@@ -126,7 +130,8 @@ def exchange_slots(
     price:np.ndarray, # [L,E,nodes]
     k:int=8, # experts per token
     tolerance:float=.01, # leave nodes alone that are this close to the mean
-    per_visit:float=.1, rounds:int=16, near:int=24, # cost of a visit; at most so many exchanges; slots looked at on either side
+    # cost of a visit; at most so many exchanges; slots looked at on either side
+    per_visit:float=.1, rounds:int=16, near:int=24,
 )->np.ndarray: # [L,E,nodes]
     "Exchange single slots between the fullest and the emptiest node until they are even."
     L, N = len(loads), copies.shape[2]
@@ -141,7 +146,8 @@ def exchange_slots(
             return e, np.where(np.take_along_axis(copies[l,:,v], e, 1) > 0, np.take_along_axis(part, e, 1), np.nan)
         (give, pg), (take, pt) = nearest(full, 1.5*gap[:,None]), nearest(empty, 0.)
         further = price[l,:,empty] - price[l,:,full]                       # [L,E] price of going from full to empty
-        visits = k*(np.take_along_axis(further, give, 1)*pg)[:,:,None] - k*(np.take_along_axis(further, take, 1)*pt)[:,None]
+        visits = k*(np.take_along_axis(further, give, 1)*pg)[:,:,None] - k*(np.take_along_axis(further, take, 1)*pt)[:,
+            None]
         shift = pg[:,:,None] - pt[:,None]
         cost = abs(shift - gap[:,None,None]) + per_visit*visits
         i, j = np.divmod(np.where(np.isnan(cost), np.inf, cost).reshape(L, -1).argmin(1), take.shape[1])
@@ -165,14 +171,18 @@ def place(
     "Replicas of popular experts so that GPUs are even and tokens visit few nodes. Raises `ValueError` when the numbers do not divide."
     L, E = loads.shape
     if groups % nodes: raise ValueError(f"{nodes} nodes do not divide {groups} groups of experts: use place_ungrouped")
-    if slots % gpus or gpus % nodes or E % nodes or slots < E: raise ValueError(f"{E} experts in {slots} slots on {gpus} GPUs of {nodes} nodes: slots must be a multiple of GPUs, "
-                                                                               "GPUs and experts of nodes, and every expert needs a slot")
+    if slots % gpus or gpus % nodes or E % nodes or slots < E:
+        raise ValueError(f"{E} experts in {slots} slots on {gpus} GPUs of {nodes} nodes: slots must be a multiple of "
+                         "GPUs, "
+                                                                               "GPUs and experts of nodes, and every "
+                                                                               "expert needs a slot")
     w = np.maximum(loads, 1e-9*loads.sum(1, keepdims=True))
     w = w/w.sum(1, keepdims=True)
     home = homes(w, groups, nodes)
     price = visit_price(home, nodes, together, alone)
     copies = exchange_slots(w, replicate(w, home, price, slots, k), price, k)
-    per_node = np.stack([np.repeat(np.tile(np.arange(E), L), copies[:,:,v].ravel()).reshape(L, -1) for v in range(nodes)], 1)
+    per_node = np.stack([np.repeat(np.tile(np.arange(E), L), copies[:,:,v].ravel()).reshape(L, -1)
+        for v in range(nodes)], 1)
     part = np.take_along_axis(np.repeat((w/copies.sum(2))[:,None], nodes, 1), per_node, 2)
     item = pack(part.reshape(L*nodes, -1), gpus//nodes).reshape(L, nodes, -1)
     return evenly(np.take_along_axis(per_node, item, 2).reshape(L, -1), E, nodes, gpus)
@@ -217,7 +227,8 @@ def exchange_gains(
     cost:np.ndarray, # [L,E,N] of `lone_visits`, for one copy
     noise:np.ndarray, # [L,E] how much one copy's tokens count: 1/(tokens*copies)
     nodes:int, gpus:int, near:int,
-)->tuple[np.ndarray,np.ndarray,np.ndarray]: # [L,P,near] slots i and j, visits saved by exchanging them, -1 where that is not allowed
+# [L,P,near] slots i and j, visits saved by exchanging them, -1 where that is not allowed
+)->tuple[np.ndarray,np.ndarray,np.ndarray]:
     "What the exchanges of slots with similar loads are worth."
     L, P = slots.shape
     l, node, gpu = np.arange(L)[:,None,None], np.arange(P)//(P//nodes), np.arange(P)//(P//gpus)
@@ -237,7 +248,8 @@ def exchange_nodes(
     loads:np.ndarray, # [L,E]
     routes:np.ndarray, # [T,L,k] recorded routes
     nodes:int, gpus:int,
-    rounds:int=40, near:int=24, at_once:int=8, # at most so many rounds; neighbours looked at; exchanges of a layer in one round
+    # at most so many rounds; neighbours looked at; exchanges of a layer in one round
+    rounds:int=40, near:int=24, at_once:int=8,
 )->np.ndarray: # [L,P]
     "Exchange slots between nodes so that tokens visit fewer of them; the fullest GPU of a layer never becomes fuller."
     (L, P), E = slots.shape, loads.shape[1]
@@ -273,7 +285,8 @@ def place_ungrouped(
     "Replicas for a router that limits no groups: DeepSeek's global policy, then exchanges between nodes, then shares. Raises `ValueError` when the numbers do not divide."
     E = loads.shape[1]
     if slots % gpus or gpus % nodes or slots < E:
-        raise ValueError(f"{E} experts in {slots} slots on {gpus} GPUs of {nodes} nodes: slots must be a multiple of GPUs, "
+        raise ValueError(f"{E} experts in {slots} slots on {gpus} GPUs of {nodes} nodes: slots must be a multiple of "
+                         "GPUs, "
                          "GPUs of nodes, and every expert needs a slot")
     w = np.maximum(loads, 1e-9*loads.sum(1, keepdims=True))
     start = eplb(w/w.sum(1, keepdims=True), slots, 1, 1, gpus)
@@ -286,13 +299,15 @@ def copy_changes(
     n:np.ndarray, c:np.ndarray, # [L,E,N] copies on every node, and [L,E] their sum
     price:np.ndarray, # [L,E,N] of `visit_price`
     k:int, per_visit:float, # as in `rebalance`
-)->tuple[np.ndarray,np.ndarray]: # [L,E,N] twice: with one copy more, and with one less, which is infinite where there is none to spare
+# [L,E,N] twice: with one copy more, and with one less, which is infinite where there is none to spare
+)->tuple[np.ndarray,np.ndarray]:
     "What one copy more or less of every expert on every node does to the sum."
     node, paid, N = (n*(w/c)[:,:,None]).sum(1), (n*price).sum(2), n.shape[2]
     def change(sign):
         part = w/np.maximum(c+sign, 1e-9)
         off = n*(part - w/c)[:,:,None]
-        even = ((2*node[:,None] + off)*off).sum(2)[:,:,None] + sign*(2*(node[:,None] + off) + sign*part[:,:,None])*part[:,:,None]
+        even = ((2*node[:,None] + off)*off).sum(2)[:,:,None] + sign*(2*(node[:,None] + off)
+            + sign*part[:,:,None])*part[:,:,None]
         visits = (w*k)[:,:,None]*((paid[:,:,None] + sign*price)/np.maximum(c+sign, 1e-9)[:,:,None] - (paid/c)[:,:,None])
         return N*even + N*(w*(part - w/c))[:,:,None] + per_visit*visits
     return change(1), np.where((n > 0) & (c > 1)[:,:,None], change(-1), np.inf)
@@ -319,7 +334,8 @@ def rebalance(
     for _ in range(budget):
         c = n.sum(2)
         come, go = copy_changes(w, n, c, price, k, per_visit)
-        leave = go.argmin(1)                                               # [L,N] expert that is missed least on each node
+        # [L,N] expert that is missed least on each node
+        leave = go.argmin(1)
         total = come + go.min(1)[:,None]
         np.put_along_axis(total, leave[:,None], np.inf, 1)
         e, v = np.divmod(total.reshape(L, -1).argmin(1), N)
@@ -352,7 +368,8 @@ def relieve(
         worse[l,:,full] = np.inf
         best = worse.reshape(L, -1).argmin(1)
         i, other, j = np.unravel_index(best, worse.shape[1:])
-        go = np.flatnonzero((worse.reshape(L, -1)[l,best] < gpu.max(1)*.995) & (left >= 2) & (gpu.max(1)*place.gpus > 1.02))
+        go = np.flatnonzero((worse.reshape(L, -1)[l,best] < gpu.max(1)*.995) & (left >= 2)
+            & (gpu.max(1)*place.gpus > 1.02))
         if len(go) == 0: return weigh(place, loads, 120)
         a, b = (node*m + full)*per + i, (node*m + other)*per + j
         slots = place.slots.copy()

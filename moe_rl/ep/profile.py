@@ -21,7 +21,9 @@ def count_routes(
     "Tokens per layer and expert. Raises `ValueError` for an id that is no expert."
     routes = np.asarray(routes).astype(np.int64)
     if routes.ndim != 3: raise ValueError(f"routes have shape {routes.shape}; a profile needs (tokens, MoE layers, k)")
-    if routes.size and routes.max() >= num_experts: raise ValueError(f"routes name expert {routes.max()}, the profile has 0..{num_experts-1}; is it of another model?")
+    if routes.size and routes.max() >= num_experts:
+        raise ValueError(f"routes name expert {routes.max()}, the profile has 0..{num_experts-1}; is it of another "
+                         "model?")
     L = routes.shape[1]
     key = routes + np.arange(L)[:,None]*num_experts
     return np.bincount(key[routes >= 0], minlength=L*num_experts).reshape(L, num_experts)
@@ -53,7 +55,9 @@ class ExpertProfile:
         weights = weights or dict.fromkeys(self.counts, 1.)
         return sum(w*self[d] for d, w in weights.items())/sum(weights.values())
 
-    def __repr__(self): return f"ExpertProfile({self.num_experts} experts; " + ", ".join(f"{d}: {c.sum()} choices in {len(c)} layers" for d, c in self.counts.items()) + ")"
+    def __repr__(self):
+        return f"ExpertProfile({self.num_experts} experts; " + ", ".join(f"{d}: {c.sum()} choices in {len(c)} layers"
+            for d, c in self.counts.items()) + ")"
 
 # %% ../../nbs/12_ep/06_profile.ipynb #22c4a9c6
 def busiest(
@@ -101,8 +105,10 @@ def topologies(
         slots = -(-round(E*(1+spare))//gpus)*gpus
         copies = int(np.ceil(freq.max()*gpus))
         torn = groups % n > 0
-        p = place_ungrouped(freq, slots, n, gpus, routes) if torn else weigh(place(freq, slots, groups, n, gpus, *known, k), freq)
+        p = place_ungrouped(freq, slots, n, gpus, routes) if torn else weigh(place(freq, slots, groups, n, gpus, *known,
+            k), freq)
         limit = f"the hottest expert needs {copies} copies, {slots-E} slots are spare" if copies > slots-E+1 else ""
         if torn and groups > 1: limit = f"{n} nodes do not divide {groups} groups: groups are torn apart"
-        out.append(Topology(n, gpus, slots, copies, round(balance(gpu_loads(p, freq)), 3), round(nodes_per_token(p, routes), 2), limit))
+        out.append(Topology(n, gpus, slots, copies, round(balance(gpu_loads(p, freq)), 3),
+            round(nodes_per_token(p, routes), 2), limit))
     return out

@@ -26,7 +26,8 @@ def _child(pipe, fn, rank, world, store, timeout, args):
     "One forked rank: join the group, run, send back the result or the error."
     try:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world,
+            timeout=timedelta(seconds=timeout))
         dist.barrier()  # nobody runs, or fails, before everybody is connected
         pipe.send((True, fn(*args)))
         pipe.poll(timeout)  # stay connected until the parent has every answer
@@ -54,7 +55,8 @@ def run_ranks(
             p.start(); there.close(); ranks.append((p, here))
         for r, (p, pipe) in enumerate(ranks):
             try:
-                if not pipe.poll(max(0., deadline - time.monotonic())): raise ExchangeError(f"rank {r} gave no answer within {timeout:g} s")
+                if not pipe.poll(max(0., deadline - time.monotonic())):
+                    raise ExchangeError(f"rank {r} gave no answer within {timeout:g} s")
                 ok, value = pipe.recv()
                 if not ok: raise ExchangeError(f"rank {r}: {value[0]}: {value[1]}\n{value[2]}")
             except EOFError:
@@ -78,7 +80,8 @@ def naming(
     except RuntimeError as e:
         if isinstance(e, ExchangeError): raise
         reason = str(e).strip().splitlines()[0][:160]
-        raise ExchangeError(f"rank {dist.get_rank(group)} of {dist.get_world_size(group)}: {what} did not finish: another rank died or stopped; "
+        raise ExchangeError(f"rank {dist.get_rank(group)} of {dist.get_world_size(group)}: {what} did not finish: "
+                            "another rank died or stopped; "
                             f"look at the logs of the others ({reason})") from e
 
 # %% ../../nbs/12_ep/00_ranks.ipynb #e70f1e90
@@ -88,8 +91,10 @@ def ep_group(
 )->dist.ProcessGroup:
     "A process group whose collectives give up after `timeout` seconds. Only its members need to call this. Raises `ExchangeError` when one of them is gone."
     ranks = list(range(dist.get_world_size())) if ranks is None else ranks
-    grace = 30. if dist.get_backend() == "nccl" else 0.  # there the host's own wait (`to_host`) speaks first; NCCL's watchdog would end the process
-    with naming("making a group", dist.group.WORLD): return dist.new_group(ranks, timeout=timedelta(seconds=timeout+grace), use_local_synchronization=True)
+    # there the host's own wait (`to_host`) speaks first; NCCL's watchdog would end the process
+    grace = 30. if dist.get_backend() == "nccl" else 0.
+    with naming("making a group", dist.group.WORLD):
+        return dist.new_group(ranks, timeout=timedelta(seconds=timeout+grace), use_local_synchronization=True)
 
 # %% ../../nbs/12_ep/00_ranks.ipynb #870ef175
 def exchange_rows(
@@ -103,7 +108,8 @@ def exchange_rows(
     row = x[:0].numel() or int(np.prod(x.shape[1:]))
     width = row*x.element_size()
     out = x.new_empty(sum(recv), *x.shape[1:])
-    as_bytes = lambda t: t.contiguous().view(t.shape[0], row).view(torch.uint8) if t.numel() else t.new_empty(t.shape[0], width, dtype=torch.uint8)
+    as_bytes = lambda t: t.contiguous().view(t.shape[0],
+        row).view(torch.uint8) if t.numel() else t.new_empty(t.shape[0], width, dtype=torch.uint8)
     with naming(what, group): dist.all_to_all_single(as_bytes(out), as_bytes(x), recv, send, group=group)
     return out
 
@@ -119,7 +125,8 @@ def to_host(
         done.record()
         while not done.query():
             if time.monotonic() > deadline:
-                raise ExchangeError(f"rank {dist.get_rank()}: {what} did not finish within {timeout:g} s: another rank died or stopped; look at the logs of the others")
+                raise ExchangeError(f"rank {dist.get_rank()}: {what} did not finish within {timeout:g} s: another "
+                                    "rank died or stopped; look at the logs of the others")
     return t.tolist()
 
 # %% ../../nbs/12_ep/00_ranks.ipynb #49df5f5d
@@ -129,9 +136,11 @@ def _ints_to_text(a:list[int])->str: return np.array(a, dtype=np.int64).tobytes(
 
 # %% ../../nbs/12_ep/00_ranks.ipynb #82129a79
 def exchange_counts(
-    counts:Tensor, # [R] int64 rows for each rank of the group; a negative count reports expert ids out of range, found on the device
+    # [R] int64 rows for each rank of the group; a negative count reports expert ids out of range, found on the device
+    counts:Tensor,
     facts:dict[str,int], # what all ranks must agree on
-    problem:str, # what is wrong with this rank's input; "" for nothing; a text that already names its rank is passed on as it is
+    # what is wrong with this rank's input; "" for nothing; a text that already names its rank is passed on as it is
+    problem:str,
     group:dist.ProcessGroup,
     timeout:float=60., # seconds
 )->tuple[list[int],list[int]]: # rows to send to and to receive from each rank
@@ -145,10 +154,14 @@ def exchange_counts(
     send, rows = host[:R], [host[R + r*out.shape[1]:R + (r+1)*out.shape[1]] for r in range(R)]
     names = [f"rank {r}" for r in dist.get_process_group_ranks(group)]
     for name, row in zip(names, rows):
-        if text := _ints_to_text(row[1+len(facts):]): raise ExchangeError(text if text.startswith("rank ") else f"{name}: {text}")
-        if row[0] < 0: raise ExchangeError(f"{name}: expert ids outside -1..E-1; check the router or the replayed routes of that rank")
+        if text := _ints_to_text(row[1+len(facts):]):
+            raise ExchangeError(text if text.startswith("rank ") else f"{name}: {text}")
+        if row[0] < 0:
+            raise ExchangeError(f"{name}: expert ids outside -1..E-1; check the router or the replayed routes of that "
+                                "rank")
     for name, row in zip(names, rows):
         for i, fact in enumerate(facts):
             if row[1+i] != rows[0][1+i]:
-                raise ExchangeError(f"{name} has {fact} {row[1+i]}, {names[0]} has {fact} {rows[0][1+i]}: all ranks must send alike rows")
+                raise ExchangeError(f"{name} has {fact} {row[1+i]}, {names[0]} has {fact} {rows[0][1+i]}: all ranks "
+                                    "must send alike rows")
     return send, [row[0] for row in rows]

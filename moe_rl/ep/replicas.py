@@ -63,12 +63,17 @@ class SlotChoice:
         E, N, slots = place.num_experts, place.nodes, torch.as_tensor(place.slots[layer], device=device)
         self.num_experts, self.num_nodes, self.calls = E, N, 0
         self.share = torch.as_tensor(place.node_share()[layer], device=device)                  # [E,N] float64
-        self.many = (self.share > 0).sum(1) > 1                                                 # [E] copies on several nodes
-        self.home = self.share.argmax(1)                                                        # [E] the node, where there is one
+        # [E] copies on several nodes
+        self.many = (self.share > 0).sum(1) > 1
+        # [E] the node, where there is one
+        self.home = self.share.argmax(1)
         key = slots*N + torch.as_tensor(place.node_of(), device=device)
-        self.order = key.argsort(stable=True)                                                   # slots by (expert, node)
-        self.ends = torch.as_tensor(place.share[layer], device=device)[self.order].cumsum(0)    # [P] cumulative share in that order
-        self.first = torch.searchsorted(key[self.order], torch.arange(E*N+1, device=device))    # [E*N+1] where each (expert, node) begins
+        # slots by (expert, node)
+        self.order = key.argsort(stable=True)
+        # [P] cumulative share in that order
+        self.ends = torch.as_tensor(place.share[layer], device=device)[self.order].cumsum(0)
+        # [E*N+1] where each (expert, node) begins
+        self.first = torch.searchsorted(key[self.order], torch.arange(E*N+1, device=device))
 
     def start(self, experts:Tensor)->Tensor:
         "Offsets in [0,1) that differ between calls and experts, so that fractions of tokens go to everybody in turn."
@@ -83,7 +88,8 @@ class SlotChoice:
         flex = (many & (flat >= 0)).nonzero()[:,0]
         must = torch.where((flat < 0) | many, N, node).view(T, k)
         comes = torch.zeros(T, N+1, dtype=torch.bool, device=idx.device).scatter_(1, must, True)[:,:N]
-        free = comes[flex//k] & (self.share[flat[flex]] > 0)                                    # [F,N] copies that cost this token no visit
+        # [F,N] copies that cost this token no visit
+        free = comes[flex//k] & (self.share[flat[flex]] > 0)
         flex, free = (t[(flat[flex]*(N+1) + free.sum(1)).argsort(stable=True)] for t in (flex, free))
         e = flat[flex]
         quota = self.share*torch.bincount(e, minlength=self.num_experts)[:,None]
@@ -101,7 +107,8 @@ class SlotChoice:
         live = (idx.flatten() >= 0)[order]
         n = torch.bincount(k[live], minlength=self.num_experts*self.num_nodes)
         rank, k = rank_within(k, live), k.clamp(min=0)
-        at = (rank + self.calls*.5698402910 % 1)/n[k].clamp(min=1) % 1                          # [T*k] even steps through each (expert, node)
+        # [T*k] even steps through each (expert, node)
+        at = (rank + self.calls*.5698402910 % 1)/n[k].clamp(min=1) % 1
         ends = torch.cat([self.ends.new_zeros(1), self.ends])
         low, high = ends[self.first[k]], ends[self.first[k+1]]
         slot = torch.searchsorted(self.ends, low + at*(high-low), right=True)
@@ -137,7 +144,9 @@ class PlacedExperts:
         experts:ExpertsFn=grouped_experts,
         device:torch.device|str="cpu",
     ):
-        if exchange.num_experts != place.slots.shape[1]: raise ExchangeError(f"the exchange has {exchange.num_experts} places, the placement {place.slots.shape[1]} slots; make it over the slots")
+        if exchange.num_experts != place.slots.shape[1]:
+            raise ExchangeError(f"the exchange has {exchange.num_experts} places, the placement "
+                                f"{place.slots.shape[1]} slots; make it over the slots")
         self.choose, self.run = SlotChoice(place, layer, device), ExpertParallel(exchange, experts)
 
     def __call__(self, x, idx, weights, gate_up, down): return self.run(x, self.choose(idx), weights, gate_up, down)
@@ -155,7 +164,8 @@ def sources(
     out = np.empty(len(new), int)
     for s, e in enumerate(new.tolist()):
         if e not in where: raise ValueError(f"expert {e} has no slot to copy from")
-        distance = lambda o: (o != s if len(old) == len(new) else True, rank(o, len(old)) != rank(s, len(new)), node(o, len(old)) != node(s, len(new)), (o + s) % len(old))
+        distance = lambda o: (o != s if len(old) == len(new) else True, rank(o, len(old)) != rank(s, len(new)),
+            node(o, len(old)) != node(s, len(new)), (o + s) % len(old))
         out[s] = min(where[e], key=distance)
     return out
 
@@ -171,7 +181,8 @@ def move_rows(
     R, me = dist.get_world_size(group), dist.get_rank(group)
     to, owner, mine = np.repeat(np.arange(R), len(source)//R), source//(old_slots//R), old_slots//R*me
     send, recv = owner == me, to == me
-    got = exchange_rows(rows[torch.as_tensor(source[send] - mine, device=rows.device)], np.bincount(to[send], minlength=R).tolist(),
+    got = exchange_rows(rows[torch.as_tensor(source[send] - mine, device=rows.device)],
+                        np.bincount(to[send], minlength=R).tolist(),
                         np.bincount(owner[recv], minlength=R).tolist(), group, "move of experts")
     out = torch.empty_like(got)
     out[torch.as_tensor(np.argsort(owner[recv], kind="stable"), device=rows.device)] = got
@@ -201,7 +212,8 @@ def move_experts(
 ):
     "Bring weights and optimizer state of all MoE layers to a new placement, and route through it from now on. Call between steps, on all ranks; gradients are dropped."
     group, layers = getattr(exchange, "group", None), moe_modules(model)
-    if len(new.slots) != len(layers): raise ValueError(f"the placement has {len(new.slots)} layers, the model {len(layers)} with experts")
+    if len(new.slots) != len(layers):
+        raise ValueError(f"the placement has {len(new.slots)} layers, the model {len(layers)} with experts")
     R, me = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     for l, layer in enumerate(layers):
         if old is None: source = new.slots[l].reshape(R, -1)[me]
@@ -242,7 +254,8 @@ def load_experts(
     rank:int=0, ranks:int=1,
 ):
     "Fill this rank's slots of one layer from a tensor that is ordered by expert."
-    if len(experts) != place.num_experts: raise ValueError(f"{len(experts)} experts do not fill a placement of {place.num_experts}")
+    if len(experts) != place.num_experts:
+        raise ValueError(f"{len(experts)} experts do not fill a placement of {place.num_experts}")
     rows.copy_(experts[torch.as_tensor(place.slots[layer].reshape(ranks, -1)[rank], device=experts.device)])
 
 @torch.no_grad()
@@ -257,7 +270,9 @@ def collect_experts(
     out = rows.new_empty(place.num_experts, *rows.shape[1:])
     out[slots] = rows
     odd = (out[slots] != rows).flatten(1).any(1)
-    if odd.any(): raise ValueError(f"layer {layer}: copies of expert {int(slots[odd][0])} differ; sum_replica_grads was left out, or weights were loaded by position")
+    if odd.any():
+        raise ValueError(f"layer {layer}: copies of expert {int(slots[odd][0])} differ; sum_replica_grads was left "
+                         "out, or weights were loaded by position")
     return out
 
 def _gathered(rows:Tensor, group:dist.ProcessGroup)->Tensor:

@@ -24,7 +24,8 @@ def row_bytes(
 def rows_between(
     slots:list[np.ndarray], # of each rank: [T,k] slots (or experts) its tokens go to; negative: nowhere
     num_slots:int, # of all ranks
-    per_node:int|None=None, # ranks of a node: hierarchical, once to a node and then inside; None: directly, once to a rank
+    # ranks of a node: hierarchical, once to a node and then inside; None: directly, once to a rank
+    per_node:int|None=None,
 )->np.ndarray: # [R,R] rows sent from rank to rank, own rows on the diagonal
     "How many rows each rank sends to each other."
     R, rows = len(slots), np.zeros((len(slots), len(slots)))
@@ -76,7 +77,8 @@ def exchange_time(
     same = node[:,None] == node
     port = lambda m: np.maximum(m.sum(0), m.sum(1))
     near, far = port(rows*same), port(rows*~same)
-    return links.launch + links.per_row*port(rows) + np.hypot(near*bytes_per_row/links.inside, far*bytes_per_row/links.between)
+    return links.launch + links.per_row*port(rows) + np.hypot(near*bytes_per_row/links.inside,
+        far*bytes_per_row/links.between)
 
 # %% ../../nbs/12_ep/08_traffic.ipynb #8e0cf495
 LOW_LATENCY_US = {8: (77, 114), 16: (118, 195), 32: (155, 273), 64: (173, 314), 128: (192, 369), 256: (194, 360)}
@@ -106,8 +108,10 @@ def fit_links(
 )->Links:
     "Speeds from measured times: inside from the entry within a node, between by least squares of relative errors over the others."
     inside = volume/next(t for r, t in times.items() if r <= per_node)
-    slow = [((1-per_node/r)*volume, np.sqrt(t*t - (per_node/r*volume/inside)**2)) for r, t in times.items() if r > per_node]
-    x = np.array([v/t for v, t in slow])                                   # bytes per microsecond that each row asks for
+    slow = [((1-per_node/r)*volume, np.sqrt(t*t - (per_node/r*volume/inside)**2)) for r, t in times.items() if r
+        > per_node]
+    # bytes per microsecond that each row asks for
+    x = np.array([v/t for v, t in slow])
     return Links(inside, float((x*x).sum()/x.sum()))
 
 # %% ../../nbs/12_ep/08_traffic.ipynb #cb409d93
@@ -138,8 +142,10 @@ def predict_own(
     new, out = np.array([(s["tokens"], s["width"]) in unseen for s in sizes]), []
     tokens = np.array([s["tokens"] for s in sizes], float)
     for i, what in enumerate(("dispatch_us", "combine_us")):
-        volume = np.array([s["tokens"]*expected_places(s["ranks"], s["experts"], s["k"])*row_bytes(s["width"], s["k"])[i] for s in sizes])
+        volume = np.array([s["tokens"]*expected_places(s["ranks"], s["experts"], s["k"])*row_bytes(s["width"],
+            s["k"])[i] for s in sizes])
         us = np.array([s[what] for s in sizes])
         guess = size_time(tokens, volume, fit_sizes(tokens[~new], volume[~new], us[~new]))
-        out += [dict(what=what, tokens=s["tokens"], width=s["width"], measured=float(m), predicted=round(float(g), 1)) for s, m, g, n in zip(sizes, us, guess, new) if n]
+        out += [dict(what=what, tokens=s["tokens"], width=s["width"], measured=float(m), predicted=round(float(g), 1))
+            for s, m, g, n in zip(sizes, us, guess, new) if n]
     return out

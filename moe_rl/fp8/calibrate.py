@@ -65,14 +65,20 @@ class Verdict(NamedTuple):
     kl: float; exact: float; exact_original: float; prompts: int; max_kl: float; max_drop: float
 
     @property
-    def ok(self)->bool: return self.kl <= self.max_kl and self.exact_original-self.exact <= self.max_drop and self.prompts > 0
+    def ok(self)->bool:
+        return self.kl <= self.max_kl and self.exact_original-self.exact <= self.max_drop and self.prompts > 0
 
     def require(self):
         "Raise `CalibrationError` unless the candidate passed."
-        if not self.ok: raise CalibrationError(f"FP8 changes this model too much: KL {self.kl:.4g} per token (allowed {self.max_kl:g}), accuracy {self.exact_original:.3f} to {self.exact:.3f} "
-                                               f"on {self.prompts} prompts (allowed drop {self.max_drop:g}); use dynamic scales, prompts of the domain, or leave more layers in bf16")
+        if not self.ok:
+            raise CalibrationError(f"FP8 changes this model too much: KL {self.kl:.4g} per token (allowed "
+                                   f"{self.max_kl:g}), accuracy {self.exact_original:.3f} to {self.exact:.3f} "
+                                               f"on {self.prompts} prompts (allowed drop {self.max_drop:g}); use "
+                                               "dynamic scales, prompts of the domain, or leave more layers in bf16")
 
-    def __repr__(self): return f"{'passed' if self.ok else 'REFUSED'}: KL {self.kl:.2e}, exact {self.exact_original:.3f} -> {self.exact:.3f} on {self.prompts} prompts"
+    def __repr__(self):
+        return (f"{'passed' if self.ok else 'REFUSED'}: KL {self.kl:.2e}, exact {self.exact_original:.3f} -> "
+                f"{self.exact:.3f} on {self.prompts} prompts")
 
 def held_out_check(
     original:Model,
@@ -100,7 +106,8 @@ class ExpertStats:
         "Count one tensor in."
         if t.numel() == 0: return
         t = t.detach().float().cpu()
-        self.low[e,which] = torch.minimum(self.low[e,which], t.min()); self.high[e,which] = torch.maximum(self.high[e,which], t.max())
+        self.low[e,which] = torch.minimum(self.low[e,which], t.min())
+        self.high[e,which] = torch.maximum(self.high[e,which], t.max())
         bins = ((t.abs().clamp(min=1e-30).log2()-self.LOW)*self.PER).floor().long().clamp(0, self.hist.shape[-1]-1)
         self.hist[e,which] += torch.bincount(bins.flatten(), minlength=self.hist.shape[-1])
 
@@ -165,11 +172,14 @@ def static_experts(
 )->ExpertsFn:
     "Experts in FP8 with static per-tensor scales for activations and weights. Raises `CalibrationError` for experts that were hardly seen."
     unseen = (stats.tokens < min_tokens).nonzero().flatten().tolist()
-    if unseen and not shared: raise CalibrationError(f"MoE layer {layer}: experts {unseen} saw fewer than {min_tokens} tokens of the calibration prompts; add prompts that reach them, or use dynamic scales")
+    if unseen and not shared:
+        raise CalibrationError(f"MoE layer {layer}: experts {unseen} saw fewer than {min_tokens} tokens of the "
+                               "calibration prompts; add prompts that reach them, or use dynamic scales")
     top = stats.percentile(percentile).clamp(min=MIN_AMAX)
     if shared: top = top.amax(0, keepdim=True).expand_as(top)
     scale = top/E4M3_MAX
-    cast = lambda which: lambda e, t: dequantise(quantise(t, None, scale=scale[e,which].view(1, 1).to(t.device)), t.dtype)
+    cast = lambda which: lambda e, t: dequantise(quantise(t, None, scale=scale[e,which].view(1, 1).to(t.device)),
+        t.dtype)
     return loop_experts(cast(0), cast(1), lambda e, w: dequantise(quantise(w, None), w.dtype))
 
 def static_model(

@@ -85,7 +85,8 @@ class _Fp8Experts(torch.autograd.Function):
     def backward(ctx, dout):
         spend(ctx)
         x, gu, weights, groups, *lays = ctx.saved_tensors
-        lay, compact, product = Layout(*lays[:4]), Layout(*lays[4:]), lambda a, b: gemm(a, b, "contiguous", groups, ctx.backend).to(x.dtype)
+        lay, compact = Layout(*lays[:4]), Layout(*lays[4:])
+        product = lambda a, b: gemm(a, b, "contiguous", groups, ctx.backend).to(x.dtype)
         dout = dout.contiguous()
         dh = product(cast_permute(dout, lay), ctx.cast.down_t)
         h, dgu, dgu_q, dw = swiglu_backward_cast(gu, dh, weights, lay, compact)
@@ -93,7 +94,8 @@ class _Fp8Experts(torch.autograd.Function):
         drows = product(dgu_q, ctx.cast.gate_up_t)
         dx = combine(drows, lay)
         free(drows, dgu_q.q)
-        E, sums, weight_gradient = len(lay.ends), rows_of(compact, weights), PRODUCTS["quack" if ctx.backend == "deep_gemm" else "plain"].weight_gradient
+        E, sums = len(lay.ends), rows_of(compact, weights)
+        weight_gradient = PRODUCTS["quack" if ctx.backend == "deep_gemm" else "plain"].weight_gradient
         d_gate_up, x_rows = x.new_empty(E, dgu.shape[1], x.shape[1]), permute(x, compact)
         weight_gradient(x_rows, dgu, sums, d_gate_up.mT, gather=False)
         free(x_rows, dgu)
@@ -127,6 +129,10 @@ class Fp8Experts:
     )->Tensor: # [T,D] bf16
         on_device("Fp8Experts", x, idx, weights, gate_up, down)
         D, I = x.shape[1], down.shape[2]
-        if D % TILE or I % TILE: raise ValueError(f"Fp8Experts: width {D} and expert width {I} must be multiples of {TILE}")
-        if not x.dtype == gate_up.dtype == down.dtype == torch.bfloat16: raise ValueError(f"Fp8Experts: x is {x.dtype}, gate_up {gate_up.dtype}, down {down.dtype}; all must be bf16")
-        return _Fp8Experts.apply(x.contiguous(), idx, weights.contiguous(), gate_up, down, self.cast(gate_up, down), self.backend)
+        if D % TILE or I % TILE:
+            raise ValueError(f"Fp8Experts: width {D} and expert width {I} must be multiples of {TILE}")
+        if not x.dtype == gate_up.dtype == down.dtype == torch.bfloat16:
+            raise ValueError(
+                f"Fp8Experts: x is {x.dtype}, gate_up {gate_up.dtype}, down {down.dtype}; all must be bf16")
+        return _Fp8Experts.apply(x.contiguous(), idx, weights.contiguous(), gate_up, down, self.cast(gate_up, down),
+            self.backend)

@@ -35,8 +35,10 @@ def left_alone(
     spec:ModelSpec,
 )->list[str]: # module names, as transformers and as vLLM call them
     "`modules_to_not_convert` of a model."
-    routers = [(l, spec.tensors[f"layers.{l}.mlp.router.weight"].names[0].removesuffix(".weight")) for l in spec.moe_layers]
-    return ["lm_head"] + [name for l, router in routers for name in dict.fromkeys((router, f"model.layers.{l}.mlp.gate"))]
+    routers = [(l, spec.tensors[f"layers.{l}.mlp.router.weight"].names[0].removesuffix(".weight"))
+        for l in spec.moe_layers]
+    return ["lm_head"] + [name for l, router in routers for name in dict.fromkeys((router,
+        f"model.layers.{l}.mlp.gate"))]
 
 # %% ../../nbs/11_fp8/06_export.ipynb #462a9b1c
 def quantise_tensors(
@@ -47,7 +49,8 @@ def quantise_tensors(
     out = {}
     for name, t in tensors.items():
         if name not in names: out[name] = t; continue
-        if t.shape[0] % TILE or t.shape[1] % TILE: raise CheckpointError(f"{name} is {t.shape[0]} x {t.shape[1]}; FP8 blocks need multiples of {TILE}")
+        if t.shape[0] % TILE or t.shape[1] % TILE:
+            raise CheckpointError(f"{name} is {t.shape[0]} x {t.shape[1]}; FP8 blocks need multiples of {TILE}")
         q = quantise(t, (TILE, TILE))
         out[name], out[name+"_scale_inv"] = q.q, q.scale
     return out
@@ -64,7 +67,8 @@ def _quantise_folder(folder:Path, spec:ModelSpec):
         where |= dict.fromkeys(tensors, path.name); total += sum(t.nbytes for t in tensors.values())
     if index.exists(): index.write_text(json.dumps(dict(metadata=dict(total_size=total), weight_map=where), indent=1))
     config = folder/"config.json"
-    settings = json.loads(config.read_text()) | dict(dtype="bfloat16", quantization_config=QUANTISATION | dict(modules_to_not_convert=left_alone(spec)))
+    settings = json.loads(config.read_text()) | dict(dtype="bfloat16",
+        quantization_config=QUANTISATION | dict(modules_to_not_convert=left_alone(spec)))
     config.write_text(json.dumps(settings, indent=1))
 
 # %% ../../nbs/11_fp8/06_export.ipynb #9f2873c9
@@ -95,10 +99,13 @@ def load_fp8(
     folder = Path(folder)
     settings = json.loads((folder/"config.json").read_text())
     found = settings.get("quantization_config") or {}
-    if any(found.get(k) != v for k, v in QUANTISATION.items()): raise CheckpointError(f"{folder}: quantization_config {found} is not FP8 in blocks of {TILE}; load it with load_pretrained")
+    if any(found.get(k) != v for k, v in QUANTISATION.items()):
+        raise CheckpointError(f"{folder}: quantization_config {found} is not FP8 in blocks of {TILE}; load it with "
+                              "load_pretrained")
     spec, raw = from_hf_config(settings, str(folder/"config.json")), {}
     for path in sorted(folder.glob("*.safetensors")): raw |= _read(path)
-    state = {n: dequantise(Quantised(t, raw[n+"_scale_inv"], (TILE, TILE)), dtype) if t.dtype == E4M3 else t for n, t in raw.items() if not n.endswith("_scale_inv")}
+    state = {n: dequantise(Quantised(t, raw[n+"_scale_inv"], (TILE, TILE)), dtype) if t.dtype == E4M3 else t
+        for n, t in raw.items() if not n.endswith("_scale_inv")}
     with torch.device("meta"): model = Model(spec, experts)
     model.load_state_dict(from_disk(state, spec, str(folder)), assign=True)
     return model

@@ -36,7 +36,8 @@ def _reference_k_grouped(a, b, groups):
 
 # %% ../../nbs/11_fp8/02_gemm.ipynb #86a692c9
 def _deep_gemm():
-    if importlib.util.find_spec("deep_gemm") is None: raise ImportError("gemm: backend 'deep_gemm' needs the package sgl-deep-gemm: pip install 'moe_rl[cuda]'")
+    if importlib.util.find_spec("deep_gemm") is None:
+        raise ImportError("gemm: backend 'deep_gemm' needs the package sgl-deep-gemm: pip install 'moe_rl[cuda]'")
     import deep_gemm
     return deep_gemm
 
@@ -85,36 +86,56 @@ def by_group(
 
 # %% ../../nbs/11_fp8/02_gemm.ipynb #726a43f0
 FORMS = {"dense": (2, 2), "contiguous": (2, 3), "masked": (3, 3), "k_grouped": (2, 2)} # dimensions of a and b
-BACKENDS = {"reference": dict(dense=_reference_dense, contiguous=_reference_contiguous, masked=_reference_masked, k_grouped=_reference_k_grouped),
-            "deep_gemm": dict(dense=_deep_dense, contiguous=_deep_contiguous, masked=_deep_masked, k_grouped=_deep_k_grouped)}
+BACKENDS = {"reference": dict(dense=_reference_dense, contiguous=_reference_contiguous, masked=_reference_masked,
+    k_grouped=_reference_k_grouped),
+            "deep_gemm": dict(dense=_deep_dense, contiguous=_deep_contiguous, masked=_deep_masked,
+                k_grouped=_deep_k_grouped)}
 
 def _check(a, b, form, groups, backend):
     if form not in FORMS: raise ValueError(f"gemm: form {form!r} is unknown; use one of {', '.join(FORMS)}")
-    if backend not in BACKENDS: raise ValueError(f"gemm: backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"gemm: backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
     da, db = FORMS[form]
-    if (a.q.dim(), b.q.dim()) != (da, db): raise ValueError(f"gemm {form}: operands have {a.q.dim()} and {b.q.dim()} dimensions, it takes {da} and {db}")
-    if a.shape[-1] != b.shape[-1]: raise ValueError(f"gemm {form}: a is summed over {a.shape[-1]} and b over {b.shape[-1]} elements; both must have the same last dimension")
+    if (a.q.dim(), b.q.dim()) != (da, db):
+        raise ValueError(f"gemm {form}: operands have {a.q.dim()} and {b.q.dim()} dimensions, it takes {da} and {db}")
+    if a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"gemm {form}: a is summed over {a.shape[-1]} and b over {b.shape[-1]} elements; both must "
+                         "have the same last dimension")
     if a.block != (1, TILE): raise ValueError(f"gemm {form}: a has tiles {a.block}, it takes (1, {TILE})")
     blocks = [(1, TILE)] if form == "k_grouped" else [(TILE, TILE), (1, TILE)] if form == "dense" else [(TILE, TILE)]
-    if b.block not in blocks: raise ValueError(f"gemm {form}: b has tiles {b.block}, it takes {' or '.join(map(str, blocks))}")
-    if (form == "dense") != (groups is None): raise ValueError(f"gemm {form}: groups {'are not used' if form == 'dense' else 'are missing'}")
-    if form == "contiguous" and len(groups) != len(a.q): raise ValueError(f"gemm contiguous: {len(groups)} groups for {len(a.q)} rows")
-    if form in ("masked", "k_grouped") and groups.dim() != 1: raise ValueError(f"gemm {form}: groups must be a vector, got shape {tuple(groups.shape)}")
+    if b.block not in blocks:
+        raise ValueError(f"gemm {form}: b has tiles {b.block}, it takes {' or '.join(map(str, blocks))}")
+    if (form == "dense") != (groups is None):
+        raise ValueError(f"gemm {form}: groups {'are not used' if form == 'dense' else 'are missing'}")
+    if form == "contiguous" and len(groups) != len(a.q):
+        raise ValueError(f"gemm contiguous: {len(groups)} groups for {len(a.q)} rows")
+    if form in ("masked", "k_grouped") and groups.dim() != 1:
+        raise ValueError(f"gemm {form}: groups must be a vector, got shape {tuple(groups.shape)}")
     if backend == "deep_gemm":
-        if a.q.device.type != "cuda": raise ValueError(f"gemm: backend 'deep_gemm' takes CUDA tensors, these are on {a.q.device}; use backend='reference'")
+        if a.q.device.type != "cuda":
+            raise ValueError(f"gemm: backend 'deep_gemm' takes CUDA tensors, these are on {a.q.device}; use "
+                             "backend='reference'")
         on_hopper("gemm: backend 'deep_gemm'", a.q.device, "backend='reference'")
-        if a.shape[-1] % TILE: raise ValueError(f"gemm: backend 'deep_gemm' sums over a multiple of {TILE}, not {a.shape[-1]}; pad the operands with zeros")
-        if form != "k_grouped" and b.shape[-2] % 64: raise ValueError(f"gemm: backend 'deep_gemm' wants N a multiple of 64, not {b.shape[-2]}")
-        if groups is not None and groups.dtype != torch.int32: raise ValueError(f"gemm: backend 'deep_gemm' takes int32 groups, not {groups.dtype}")
+        if a.shape[-1] % TILE:
+            raise ValueError(f"gemm: backend 'deep_gemm' sums over a multiple of {TILE}, not {a.shape[-1]}; pad the "
+                             "operands with zeros")
+        if form != "k_grouped" and b.shape[-2] % 64:
+            raise ValueError(f"gemm: backend 'deep_gemm' wants N a multiple of 64, not {b.shape[-2]}")
+        if groups is not None and groups.dtype != torch.int32:
+            raise ValueError(f"gemm: backend 'deep_gemm' takes int32 groups, not {groups.dtype}")
 
 # %% ../../nbs/11_fp8/02_gemm.ipynb #452dce57
 def gemm(
     a:Quantised, # tiles (1,128); shape by form, see the table
     b:Quantised, # tiles (128,128), or (1,128) for weight gradients
     form:str="dense", # "dense", "contiguous", "masked" or "k_grouped"
-    groups:Tensor|None=None, # int32; contiguous: expert of each row, one in 128 aligned rows, or -1 for none from some row of these on; masked and k_grouped: size of each group
+    # int32; contiguous: expert of each row, one in 128 aligned rows, or -1 for none from some row of these on; masked
+    # and k_grouped: size of each group
+    groups:Tensor|None=None,
     backend:str="reference", # "reference" or "deep_gemm"
-)->Tensor: # bf16 from tiles (128,128), float32 from tiles (1,128); the reference always float32. Rows outside any group are undefined
+# bf16 from tiles (128,128), float32 from tiles (1,128); the reference always float32. Rows outside any group are
+# undefined
+)->Tensor:
     """`a @ b.T` of quantised matrices, dense or grouped by expert; never waits for the device with 'deep_gemm'.
 
     For DeepGEMM's k_grouped every group must be a multiple of 128 columns, filled up with zeros. Raises `ValueError` for operands a

@@ -96,14 +96,16 @@ def _byte(y, place:tl.constexpr): return y.to(tl.float8e4nv).to(tl.uint8, bitcas
 def _two_bytes(y0, y1):
     "float32 numbers as the two E4M3 bytes of an int16; on a GPU in one conversion."
     if EXACT: return (_byte(y0, 0) | _byte(y1, 1)).to(tl.int16)
-    return tl.inline_asm_elementwise("{.reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $3, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $2; mov.b32 $0, {a, b};}",
+    return tl.inline_asm_elementwise("{.reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $3, $1; "
+                                     "cvt.rn.satfinite.e4m3x2.f32 b, $4, $2; mov.b32 $0, {a, b};}",
                                      "=r,f,f,f,f", [y0, y1], dtype=tl.int16, is_pure=True, pack=2)
 
 @triton.jit
 def _four_bytes(y0, y1, y2, y3):
     "float32 numbers as the four E4M3 bytes of an int32; on a GPU in two conversions."
     if EXACT: return _byte(y0, 0) | _byte(y1, 1) | _byte(y2, 2) | _byte(y3, 3)
-    return tl.inline_asm_elementwise("{.reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3; mov.b32 $0, {lo, hi};}",
+    return tl.inline_asm_elementwise("{.reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; "
+                                     "cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3; mov.b32 $0, {lo, hi};}",
                                      "=r,f,f,f,f", [y0, y1, y2, y3], dtype=tl.int32, is_pure=True, pack=1)
 
 @triton.jit
@@ -116,7 +118,8 @@ def _by_fours(x, M:tl.constexpr, N:tl.constexpr):
 
 # %% ../../nbs/11_fp8/01_kernels.ipynb #38d50655
 @triton.jit
-def _cast_both(x_desc, q_ptr, s_ptr, qt_ptr, st_ptr, M, pairs, words, stride, stride_t, tiles_m, tiles_k, TILE:tl.constexpr, UE8M0:tl.constexpr, GROUP:tl.constexpr):
+def _cast_both(x_desc, q_ptr, s_ptr, qt_ptr, st_ptr, M, pairs, words, stride, stride_t, tiles_m, tiles_k,
+        TILE:tl.constexpr, UE8M0:tl.constexpr, GROUP:tl.constexpr):
     p = tl.program_id(0) # GROUP squares down, then one to the right: neighbours in time are neighbours in both results
     first = p//(GROUP*tiles_k)*GROUP
     high = tl.minimum(tiles_m-first, GROUP)
@@ -129,7 +132,8 @@ def _cast_both(x_desc, q_ptr, s_ptr, qt_ptr, st_ptr, M, pairs, words, stride, st
     top = tl.reduce(magnitudes, 1, _max_halves)
     sf = _scale(tl.maximum(top << 16, top & -65536), UE8M0)
     inverse = _inverse(sf)[:,None]
-    tl.store(q_ptr + pm.to(tl.int64)*TILE*pairs + pk*(TILE//2) + n[:,None]*pairs + pair[None,:], _two_bytes(_low(x)*inverse, _high(x)*inverse),
+    tl.store(q_ptr + pm.to(tl.int64)*TILE*pairs + pk*(TILE//2) + n[:,None]*pairs + pair[None,:],
+             _two_bytes(_low(x)*inverse, _high(x)*inverse),
              mask=(n < rows_left)[:,None] & (pair < pairs_left)[None,:])
     tl.store(s_ptr + pk.to(tl.int64)*stride + pm*TILE + n, sf, mask=n < rows_left)
 
@@ -137,8 +141,10 @@ def _cast_both(x_desc, q_ptr, s_ptr, qt_ptr, st_ptr, M, pairs, words, stride, st
     s0, s1 = _scale(top << 16, UE8M0), _scale(top & -65536, UE8M0)
     i0, i1 = _inverse(s0)[None,:], _inverse(s1)[None,:]
     a, b, c, d = _by_fours(x, TILE//4, TILE//2)
-    word = tl.join(_four_bytes(_low(a)*i0, _low(b)*i0, _low(c)*i0, _low(d)*i0), _four_bytes(_high(a)*i1, _high(b)*i1, _high(c)*i1, _high(d)*i1)).reshape(TILE//4, TILE)
-    tl.store(qt_ptr + pk.to(tl.int64)*TILE*words + pm*(TILE//4) + n[:,None]*words + four[None,:], tl.trans(word), mask=(n < 2*pairs_left)[:,None])
+    word = tl.join(_four_bytes(_low(a)*i0, _low(b)*i0, _low(c)*i0, _low(d)*i0),
+        _four_bytes(_high(a)*i1, _high(b)*i1, _high(c)*i1, _high(d)*i1)).reshape(TILE//4, TILE)
+    tl.store(qt_ptr + pk.to(tl.int64)*TILE*words + pm*(TILE//4) + n[:,None]*words + four[None,:], tl.trans(word),
+        mask=(n < 2*pairs_left)[:,None])
     tl.store(st_ptr + pm.to(tl.int64)*stride_t + pk*TILE + n, tl.join(s0, s1).reshape(TILE), mask=n < 2*pairs_left)
 
 # %% ../../nbs/11_fp8/01_kernels.ipynb #a555e3eb
@@ -149,18 +155,21 @@ def cast_both(
     "`quantise(x)` and `quantise(x.T)`, reading x once. Raises `ValueError` for another dtype or width."
     on_device("cast_both", x)
     if x.dtype != torch.bfloat16 or x.shape[1] % 8:
-        raise ValueError(f"cast_both: x is {x.dtype} of width {x.shape[1]}; it takes bf16 and a multiple of 8, use cast_rows on x and on x.T otherwise")
+        raise ValueError(f"cast_both: x is {x.dtype} of width {x.shape[1]}; it takes bf16 and a multiple of 8, use "
+                         "cast_rows on x and on x.T otherwise")
     (M, K), x = x.shape, x.contiguous()
     tiles, tiles_m = triton.cdiv(K, TILE), triton.cdiv(M, TILE)
     q, s = torch.empty(M, K, dtype=E4M3, device=x.device), _scales(tiles, M, x.device)
     qt, st = torch.empty(K, tiles_m*TILE, dtype=E4M3, device=x.device), _scales(tiles_m, K, x.device)
     squares = TensorDescriptor.from_tensor(x.view(torch.int32), [TILE, TILE//2])
-    _cast_both[(tiles*tiles_m,)](squares, q.view(torch.int16), s, qt.view(torch.int32), st, M, K//2, tiles_m*TILE//4, s.stride(1), st.stride(1), tiles_m, tiles, TILE=TILE, UE8M0=ue8m0, GROUP=8, num_warps=4, maxnreg=128)
+    _cast_both[(tiles*tiles_m,)](squares, q.view(torch.int16), s, qt.view(torch.int32), st, M, K//2, tiles_m*TILE//4,
+        s.stride(1), st.stride(1), tiles_m, tiles, TILE=TILE, UE8M0=ue8m0, GROUP=8, num_warps=4, maxnreg=128)
     return Quantised(q, s), Quantised(qt, st)
 
 # %% ../../nbs/11_fp8/01_kernels.ipynb #eef40fca
 @triton.jit
-def _cast_blocks(w_ptr, q_ptr, s_ptr, qt_ptr, N, K, TILE:tl.constexpr, UE8M0:tl.constexpr, TRANSPOSE:tl.constexpr, CHUNK:tl.constexpr):
+def _cast_blocks(w_ptr, q_ptr, s_ptr, qt_ptr, N, K, TILE:tl.constexpr, UE8M0:tl.constexpr, TRANSPOSE:tl.constexpr,
+        CHUNK:tl.constexpr):
     w_ptr += tl.program_id(2).to(tl.int64)*N*K
     q_ptr += tl.program_id(2).to(tl.int64)*N*K
     qt_ptr += tl.program_id(2).to(tl.int64)*N*K
@@ -168,9 +177,11 @@ def _cast_blocks(w_ptr, q_ptr, s_ptr, qt_ptr, N, K, TILE:tl.constexpr, UE8M0:tl.
     top = tl.zeros([CHUNK, TILE], tl.int32)
     for c in tl.static_range(0, TILE, CHUNK):
         n = tl.program_id(1).to(tl.int64)*TILE + c + tl.arange(0, CHUNK)
-        top = tl.maximum(top, _bits(tl.load(w_ptr + n[:,None]*K + k[None,:], mask=(n < N)[:,None] & (k < K)[None,:], other=0.).to(tl.float32)))
+        top = tl.maximum(top, _bits(tl.load(w_ptr + n[:,None]*K + k[None,:], mask=(n < N)[:,None] & (k < K)[None,:],
+            other=0.).to(tl.float32)))
     sf = _scale(tl.max(tl.max(top, 1), 0), UE8M0)
-    tl.store(s_ptr + (tl.program_id(2).to(tl.int64)*tl.num_programs(1) + tl.program_id(1))*tl.num_programs(0) + tl.program_id(0), sf)
+    tl.store(s_ptr + (tl.program_id(2).to(tl.int64)*tl.num_programs(1) + tl.program_id(1))*tl.num_programs(0)
+        + tl.program_id(0), sf)
     inverse = _inverse(sf)
     for c in tl.static_range(0, TILE, CHUNK): # read again, from the cache
         n = tl.program_id(1).to(tl.int64)*TILE + c + tl.arange(0, CHUNK)
@@ -188,9 +199,11 @@ def cast_blocks(
     on_device("cast_blocks", w)
     (N, K), E, w = w.shape[-2:], w.shape[:-2].numel(), w.contiguous()
     tn, tk = triton.cdiv(N, TILE), triton.cdiv(K, TILE)
-    q, s = torch.empty(w.shape, dtype=E4M3, device=w.device), torch.empty(*w.shape[:-2], tn, tk, dtype=torch.float32, device=w.device)
+    q = torch.empty(w.shape, dtype=E4M3, device=w.device)
+    s = torch.empty(*w.shape[:-2], tn, tk, dtype=torch.float32, device=w.device)
     qt = torch.empty(*w.shape[:-2], K, N, dtype=E4M3, device=w.device) if transpose else q
-    _cast_blocks[(tk, tn, E)](w, q, s, qt, N, K, TILE=TILE, UE8M0=ue8m0, TRANSPOSE=transpose, CHUNK=64 if transpose else 32, num_warps=8)
+    _cast_blocks[(tk, tn, E)](w, q, s, qt, N, K, TILE=TILE, UE8M0=ue8m0, TRANSPOSE=transpose,
+        CHUNK=64 if transpose else 32, num_warps=8)
     out = Quantised(q, s, (TILE, TILE))
     return (out, Quantised(qt, s.mT.contiguous(), (TILE, TILE))) if transpose else out
 
@@ -199,7 +212,8 @@ def cast_blocks(
 def _rounded(x):
     "float32 numbers rounded to bf16, still in float32."
     if EXACT: return x.to(tl.bfloat16).to(tl.float32)
-    return tl.inline_asm_elementwise("{.reg .b32 two; cvt.rn.bf16x2.f32 two, $3, $2; shl.b32 $0, two, 16; and.b32 $1, two, 0xffff0000;}", "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
+    return tl.inline_asm_elementwise("{.reg .b32 two; cvt.rn.bf16x2.f32 two, $3, $2; shl.b32 $0, two, 16; and.b32 $1, "
+                                     "two, 0xffff0000;}", "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
 
 @triton.jit
 def _swiglu_cast(gu_ptr, w_ptr, pairs_ptr, ends_ptr, q_ptr, s_ptr, M, I, E, stride, BM:tl.constexpr, TILE:tl.constexpr):
@@ -214,42 +228,49 @@ def _swiglu_cast(gu_ptr, w_ptr, pairs_ptr, ends_ptr, q_ptr, s_ptr, M, I, E, stri
         h = g*sigmoid(g)*u*tl.load(w_ptr+pair, mask=pair >= 0, other=0.)[:,None]
         h = _rounded(h)
         sf = _scale(tl.max(_bits(h), 1), False)
-        tl.store(q_ptr + m[:,None]*I + i[None,:], (h*_inverse(sf)[:,None]).to(tl.float8e4nv), mask=(m < M)[:,None] & (i < I)[None,:])
+        tl.store(q_ptr + m[:,None]*I + i[None,:], (h*_inverse(sf)[:,None]).to(tl.float8e4nv),
+            mask=(m < M)[:,None] & (i < I)[None,:])
         tl.store(s_ptr + tl.program_id(0).to(tl.int64)*stride + m, sf, mask=m < M)
 
 def swiglu_cast(
     gu:Tensor, # [M,2I] bf16, gate half, then up half; I a multiple of 128
     weights:Tensor, # [T,k] float32 gate values
     lay:Layout, # pair of each row
-)->Quantised: # [M,I], block (1,128); rows between an expert's count and its end are zero, rows after the last end undefined
+# [M,I], block (1,128); rows between an expert's count and its end are zero, rows after the last end undefined
+)->Quantised:
     "`cast_rows(weighted_swiglu(gu, weights, lay))` in one pass."
     on_device("swiglu_cast", gu, weights)
     M, I, BM = len(gu), gu.shape[1]//2, 16
     if I % TILE: raise ValueError(f"swiglu_cast: expert width {I} is not a multiple of {TILE}")
     q, s = torch.empty(M, I, dtype=E4M3, device=gu.device), _scales(I//TILE, M, gu.device)
-    _swiglu_cast[(I//TILE, triton.cdiv(M, BM))](gu, weights, lay.pairs, lay.ends, q, s, M, I, len(lay.ends), s.stride(1), BM=BM, TILE=TILE, num_warps=4)
+    _swiglu_cast[(I//TILE, triton.cdiv(M, BM))](gu, weights, lay.pairs, lay.ends, q, s, M, I, len(lay.ends),
+        s.stride(1), BM=BM, TILE=TILE, num_warps=4)
     return Quantised(q, s)
 
 # %% ../../nbs/11_fp8/01_kernels.ipynb #254bc808
 @triton.jit
 def _operands(gu_ptr, dh_ptr, at, half, I, mask):
-    g, u, dh = tl.load(gu_ptr+at, mask=mask, other=0.), tl.load(gu_ptr+I+at, mask=mask, other=0.), tl.load(dh_ptr+half, mask=mask, other=0.)
+    g, u = tl.load(gu_ptr+at, mask=mask, other=0.), tl.load(gu_ptr+I+at, mask=mask, other=0.)
+    dh = tl.load(dh_ptr+half, mask=mask, other=0.)
     return g.to(tl.float32), u.to(tl.float32), dh.to(tl.float32)
 
 @triton.jit
-def _swiglu_backward_cast(gu_ptr, dh_ptr, w_ptr, pairs_ptr, ends_ptr, compact_ptr, h_ptr, dgu_ptr, q_ptr, s_ptr, dw_ptr, M, I, E, stride, BM:tl.constexpr, TILE:tl.constexpr):
+def _swiglu_backward_cast(gu_ptr, dh_ptr, w_ptr, pairs_ptr, ends_ptr, compact_ptr, h_ptr, dgu_ptr, q_ptr, s_ptr, dw_ptr,
+        M, I, E, stride, BM:tl.constexpr, TILE:tl.constexpr):
     if tl.program_id(0)*BM < tl.load(ends_ptr+E-1):
         m = tl.program_id(0).to(tl.int64)*BM + tl.arange(0, BM)
         pair = tl.load(pairs_ptr+m, mask=m < M, other=-1)
         w = tl.load(w_ptr+pair, mask=pair >= 0, other=0.)[:,None]
         to = tl.load(compact_ptr+pair, mask=pair >= 0, other=0).to(tl.int64)[:,None]
         i, real, rows = tl.arange(0, TILE)[None,:], (pair >= 0)[:,None], (m < M)[:,None]
-        at, half, at_to, half_to = m[:,None]*2*I + i, m[:,None]*I + i, to*2*I + i, to*I + i # of the first tile; the others differ by a scalar
+        # of the first tile; the others differ by a scalar
+        at, half, at_to, half_to = m[:,None]*2*I + i, m[:,None]*I + i, to*2*I + i, to*I + i
         dw = tl.zeros([BM, TILE], tl.float32)
         g, u, dh = _operands(gu_ptr, dh_ptr, at, half, I, real)
         for tile in range(0, I//TILE):
             first = tile*TILE
-            g_next, u_next, dh_next = _operands(gu_ptr+first+TILE, dh_ptr+first+TILE, at, half, I, real & (i < I-first-TILE)) # before the stores, which a load cannot pass
+            g_next, u_next, dh_next = _operands(gu_ptr+first+TILE, dh_ptr+first+TILE, at, half, I,
+                real & (i < I-first-TILE)) # before the stores, which a load cannot pass
             h, dg, du = gated_backward(g, u, dh*w)
             dw += dh*h
             tl.store(h_ptr+first + half_to, h*w, mask=real)
@@ -271,18 +292,22 @@ def swiglu_backward_cast(
     weights:Tensor, # [T,k] float32
     lay:Layout, # of the M rows
     compact:Layout, # of the same routing, without padding
-)->tuple[Tensor,Tensor,Quantised,Tensor]: # h [T*k,I] and gradient of gu [T*k,2I] in bf16 and compact rows; gradient of gu [M,2I] quantised, as in `swiglu_cast`; gradient of weights [T,k]
+# h [T*k,I] and gradient of gu [T*k,2I] in bf16 and compact rows; gradient of gu [M,2I] quantised, as in `swiglu_cast`;
+# gradient of weights [T,k]
+)->tuple[Tensor,Tensor,Quantised,Tensor]:
     "`weighted_swiglu` and `weighted_swiglu_backward` with a cast of the gradient, in one pass."
     on_device("swiglu_backward_cast", gu, dh, weights)
     (M, I), n, BM = dh.shape, len(compact.pairs), 8
     h, dgu, dw = dh.new_empty(n, I), gu.new_empty(n, 2*I), torch.zeros_like(weights)
     q, s = torch.empty(M, 2*I, dtype=E4M3, device=gu.device), _scales(2*I//TILE, M, gu.device)
-    _swiglu_backward_cast[(triton.cdiv(M, BM),)](gu, dh, weights, lay.pairs, lay.ends, compact.rows, h, dgu, q, s, dw, M, I, len(lay.ends), s.stride(1), BM=BM, TILE=TILE, num_warps=4)
+    _swiglu_backward_cast[(triton.cdiv(M, BM),)](gu, dh, weights, lay.pairs, lay.ends, compact.rows, h, dgu, q, s, dw,
+        M, I, len(lay.ends), s.stride(1), BM=BM, TILE=TILE, num_warps=4)
     return h, dgu, Quantised(q, s), dw
 
 # %% ../../nbs/11_fp8/01_kernels.ipynb #17cdb74c
 @triton.jit
-def _cast_permute(x_ptr, q_ptr, s_ptr, rows_ptr, D, tiles, K:tl.constexpr, KP:tl.constexpr, TILES:tl.constexpr, TILE:tl.constexpr):
+def _cast_permute(x_ptr, q_ptr, s_ptr, rows_ptr, D, tiles, K:tl.constexpr, KP:tl.constexpr, TILES:tl.constexpr,
+        TILE:tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     tile, k = tl.arange(0, TILES), tl.arange(0, KP)
     d = tile[:,None]*TILE + tl.arange(0, TILE)[None,:]
@@ -293,13 +318,15 @@ def _cast_permute(x_ptr, q_ptr, s_ptr, rows_ptr, D, tiles, K:tl.constexpr, KP:tl
     store_to_rows(q_ptr, (x*_inverse(sf)[:,None]).to(tl.float8e4nv), d, rows, k, D, K)
 
 @triton.jit
-def _permute_scales(s_ptr, out_ptr, pairs_ptr, ends_ptr, M, tiles, E, stride, K:tl.constexpr, BM:tl.constexpr, TILES:tl.constexpr):
+def _permute_scales(s_ptr, out_ptr, pairs_ptr, ends_ptr, M, tiles, E, stride, K:tl.constexpr, BM:tl.constexpr,
+        TILES:tl.constexpr):
     if tl.program_id(0)*BM < tl.load(ends_ptr+E-1):
         m, tile = tl.program_id(0).to(tl.int64)*BM + tl.arange(0, BM), tl.arange(0, TILES)
         pair = tl.load(pairs_ptr+m, mask=m < M, other=-1)
         t = (pair//K).to(tl.int64)
         s = tl.load(s_ptr + t[None,:]*tiles + tile[:,None], mask=(tile < tiles)[:,None] & (pair >= 0)[None,:], other=0.)
-        tl.store(out_ptr + tile[:,None].to(tl.int64)*stride + m[None,:], s, mask=(tile < tiles)[:,None] & (m < M)[None,:])
+        tl.store(out_ptr + tile[:,None].to(tl.int64)*stride + m[None,:], s,
+            mask=(tile < tiles)[:,None] & (m < M)[None,:])
 
 def cast_permute(
     x:Tensor, # [T,D] bf16 or float32 tokens; D a multiple of 128
@@ -311,7 +338,10 @@ def cast_permute(
     if D % TILE: raise ValueError(f"cast_permute: width {D} is not a multiple of {TILE}")
     tiles = D//TILE
     TILES = triton.next_power_of_2(tiles)
-    q, s, by_token = torch.empty(M, D, dtype=E4M3, device=x.device), _scales(tiles, M, x.device), torch.empty(T, tiles, device=x.device)
-    _cast_permute[(T,)](x, q, by_token, lay.rows, D, tiles, K=k, KP=triton.next_power_of_2(k), TILES=TILES, TILE=TILE, num_warps=2)
-    _permute_scales[(triton.cdiv(M, 128),)](by_token, s, lay.pairs, lay.ends, M, tiles, len(lay.ends), s.stride(1), K=k, BM=128, TILES=TILES)
+    q, s = torch.empty(M, D, dtype=E4M3, device=x.device), _scales(tiles, M, x.device)
+    by_token = torch.empty(T, tiles, device=x.device)
+    _cast_permute[(T,)](x, q, by_token, lay.rows, D, tiles, K=k, KP=triton.next_power_of_2(k), TILES=TILES, TILE=TILE,
+        num_warps=2)
+    _permute_scales[(triton.cdiv(M, 128),)](by_token, s, lay.pairs, lay.ends, M, tiles, len(lay.ends), s.stride(1), K=k,
+        BM=128, TILES=TILES)
     return Quantised(q, s)

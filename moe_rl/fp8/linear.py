@@ -26,7 +26,8 @@ def _reference_blocks(w):
 
 def casts_of(
     backend:str, # "reference" or "deep_gemm"
-)->tuple[Callable,Callable,Callable]: # x -> x by 1x128; x -> (x by 1x128, x.T by 1x128); w -> (w by 128x128, w.T by 128x128)
+# x -> x by 1x128; x -> (x by 1x128, x.T by 1x128); w -> (w by 128x128, w.T by 128x128)
+)->tuple[Callable,Callable,Callable]:
     "The three casts of training."
     if backend == "reference": return quantise, _reference_both, _reference_blocks
     from moe_rl.fp8.kernels import cast_blocks, cast_both, cast_rows
@@ -103,7 +104,9 @@ def to_fp8(
     for name, m in model.named_modules():
         if type(m) is not nn.Linear or name.split(".")[-1] in skip: continue
         if m.bias is not None or m.in_features % TILE or m.out_features % TILE:
-            raise ValueError(f"to_fp8: {name} is {m.out_features} x {m.in_features}{' with a bias' if m.bias is not None else ''}; FP8 takes multiples of {TILE} without bias; name it in skip")
+            raise ValueError(f"to_fp8: {name} is {m.out_features} x "
+                             f"{m.in_features}{' with a bias' if m.bias is not None else ''}; FP8 takes multiples of "
+                             f"{TILE} without bias; name it in skip")
         m.__class__, m.backend, m.keep = Fp8Linear, backend, keep
         done.append(name)
     return done

@@ -71,7 +71,8 @@ def quantise(
     A tile that holds an infinity or a NaN has a scale that is not finite, and comes back as NaN everywhere: never a plausible number."""
     if scale is None:
         amax = tile_amax(x, block).clamp(min=MIN_AMAX)
-        sf = amax/amax.new_full((), E4M3_MAX)  # a Python number here would make CUDA multiply by 1/448, which rounds differently
+        # a Python number here would make CUDA multiply by 1/448, which rounds differently
+        sf = amax/amax.new_full((), E4M3_MAX)
         if ue8m0: sf = to_ue8m0(sf)
         y = x.float()*expand_scale(1/sf, x.shape, block)
     else:
@@ -96,7 +97,8 @@ def distributions(
     "Test matrices from gentle to wild: normal, Student-t with 3 and 1 degrees of freedom, and normal with 1 channel in 100 ten thousand times larger."
     g = torch.Generator().manual_seed(seed)
     normal = torch.randn(shape, generator=g)
-    t = lambda nu: torch.randn(shape, generator=g)/(torch._standard_gamma(torch.full(shape, nu/2), generator=g)*2/nu).sqrt()
+    t = lambda nu: torch.randn(shape, generator=g)/(torch._standard_gamma(torch.full(shape, nu/2),
+        generator=g)*2/nu).sqrt()
     channels = normal.clone(); channels[:,torch.randperm(shape[1], generator=g)[:shape[1]//100]] *= 1e4
     return {"normal": normal, "t(3)": t(3.), "t(1)": t(1.), "large channels": channels}
 

@@ -70,7 +70,8 @@ def _prefix(counts_ptr, total_ptr, blocks, E, BP:tl.constexpr, EB:tl.constexpr):
     tl.store(total_ptr+e, tl.sum(c, 0), mask=e < E)
 
 @triton.jit
-def _place(idx_ptr, before_ptr, total_ptr, rows_ptr, pairs_ptr, ends_ptr, n, E, ALIGN:tl.constexpr, BLOCK:tl.constexpr, EP:tl.constexpr):
+def _place(idx_ptr, before_ptr, total_ptr, rows_ptr, pairs_ptr, ends_ptr, n, E, ALIGN:tl.constexpr, BLOCK:tl.constexpr,
+        EP:tl.constexpr):
     "rows[pair] and pairs[row], and once the ends of the experts."
     b = tl.program_id(0)
     i, e = b*BLOCK + tl.arange(0, BLOCK), tl.arange(0, EP)
@@ -78,9 +79,11 @@ def _place(idx_ptr, before_ptr, total_ptr, rows_ptr, pairs_ptr, ends_ptr, n, E, 
     padded = (total+ALIGN-1)//ALIGN*ALIGN
     ends = tl.cumsum(padded, 0)
     if b == 0: tl.store(ends_ptr+e, ends, mask=e < E)
-    first = ends - padded + tl.load(before_ptr + b*E + e, mask=e < E, other=0) # [EP] first row of e that this block may use
+    # [EP] first row of e that this block may use
+    first = ends - padded + tl.load(before_ptr + b*E + e, mask=e < E, other=0)
     key = tl.load(idx_ptr+i, mask=i < n, other=-1).to(tl.int32)
-    before = tl.sum(((key[:,None] == key[None,:]) & (i[:,None] < i[None,:])).to(tl.int32), 0) # equal keys earlier in the block
+    # equal keys earlier in the block
+    before = tl.sum(((key[:,None] == key[None,:]) & (i[:,None] < i[None,:])).to(tl.int32), 0)
     row = before + tl.gather(first, tl.maximum(key, 0), 0)
     tl.store(rows_ptr+i, tl.where(key < 0, -1, row), mask=i < n)
     tl.store(pairs_ptr+row, i, mask=(i < n) & (key >= 0))
@@ -102,7 +105,8 @@ def layouts(
     _prefix[(triton.cdiv(E, EB),)](counts, total, blocks, E, BP=BP, EB=EB)
     out = []
     for align in aligns:
-        rows, ends, pairs = new(*idx.shape), new(E), torch.full((max_rows(n, E, align),), -1, dtype=torch.int32, device=idx.device)
+        rows, ends = new(*idx.shape), new(E)
+        pairs = torch.full((max_rows(n, E, align),), -1, dtype=torch.int32, device=idx.device)
         _place[(blocks,)](idx, counts, total, rows, pairs, ends, n, E, ALIGN=align, BLOCK=BLOCK, EP=EP, num_warps=4)
         out.append(Layout(rows, pairs, ends, total))
     return out
@@ -121,13 +125,15 @@ def store_to_rows(out_ptr, x, d, rows, j, D, K:tl.constexpr):
     "Write x, whose columns are d, to those of rows[j], j < K, that are not -1."
     for i in tl.static_range(K):
         row = tl.sum(tl.where(j == i, rows, 0), 0)
-        tl.store(out_ptr + row*D + d, x, mask=d < tl.where(row >= 0, D, 0), cache_modifier=".cs") # read much later: leave the cache to x
+        # read much later: leave the cache to x
+        tl.store(out_ptr + row*D + d, x, mask=d < tl.where(row >= 0, D, 0), cache_modifier=".cs")
 
 @triton.jit
 def _permute(x_ptr, out_ptr, rows_ptr, D, K:tl.constexpr, KP:tl.constexpr, BLOCK:tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     d, j = tl.arange(0, BLOCK), tl.arange(0, KP)
-    rows = tl.load(rows_ptr + t*K + j, mask=j < K, other=-1).to(tl.int64) # all at once: a load cannot pass a store before it
+    # all at once: a load cannot pass a store before it
+    rows = tl.load(rows_ptr + t*K + j, mask=j < K, other=-1).to(tl.int64)
     store_to_rows(out_ptr, tl.load(x_ptr + t*D + d, mask=d < D), d, rows, j, D, K)
 
 # %% ../../nbs/10_gpu/01_experts.ipynb #2d2e782f
@@ -162,7 +168,8 @@ def combine(
     on_device("combine", y, lay.rows)
     (T, k), D = lay.rows.shape, y.shape[1]
     out = y.new_empty(T, D)
-    _combine[(T,)](y, y if weights is None else weights, out, lay.rows, D, K=k, BLOCK=triton.next_power_of_2(D), WEIGHTED=weights is not None, num_warps=4)
+    _combine[(T,)](y, y if weights is None else weights, out, lay.rows, D, K=k, BLOCK=triton.next_power_of_2(D),
+        WEIGHTED=weights is not None, num_warps=4)
     return out
 
 # %% ../../nbs/10_gpu/01_experts.ipynb #03bb60a1
@@ -217,11 +224,13 @@ def weighted_swiglu_backward(
     weights:Tensor, # [T,k] float32
     lay:Layout,
     in_place:bool=False, # overwrite gu with its gradient
-)->tuple[Tensor,Tensor]: # [M,2I] gradient of gu in its dtype, undefined in rows without a pair; [T,k] float32 gradient of weights
+# [M,2I] gradient of gu in its dtype, undefined in rows without a pair; [T,k] float32 gradient of weights
+)->tuple[Tensor,Tensor]:
     "Gradients of `weighted_swiglu`, in one pass."
     on_device("weighted_swiglu_backward", gu, dh, weights)
     dgu, dw = gu if in_place else torch.empty_like(gu), torch.zeros_like(weights)
-    _swiglu_backward[(len(gu),)](gu, dh, weights, lay.pairs, dgu, dw, dh.shape[1], BLOCK=triton.next_power_of_2(dh.shape[1]), num_warps=2)
+    _swiglu_backward[(len(gu),)](gu, dh, weights, lay.pairs, dgu, dw, dh.shape[1],
+        BLOCK=triton.next_power_of_2(dh.shape[1]), num_warps=2)
     return dgu, dw
 
 # %% ../../nbs/10_gpu/01_experts.ipynb #915d9d4e
@@ -231,7 +240,9 @@ def free(*xs:Tensor):
 
 def spend(ctx):
     "Raise if this node of the graph has gone backwards before."
-    if getattr(ctx, "spent", False): raise RuntimeError("experts: backward a second time, but the first one freed what was kept; run the forward pass again")
+    if getattr(ctx, "spent", False):
+        raise RuntimeError("experts: backward a second time, but the first one freed what was kept; run the forward "
+                           "pass again")
     ctx.spent = True
 
 class _Experts(torch.autograd.Function):
@@ -273,7 +284,8 @@ def _experts_operator(x:Tensor, idx:Tensor, weights:Tensor, gate_up:Tensor, down
     return combine(torch._grouped_mm(weighted_swiglu(gu, weights, lay), down.transpose(1, 2), offs=lay.ends), lay), gu
 
 @torch.library.custom_op("moe_rl::gpu_experts_backward", mutates_args=())
-def _experts_operator_backward(dout:Tensor, x:Tensor, gu:Tensor, idx:Tensor, weights:Tensor, gate_up:Tensor, down:Tensor)->tuple[Tensor,Tensor,Tensor,Tensor]:
+def _experts_operator_backward(dout:Tensor, x:Tensor, gu:Tensor, idx:Tensor, weights:Tensor, gate_up:Tensor,
+        down:Tensor)->tuple[Tensor,Tensor,Tensor,Tensor]:
     lay = layout(idx, gate_up.shape[0])
     dy, h, rows = permute(dout.contiguous(), lay), weighted_swiglu(gu, weights, lay), permute(x, lay)
     dgu, dw = weighted_swiglu_backward(gu, torch._grouped_mm(dy, down, offs=lay.ends), weights, lay)
@@ -305,7 +317,10 @@ def gpu_experts(
     down:Tensor, # [E,D,I] in the dtype of x
 )->Tensor: # [T,D] in the dtype of x
     "An `ExpertsFn` for GPUs: forward and backward without host synchronisation; gradients to x, weights, gate_up and down."
-    if torch.compiler.is_compiling(): return _experts_operator(x.contiguous(), idx, weights.contiguous(), gate_up, down)[0]
+    if torch.compiler.is_compiling():
+        return _experts_operator(x.contiguous(), idx, weights.contiguous(), gate_up, down)[0]
     on_device("gpu_experts", x, idx, weights, gate_up, down)
-    if not x.dtype == gate_up.dtype == down.dtype: raise ValueError(f"gpu_experts: x is {x.dtype}, gate_up {gate_up.dtype}, down {down.dtype}; cast them to one dtype")
+    if not x.dtype == gate_up.dtype == down.dtype:
+        raise ValueError(f"gpu_experts: x is {x.dtype}, gate_up {gate_up.dtype}, down {down.dtype}; cast them to one "
+                         "dtype")
     return _Experts.apply(x.contiguous(), idx, weights.contiguous(), gate_up, down)

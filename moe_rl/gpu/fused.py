@@ -91,7 +91,8 @@ def plain_gate_up(
 )->tuple[Tensor,Tensor]: # gu [M,2I] interleaved, h [M,I]
     "`gu = x w^T` for the token of each row, and `h = silu(gate)*up`."
     gu = x.new_zeros(len(rows.token), w.shape[1])
-    for e, (i, j) in enumerate(spans(rows)): gu[i:j] = interleave(*(x[rows.token[i:j].long()].float()@w[e].float().T).chunk(2, -1)).to(x.dtype)
+    for e, (i, j) in enumerate(spans(rows)):
+        gu[i:j] = interleave(*(x[rows.token[i:j].long()].float()@w[e].float().T).chunk(2, -1)).to(x.dtype)
     gate, up = halves(gu.float())
     return gu, (torch.nn.functional.silu(gate)*up).to(x.dtype)
 
@@ -112,13 +113,15 @@ def plain_down_backward(
     w:Tensor, # [E,D,I] down
     gu:Tensor, # [M,2I] interleaved
     rows:Rows,
-)->tuple[Tensor,Tensor,Tensor]: # dgu [M,2I] interleaved, weight*h [M,I], and <dy, y> [M] float32, the gradient of the gate values
+# dgu [M,2I] interleaved, weight*h [M,I], and <dy, y> [M] float32, the gradient of the gate values
+)->tuple[Tensor,Tensor,Tensor]:
     "Through the weighted sum, `down` and the gated unit; `h` is computed again on the way."
     d, (gate, up) = torch.zeros(len(gu), w.shape[2], device=gu.device), halves(gu.float())
     for e, (i, j) in enumerate(spans(rows)): d[i:j] = dy[i:j].float()@w[e].float()
     s = gate.sigmoid()
     h, dh = gate*s*up, d*rows.weight[:,None]
-    return interleave(dh*up*s*(1+gate*(1-s)), dh*gate*s).to(gu.dtype), (h*rows.weight[:,None]).to(gu.dtype), (d*h).sum(1)
+    return interleave(dh*up*s*(1+gate*(1-s)), dh*gate*s).to(gu.dtype), (h*rows.weight[:,
+        None]).to(gu.dtype), (d*h).sum(1)
 
 # %% ../../nbs/10_gpu/03_fused.ipynb #70d73377
 def plain_gate_up_backward(
@@ -128,7 +131,8 @@ def plain_gate_up_backward(
 )->Tensor: # [M,D], the gradient of x, row by row
     "`dgu w`."
     dx = dgu.new_zeros(len(dgu), w.shape[2])
-    for e, (i, j) in enumerate(spans(rows)): dx[i:j] = (torch.cat(halves(dgu[i:j].float()), 1)@w[e].float()).to(dgu.dtype)
+    for e, (i, j) in enumerate(spans(rows)):
+        dx[i:j] = (torch.cat(halves(dgu[i:j].float()), 1)@w[e].float()).to(dgu.dtype)
     return dx
 
 # %% ../../nbs/10_gpu/03_fused.ipynb #f685c922
@@ -136,7 +140,9 @@ def plain_weight_gradient(
     x:Tensor, # [T,N] per token with `gather`, else [M,N] per row
     y:Tensor, # [M,K] per row
     rows:Rows,
-    out:Tensor, # [E,N,K] or a transposed view of [E,K,N], filled with sums over each expert's rows of x^T y; 0 for an expert without rows
+    # [E,N,K] or a transposed view of [E,K,N], filled with sums over each expert's rows of x^T y; 0 for an expert
+    # without rows
+    out:Tensor,
     gather:bool, # take the row of x that `rows.token` names
     interleaved:bool=False, # the columns of y are; those of out are gates, then ups
 ):
@@ -151,21 +157,27 @@ def tiles(
     device:torch.device, # a Hopper GPU
 )->dict: # name of the product to quack's GemmConfig
     "The tile of each product; raises `ImportError` if quack-kernels is not installed."
-    if find_spec("quack") is None: raise ImportError("fused products: backend 'quack' needs the package quack-kernels: pip install 'moe_rl[cuda]'")
+    if find_spec("quack") is None:
+        raise ImportError("fused products: backend 'quack' needs the package quack-kernels: pip install 'moe_rl[cuda]'")
     from quack.gemm_config import GemmConfig
-    tile = lambda m, n, pingpong, cluster: GemmConfig(tile_m=m, tile_n=n, pingpong=pingpong, cluster_m=cluster[0], cluster_n=cluster[1], device_capacity=9, is_dynamic_persistent=False)
+    tile = lambda m, n, pingpong, cluster: GemmConfig(tile_m=m, tile_n=n, pingpong=pingpong, cluster_m=cluster[0],
+        cluster_n=cluster[1], device_capacity=9, is_dynamic_persistent=False)
     h200 = "H200" in torch.cuda.get_device_name(device)
-    return dict(gate_up=tile(128, 256, False, (1, 1) if h200 else (2, 1)), gate_up_backward=tile(128 if h200 else 192, 128, True, (1, 2)),
+    return dict(gate_up=tile(128, 256, False, (1, 1) if h200 else (2, 1)),
+                gate_up_backward=tile(128 if h200 else 192, 128, True, (1, 2)),
                 down=tile(128, 128, True, (1, 2)), down_backward=tile(128, 128, True, (1, 2)),
                 weight_gradient=tile(128, 128, True, (1, 2)), weight_gradient_t=tile(192, 128, True, (1, 2)),
-                weight_gradient_gather=tile(128, 256, False, (2, 1)), weight_gradient_t_gather=tile(128, 192, True, (2, 1)))
+                weight_gradient_gather=tile(128, 256, False, (2, 1)),
+                weight_gradient_t_gather=tile(128, 192, True, (2, 1)))
 
 def tile_of(
     product:str, # name in `tiles`
     x:Tensor, # an operand
 ):
     "The tile of a product, in a thread that may launch it."
-    torch.cuda.current_stream(x.device).query() # CuTe asks the driver for the context of this thread; one of autograd's has none before its first call of the runtime
+    # CuTe asks the driver for the context of this thread; one of autograd's has none before its first call of the
+    # runtime
+    torch.cuda.current_stream(x.device).query()
     return tiles(x.device)[product]
 
 def quack_product(product, a, b, out, **how):
@@ -178,7 +190,8 @@ def quack_product(product, a, b, out, **how):
 def quack_gate_up(x, w, rows):
     "`plain_gate_up` in one kernel."
     from quack.gemm_interface import gemm_gated
-    return gemm_gated(x, w.mT, activation="swiglu", cu_seqlens_m=rows.first, A_idx=rows.token, concat_layout=("B",), tuned=False, config=tile_of("gate_up", x))
+    return gemm_gated(x, w.mT, activation="swiglu", cu_seqlens_m=rows.first, A_idx=rows.token, concat_layout=("B",),
+        tuned=False, config=tile_of("gate_up", x))
 
 def quack_down(h, w, rows):
     "`plain_down` in one kernel."
@@ -188,18 +201,21 @@ def quack_down(h, w, rows):
 def quack_down_backward(dy, w, gu, rows):
     "`plain_down_backward` in one kernel and a sum of its parts of the last result."
     from quack.gemm_interface import gemm_dgated
-    return gemm_dgated(dy, w, gu, activation="swiglu", colvec_scale=rows.weight, colvec_reduce=True, cu_seqlens_m=rows.first,
+    return gemm_dgated(dy, w, gu, activation="swiglu", colvec_scale=rows.weight, colvec_reduce=True,
+                       cu_seqlens_m=rows.first,
                        dynamic_scheduler=False, tuned=False, config=tile_of("down_backward", gu))
 
 # %% ../../nbs/10_gpu/03_fused.ipynb #a0704958
 def quack_gate_up_backward(dgu, w, rows):
     "`plain_gate_up_backward` in one kernel."
-    return quack_product("gate_up_backward", dgu, w, dgu.new_empty(len(dgu), w.shape[2]), cu_seqlens_m=rows.first, concat_layout=("B",))
+    return quack_product("gate_up_backward", dgu, w, dgu.new_empty(len(dgu), w.shape[2]), cu_seqlens_m=rows.first,
+        concat_layout=("B",))
 
 def quack_weight_gradient(x, y, rows, out, gather, interleaved=False):
     "`plain_weight_gradient` in one kernel."
     product = "weight_gradient" + ("" if out.stride(-1) == 1 else "_t") + ("_gather" if gather else "")
-    quack_product(product, x.mT, y, out, cu_seqlens_k=rows.first, A_idx=rows.token if gather else None, concat_layout=("out",) if interleaved else None)
+    quack_product(product, x.mT, y, out, cu_seqlens_k=rows.first, A_idx=rows.token if gather else None,
+        concat_layout=("out",) if interleaved else None)
 
 # %% ../../nbs/10_gpu/03_fused.ipynb #c7e60acc
 class Products(NamedTuple):
@@ -210,8 +226,10 @@ class Products(NamedTuple):
     gate_up_backward: Callable
     weight_gradient: Callable
 
-PRODUCTS = dict(plain=Products(plain_gate_up, plain_down, plain_down_backward, plain_gate_up_backward, plain_weight_gradient),
-                quack=Products(quack_gate_up, quack_down, quack_down_backward, quack_gate_up_backward, quack_weight_gradient))
+PRODUCTS = dict(plain=Products(plain_gate_up, plain_down, plain_down_backward, plain_gate_up_backward,
+    plain_weight_gradient),
+                quack=Products(quack_gate_up, quack_down, quack_down_backward, quack_gate_up_backward,
+                    quack_weight_gradient))
 
 # %% ../../nbs/10_gpu/03_fused.ipynb #373a471f
 def _gradients(dout, x, gu, weights, gate_up, down, rows, lay, products, free):
@@ -250,7 +268,8 @@ class _FusedExperts(torch.autograd.Function):
 
 # %% ../../nbs/10_gpu/03_fused.ipynb #c0ffee02
 @torch.library.custom_op("moe_rl::fused_experts", mutates_args=())
-def _experts_operator(x:Tensor, idx:Tensor, weights:Tensor, gate_up:Tensor, down:Tensor, backend:str)->tuple[Tensor,Tensor]:
+def _experts_operator(x:Tensor, idx:Tensor, weights:Tensor, gate_up:Tensor, down:Tensor, backend:str)->tuple[Tensor,
+        Tensor]:
     "The result, and gu."
     lay, products = layout(idx, len(gate_up)), PRODUCTS[backend]
     rows = rows_of(lay, weights)
@@ -258,15 +277,18 @@ def _experts_operator(x:Tensor, idx:Tensor, weights:Tensor, gate_up:Tensor, down
     return combine(products.down(h, down, rows), lay, weights), gu
 
 @torch.library.custom_op("moe_rl::fused_experts_backward", mutates_args=())
-def _experts_operator_backward(dout:Tensor, x:Tensor, gu:Tensor, idx:Tensor, weights:Tensor, gate_up:Tensor, down:Tensor, backend:str)->tuple[Tensor,Tensor,Tensor,Tensor]:
+def _experts_operator_backward(dout:Tensor, x:Tensor, gu:Tensor, idx:Tensor, weights:Tensor, gate_up:Tensor,
+        down:Tensor, backend:str)->tuple[Tensor,Tensor,Tensor,Tensor]:
     lay = layout(idx, len(gate_up))
-    return _gradients(dout, x, gu, weights, gate_up, down, rows_of(lay, weights), lay, PRODUCTS[backend], lambda *xs: None)
+    return _gradients(dout, x, gu, weights, gate_up, down, rows_of(lay, weights), lay, PRODUCTS[backend],
+        lambda *xs: None)
 
 @_experts_operator.register_fake
 def _(x, idx, weights, gate_up, down, backend): return torch.empty_like(x), x.new_empty(idx.numel(), gate_up.shape[1])
 
 @_experts_operator_backward.register_fake
-def _(dout, x, gu, idx, weights, gate_up, down, backend): return tuple(torch.empty_like(t) for t in (x, weights, gate_up, down))
+def _(dout, x, gu, idx, weights, gate_up, down, backend):
+    return tuple(torch.empty_like(t) for t in (x, weights, gate_up, down))
 
 def _keep(ctx, inputs, output):
     x, *rest, ctx.backend = inputs
@@ -290,16 +312,25 @@ def fused_experts(
     """An `ExpertsFn` that keeps `x` and the pre-activations alone, after SonicMoE (arXiv 2512.14080); 'quack' never waits for the device.
 
     Raises `ValueError` for operands that the backend cannot take, `UserError` on a GPU that it has no kernels for."""
-    if torch.compiler.is_compiling(): return _experts_operator(x.contiguous(), idx, weights.contiguous(), gate_up, down, backend)[0]
+    if torch.compiler.is_compiling():
+        return _experts_operator(x.contiguous(), idx, weights.contiguous(), gate_up, down, backend)[0]
     on_device("fused_experts", x, idx, weights, gate_up, down)
-    if backend not in PRODUCTS: raise ValueError(f"fused_experts: backend {backend!r} is unknown; use one of {', '.join(PRODUCTS)}")
-    if not x.dtype == gate_up.dtype == down.dtype: raise ValueError(f"fused_experts: x is {x.dtype}, gate_up {gate_up.dtype}, down {down.dtype}; cast them to one dtype")
+    if backend not in PRODUCTS:
+        raise ValueError(f"fused_experts: backend {backend!r} is unknown; use one of {', '.join(PRODUCTS)}")
+    if not x.dtype == gate_up.dtype == down.dtype:
+        raise ValueError(f"fused_experts: x is {x.dtype}, gate_up {gate_up.dtype}, down {down.dtype}; cast them to "
+                         "one dtype")
     if backend == "quack": _check_quack(x, down)
     return _FusedExperts.apply(x.contiguous(), idx, weights.contiguous(), gate_up, down, PRODUCTS[backend])
 
 def _check_quack(x, down):
     "Raise for what the fused products cannot take, before anything is launched."
-    if x.device.type != "cuda": raise ValueError(f"fused_experts: backend 'quack' takes CUDA tensors, these are on {x.device}; use backend='plain'")
-    if x.dtype != torch.bfloat16: raise ValueError(f"fused_experts: backend 'quack' takes bf16, not {x.dtype}; use gpu_experts")
-    if x.shape[1] % 8 or down.shape[2] % 8: raise ValueError(f"fused_experts: width {x.shape[1]} and expert width {down.shape[2]} must be multiples of 8 (16 bytes)")
+    if x.device.type != "cuda":
+        raise ValueError(f"fused_experts: backend 'quack' takes CUDA tensors, these are on {x.device}; use "
+                         "backend='plain'")
+    if x.dtype != torch.bfloat16:
+        raise ValueError(f"fused_experts: backend 'quack' takes bf16, not {x.dtype}; use gpu_experts")
+    if x.shape[1] % 8 or down.shape[2] % 8:
+        raise ValueError(f"fused_experts: width {x.shape[1]} and expert width {down.shape[2]} must be multiples of 8 "
+                         "(16 bytes)")
     on_hopper("fused_experts: backend 'quack'", x.device, "gpu_experts")

@@ -68,7 +68,8 @@ class _HeadLoss(torch.autograd.Function):
             rows = h[i:i+step]
             z = mm_float32(rows, head.T)
             d = torch.empty(z.shape if grad else (0,), dtype=h.dtype, device=h.device)
-            _head[(len(rows),)](z, targets[i:i+step], weights[i:i+step], logprobs[i:], lse[i:], d, V, z_loss, GRAD=grad, BLOCK=min(4096, triton.next_power_of_2(V)), num_warps=8)
+            _head[(len(rows),)](z, targets[i:i+step], weights[i:i+step], logprobs[i:], lse[i:], d, V, z_loss, GRAD=grad,
+                BLOCK=min(4096, triton.next_power_of_2(V)), num_warps=8)
             if grad:
                 torch.mm(d, head, out=dh[i:i+step])
                 add_mm_float32(dw, d.T, rows)
@@ -93,5 +94,6 @@ def head_loss(
 )->tuple[Tensor,Tensor,Tensor]: # loss, scalar, gradients to h and w; logprobs [T] and lse [T] float32, without gradient
     "`sum_t weights[t] * (z_loss*lse_t^2 - logprob_t)`, with the logits of some thousand tokens in memory at a time."
     on_device("head_loss", h, w, targets, weights)
-    if not len(h) == len(targets) == len(weights): raise ValueError(f"head_loss: {len(h)} hidden states, {len(targets)} targets, {len(weights)} weights")
+    if not len(h) == len(targets) == len(weights):
+        raise ValueError(f"head_loss: {len(h)} hidden states, {len(targets)} targets, {len(weights)} weights")
     return _HeadLoss.apply(h.contiguous(), w, targets, weights.float(), z_loss)

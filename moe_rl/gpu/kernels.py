@@ -18,7 +18,8 @@ class Absent:
     "Stands in for Triton where it is not installed: modules with kernels import, and the first launch says what is missing."
     def __getattr__(self, name): return self
     def __call__(self, *args, **kwargs): return self
-    def __getitem__(self, grid): raise UserError("Triton is not installed: pip install triton, or use the plain torch version of this function")
+    def __getitem__(self, grid):
+        raise UserError("Triton is not installed: pip install triton, or use the plain torch version of this function")
 
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is imported
 if find_spec("triton"):
@@ -40,10 +41,12 @@ def on_device(
     want = "cpu" if INTERPRETED else "cuda"
     for x in xs:
         if x.device.type != want:
-            raise ValueError(f"{name}: tensor on {x.device}, but kernels here run on {want} tensors; move it, or use the plain version")
+            raise ValueError(f"{name}: tensor on {x.device}, but kernels here run on {want} tensors; move it, or use "
+                             "the plain version")
     if isinstance(triton, Absent): triton[name]   # says what to install
     if INTERPRETED and isinstance(tl.sum, triton.JITFunction):
-        raise RuntimeError(f"{name}: triton was imported before moe_rl.gpu.kernels and would not interpret; set TRITON_INTERPRET=1 before Python starts")
+        raise RuntimeError(f"{name}: triton was imported before moe_rl.gpu.kernels and would not interpret; set "
+                           "TRITON_INTERPRET=1 before Python starts")
 
 # %% ../../nbs/10_gpu/00_kernels.ipynb #ab72b9d9
 def on_hopper(
@@ -53,14 +56,16 @@ def on_hopper(
 ):
     "Raise `UserError` unless the GPU is a Hopper one."
     if (cc := torch.cuda.get_device_capability(device))[0] != 9:
-        raise UserError(f"{name}: its kernels are for Hopper GPUs (compute capability 9.0) and this one has {cc[0]}.{cc[1]}; use {instead}")
+        raise UserError(f"{name}: its kernels are for Hopper GPUs (compute capability 9.0) and this one has "
+                        f"{cc[0]}.{cc[1]}; use {instead}")
 
 # %% ../../nbs/10_gpu/00_kernels.ipynb #7e4f987e
 _convert = interpreter._convert_float
 
 def _convert_like_torch(x, input_dtype, output_dtype, rounding_mode):
     "The interpreter's float conversion, with torch's rounding for narrowing to bf16 and E4M3: nearest even, as the hardware does."
-    if output_dtype not in (tl.float8e4nv, tl.bfloat16) or input_dtype.primitive_bitwidth <= output_dtype.primitive_bitwidth:
+    if output_dtype not in (tl.float8e4nv,
+            tl.bfloat16) or input_dtype.primitive_bitwidth <= output_dtype.primitive_bitwidth:
         return _convert(x, input_dtype, output_dtype, rounding_mode)
     wide = x if input_dtype == tl.float32 else _convert(x, input_dtype, tl.float32, rounding_mode)
     f32 = torch.frombuffer(bytearray(wide.tobytes()), dtype=torch.float32)
@@ -86,8 +91,10 @@ else:
     @triton.jit
     def reciprocal(x):
         "1/x, correctly rounded for magnitudes from 2^-125 to 2^125."
-        return tl.inline_asm_elementwise("{.reg .f32 r, n, e; rcp.approx.ftz.f32 r, $1; neg.f32 n, $1; fma.rn.f32 e, n, r, 0f3f800000; fma.rn.f32 $0, r, e, r;}",
-                                         "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1) # r + r(1-xr); a minus sign in Triton is a subtraction from 0
+        return tl.inline_asm_elementwise("{.reg .f32 r, n, e; rcp.approx.ftz.f32 r, $1; neg.f32 n, $1; fma.rn.f32 e, "
+                                         "n, r, 0f3f800000; fma.rn.f32 $0, r, e, r;}",
+                                         # r + r(1-xr); a minus sign in Triton is a subtraction from 0
+                                         "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
     @triton.jit
     def sigmoid(x):

@@ -24,7 +24,8 @@ def _scaled(g, scale_ptr):
     return tl.where(scale > 0, g*scale, 0.)
 
 @triton.jit
-def _adamw(p_ptr, g_ptr, m_ptr, v_ptr, w_ptr, scale_ptr, n, lr, decay, b1, b2, eps, c1, c2, MASTER:tl.constexpr, SCALE:tl.constexpr, BLOCK:tl.constexpr):
+def _adamw(p_ptr, g_ptr, m_ptr, v_ptr, w_ptr, scale_ptr, n, lr, decay, b1, b2, eps, c1, c2, MASTER:tl.constexpr,
+        SCALE:tl.constexpr, BLOCK:tl.constexpr):
     i = tl.program_id(0).to(tl.int64)*BLOCK + tl.arange(0, BLOCK)
     g = tl.load(g_ptr+i, mask=i < n, other=0.).to(tl.float32)
     if SCALE: g = _scaled(g, scale_ptr)
@@ -46,7 +47,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.scale = None # [] float32 on the device, multiplied into every gradient; see `clip_scale`
         for p in (p for group in self.param_groups for p in group["params"]):
-            if not p.is_contiguous(): raise ValueError(f"{type(self).__name__} got a parameter of shape {list(p.shape)} that is not contiguous")
+            if not p.is_contiguous():
+                raise ValueError(f"{type(self).__name__} got a parameter of shape {list(p.shape)} that is not "
+                                 "contiguous")
             wide = torch.float32 if masters else p.dtype
             self.state[p].update({name: torch.zeros_like(p, dtype=wide) for name in kept})
             if masters and p.dtype != torch.float32: self.state[p]["master"] = p.detach().float()
@@ -55,8 +58,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 class AdamW(FusedOptimizer):
     "`torch.optim.AdamW`, one kernel a parameter, on float32 masters of bf16 parameters."
-    def __init__(self, params, lr:float=2e-4, betas:tuple[float,float]=(.9, .95), eps:float=1e-8, weight_decay:float=0., masters:bool=True):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), masters, ("exp_avg", "exp_avg_sq"))
+    def __init__(self, params, lr:float=2e-4, betas:tuple[float,float]=(.9, .95), eps:float=1e-8, weight_decay:float=0.,
+            masters:bool=True):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay), masters,
+            ("exp_avg", "exp_avg_sq"))
         for p in self.state: self.state[p]["step"] = torch.zeros(()) # on the host: it is known there
 
     @torch.no_grad()
@@ -68,8 +73,10 @@ class AdamW(FusedOptimizer):
                 s = self.state[p]
                 s["step"] += 1
                 n, step, master = p.numel(), int(s["step"]), self.master(p)
-                _adamw[(triton.cdiv(n, 2048),)](p, p.grad.contiguous(), s["exp_avg"], s["exp_avg_sq"], master, p if self.scale is None else self.scale, n,
-                    lr, 1-lr*group["weight_decay"], b1, b2, group["eps"], 1-b1**step, 1-b2**step, MASTER=master is not p, SCALE=self.scale is not None, BLOCK=2048, num_warps=4)
+                _adamw[(triton.cdiv(n, 2048),)](p, p.grad.contiguous(), s["exp_avg"], s["exp_avg_sq"], master,
+                    p if self.scale is None else self.scale, n,
+                    lr, 1-lr*group["weight_decay"], b1, b2, group["eps"], 1-b1**step, 1-b2**step,
+                    MASTER=master is not p, SCALE=self.scale is not None, BLOCK=2048, num_warps=4)
                 increment_version(p) # a kernel wrote it: whoever keeps a cast of it must see that
 
 # %% ../../nbs/10_gpu/06_optimizers.ipynb #4c9f2c2f
@@ -130,7 +137,8 @@ def newton_schulz(
         A = symmetric(x.mT, x) if tall else symmetric(x, x.mT)
         Q = None
         for i in range(iterations):
-            W = symmetric(A, A, A, c, b)                                 # bA + cA^2; the iteration multiplies by P = aI + W
+            # bA + cA^2; the iteration multiplies by P = aI + W
+            W = symmetric(A, A, A, c, b)
             if i: Q = symmetric(W, Q, Q, 1., a)                          # Q <- PQ
             if i < iterations-1: A = symmetric(W, H := symmetric(W, A, A, 1., a), H, 1., a) # A <- PAP
             if not i:                                                    # Q = P, in place of W
@@ -146,12 +154,16 @@ class Muon(FusedOptimizer):
         products:str="torch", # see `newton_schulz`
         at_once:int=2**28, # numbers that are orthogonalised together
     ):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts), masters, ("momentum",))
-        if products not in SYMMETRIC: raise ValueError(f"Muon: products {products!r} is unknown; use one of {', '.join(SYMMETRIC)}")
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts), masters,
+            ("momentum",))
+        if products not in SYMMETRIC:
+            raise ValueError(f"Muon: products {products!r} is unknown; use one of {', '.join(SYMMETRIC)}")
         self.products, self.at_once = products, at_once
         for group in self.param_groups:
             for p in group["params"]:
-                if p.ndim < 2 or p.shape[-2] % group["parts"]: raise ValueError(f"Muon got a parameter of shape {list(p.shape)}: it takes matrices of {group['parts']} equal parts")
+                if p.ndim < 2 or p.shape[-2] % group["parts"]:
+                    raise ValueError(f"Muon got a parameter of shape {list(p.shape)}: it takes matrices of "
+                                     f"{group['parts']} equal parts")
 
     def jobs(self)->list[list[tuple[Tensor,dict]]]:
         "Parameters that are orthogonalised together, with their groups."
@@ -160,7 +172,8 @@ class Muon(FusedOptimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 key = (*matrices(p, group["parts"]).shape[1:], p.dtype)
                 job = open.setdefault(key, [])
-                if job and sum(q.numel() for q, _ in job)+p.numel() > self.at_once: done.append(job); job = open[key] = []
+                if job and sum(q.numel() for q, _ in job)+p.numel() > self.at_once:
+                    done.append(job); job = open[key] = []
                 job.append((p, group))
         return done + list(open.values())
 
@@ -172,19 +185,22 @@ class Muon(FusedOptimizer):
         ps = [matrices(p, group["parts"]) for p, group in job]
         (_, r, c), B, BLOCK = ps[0].shape, sum(map(len, ps)), 4096
         n, blocks, scale = r*c, triton.cdiv(r*c, BLOCK), self.scale
-        x = torch.empty(B, r, c, dtype=torch.float32 if ps[0].device.type == "cpu" else torch.bfloat16, device=ps[0].device)
+        x = torch.empty(B, r, c, dtype=torch.float32 if ps[0].device.type == "cpu" else torch.bfloat16,
+            device=ps[0].device)
         square, live = (torch.empty(B, blocks, device=x.device) for _ in range(2))
         at = 0
         for (p, group), q in zip(job, ps):
             on_device("Muon", p, p.grad)
             rows = slice(at, at := at+len(q))
-            _momentum[(len(q), blocks)](p.grad.contiguous(), self.state[p]["momentum"], x[rows], x if scale is None else scale, square[rows], live[rows], n, group["momentum"],
+            _momentum[(len(q), blocks)](p.grad.contiguous(), self.state[p]["momentum"], x[rows],
+                                        x if scale is None else scale, square[rows], live[rows], n, group["momentum"],
                                         SCALE=scale is not None, BLOCK=BLOCK, num_warps=8)
         x.mul_(square.sum(1).sqrt().clamp_min(1e-12).reciprocal()[:,None,None])
         update, rates, at = newton_schulz(x, self.products), (live.amax(1) > 0)*math.sqrt(max(1, r/c)), 0
         for (p, group), q in zip(job, ps):
             rows, master = slice(at, at := at+len(q)), self.master(p)
-            _move[(len(q), blocks)](p, master, update[rows], rates[rows]*group["lr"], n, 1-group["lr"]*group["weight_decay"], MASTER=master is not p, BLOCK=BLOCK, num_warps=8)
+            _move[(len(q), blocks)](p, master, update[rows], rates[rows]*group["lr"], n,
+                1-group["lr"]*group["weight_decay"], MASTER=master is not p, BLOCK=BLOCK, num_warps=8)
             increment_version(p)
 
 # %% ../../nbs/10_gpu/06_optimizers.ipynb #22f40b63
@@ -196,12 +212,14 @@ def fused_optimizers(
     products:str="torch", # see `newton_schulz`
 )->Optimizers:
     "`build_optimizer` of fused optimizers; the same names in its state, and `master` where there is one."
-    if optimizer not in ("muon", "adamw"): raise ValueError(f"fused_optimizers: optimizer {optimizer!r} is unknown; use 'muon' or 'adamw'")
+    if optimizer not in ("muon", "adamw"):
+        raise ValueError(f"fused_optimizers: optimizer {optimizer!r} is unknown; use 'muon' or 'adamw'")
     names, groups = {p: n for n, p in model.named_parameters() if p.requires_grad}, {}
     for p, n in names.items():
         kind, parts = optimiser_of(model.spec, n)
         groups.setdefault(parts if optimizer == kind == "muon" else ("adamw", p.ndim >= 2), []).append(p)
     hidden = [dict(params=ps, parts=k) for k, ps in groups.items() if isinstance(k, int)]
-    rest = [dict(params=ps, weight_decay=weight_decay if k[1] else 0.) for k, ps in groups.items() if not isinstance(k, int)]
+    rest = [dict(params=ps, weight_decay=weight_decay if k[1] else 0.) for k, ps in groups.items()
+        if not isinstance(k, int)]
     muon = Muon(hidden, muon_lr, weight_decay=weight_decay, masters=masters, products=products) if hidden else None
     return Optimizers(muon, AdamW(rest, adamw_lr, masters=masters) if rest else None, names)

@@ -21,7 +21,8 @@ def _row(ptr, t, d, D):
     return tl.load(ptr + t*D + d, mask=d < D, other=0.).to(tl.float32)
 
 @triton.jit
-def _add_norm(x_ptr, a_ptr, b_ptr, post_ptr, w_ptr, y_ptr, u_ptr, h_ptr, D, eps, PARTS:tl.constexpr, POST:tl.constexpr, BLOCK:tl.constexpr):
+def _add_norm(x_ptr, a_ptr, b_ptr, post_ptr, w_ptr, y_ptr, u_ptr, h_ptr, D, eps, PARTS:tl.constexpr, POST:tl.constexpr,
+        BLOCK:tl.constexpr):
     t, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     y = _row(x_ptr, t, d, D)
     if PARTS > 0:
@@ -86,7 +87,8 @@ class _AddNorm(torch.autograd.Function):
         y, h, u = torch.empty_like(x) if PARTS else x, torch.empty_like(x, dtype=dtype), a
         if PARTS > 1 and post is not None: u = torch.empty_like(a)
         some = lambda t: x if t is None else t
-        _add_norm[(T,)](x, some(a), some(b), some(post), w, y, some(u), h, D, eps, PARTS=PARTS, POST=post is not None, BLOCK=ctx.BLOCK, num_warps=warps(ctx.BLOCK))
+        _add_norm[(T,)](x, some(a), some(b), some(post), w, y, some(u), h, D, eps, PARTS=PARTS, POST=post is not None,
+            BLOCK=ctx.BLOCK, num_warps=warps(ctx.BLOCK))
         ctx.save_for_backward(y, None if post is None else u, post, w)
         ctx.part_dtype = None if a is None else a.dtype
         ctx.set_materialize_grads(False)
@@ -99,13 +101,17 @@ class _AddNorm(torch.autograd.Function):
         if dh is None: dh = torch.zeros_like(y)
         (T, D), P, POST = y.shape, programs(y), post is not None
         dx = torch.empty_like(y)
-        apart = ctx.parts and (POST or ctx.part_dtype != y.dtype) # else the gradients of the stream and of the parts are the same numbers
+        # else the gradients of the stream and of the parts are the same numbers
+        apart = ctx.parts and (POST or ctx.part_dtype != y.dtype)
         du = torch.empty_like(y, dtype=ctx.part_dtype) if apart else dx
         dw, dpost = torch.empty(P, D, device=y.device), torch.empty(P if POST else 0, D, device=y.device)
         some = lambda t: y if t is None else t
-        _add_norm_backward[(P,)](y, some(u), some(post), w, some(None if dy is None else dy.contiguous()), dh.contiguous(), dx, du, dpost, dw, T, D, ctx.eps,
-                                 STREAM=dy is not None, POST=POST, PARTS=apart, BLOCK=ctx.BLOCK, num_warps=warps(ctx.BLOCK))
-        return dx, du if ctx.parts else None, du if ctx.two else None, dpost.sum(0).to(post.dtype) if POST else None, dw.sum(0).to(w.dtype), None, None
+        _add_norm_backward[(P,)](y, some(u), some(post), w, some(None if dy is None else dy.contiguous()),
+                                 dh.contiguous(), dx, du, dpost, dw, T, D, ctx.eps,
+                                 STREAM=dy is not None, POST=POST, PARTS=apart, BLOCK=ctx.BLOCK,
+                                 num_warps=warps(ctx.BLOCK))
+        return dx, du if ctx.parts else None, du if ctx.two else None, dpost.sum(0).to(
+            post.dtype) if POST else None, dw.sum(0).to(w.dtype), None, None
 
 # %% ../../nbs/10_gpu/04_pieces.ipynb #c4db7734
 def add_norm(
@@ -135,7 +141,8 @@ def plain_add_norm(x, parts, post, w, eps, dtype):
 def _halves(ptr, N, NP:tl.constexpr, HALF:tl.constexpr):
     "The halves of N heads, [NP,HALF] each, in float32."
     n, c = tl.arange(0, NP)[:,None], tl.arange(0, HALF)[None,:]
-    return tl.load(ptr + n*2*HALF + c, mask=n < N, other=0.).to(tl.float32), tl.load(ptr + n*2*HALF + HALF + c, mask=n < N, other=0.).to(tl.float32)
+    return tl.load(ptr + n*2*HALF + c, mask=n < N, other=0.).to(tl.float32), tl.load(ptr + n*2*HALF + HALF + c,
+        mask=n < N, other=0.).to(tl.float32)
 
 @triton.jit
 def _store_halves(ptr, a, b, N, NP:tl.constexpr, HALF:tl.constexpr):
@@ -159,7 +166,8 @@ def _turned_heads(src, dst, w_ptr, cos, sin, eps, N, NP:tl.constexpr, HALF:tl.co
     _store_halves(dst, a, b, N, NP, HALF)
 
 @triton.jit
-def _prepare(p_ptr, q_ptr, k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, stride, eps, H, KV, HP:tl.constexpr, KP:tl.constexpr, HALF:tl.constexpr, ROPE:tl.constexpr):
+def _prepare(p_ptr, q_ptr, k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, stride, eps, H, KV, HP:tl.constexpr,
+        KP:tl.constexpr, HALF:tl.constexpr, ROPE:tl.constexpr):
     t, c = tl.program_id(0).to(tl.int64), tl.arange(0, HALF)[None,:]
     cos, sin = tl.load(cos_ptr + t*HALF + c), tl.load(sin_ptr + t*HALF + c)
     _turned_heads(p_ptr + t*stride, q_ptr + t*H*2*HALF, qw_ptr, cos, sin, eps, H, HP, HALF, ROPE)
@@ -167,7 +175,8 @@ def _prepare(p_ptr, q_ptr, k_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, stride, eps,
 
 # %% ../../nbs/10_gpu/04_pieces.ipynb #14b1fcae
 @triton.jit
-def _turned_heads_backward(src, grad, dst, w_ptr, cos, sin, eps, dwa, dwb, N, NP:tl.constexpr, HALF:tl.constexpr, ROPE:tl.constexpr):
+def _turned_heads_backward(src, grad, dst, w_ptr, cos, sin, eps, dwa, dwb, N, NP:tl.constexpr, HALF:tl.constexpr,
+        ROPE:tl.constexpr):
     a, b = _halves(src, N, NP, HALF)
     da, db = _halves(grad, N, NP, HALF)
     if ROPE: da, db = da*cos+db*sin, db*cos-da*sin
@@ -181,7 +190,8 @@ def _turned_heads_backward(src, grad, dst, w_ptr, cos, sin, eps, dwa, dwb, N, NP
     return dwa, dwb
 
 @triton.jit
-def _prepare_backward(p_ptr, dq_ptr, dk_ptr, dv_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dp_ptr, dqw_ptr, dkw_ptr, T, stride, eps, H, KV,
+def _prepare_backward(p_ptr, dq_ptr, dk_ptr, dv_ptr, qw_ptr, kw_ptr, cos_ptr, sin_ptr, dp_ptr, dqw_ptr, dkw_ptr, T,
+                      stride, eps, H, KV,
                       HP:tl.constexpr, KP:tl.constexpr, HALF:tl.constexpr, ROPE:tl.constexpr):
     P, c = tl.program_id(0), tl.arange(0, HALF)[None,:]
     none = tl.zeros([HALF], tl.float32)
@@ -191,7 +201,8 @@ def _prepare_backward(p_ptr, dq_ptr, dk_ptr, dv_ptr, qw_ptr, kw_ptr, cos_ptr, si
         cos, sin = tl.load(cos_ptr + t*HALF + c), tl.load(sin_ptr + t*HALF + c)
         p, dp = p_ptr + t*wide, dp_ptr + t*wide
         qa, qb = _turned_heads_backward(p, dq_ptr + t*H*hd, dp, qw_ptr, cos, sin, eps, qa, qb, H, HP, HALF, ROPE)
-        ka, kb = _turned_heads_backward(p + H*hd, dk_ptr + t*KV*hd, dp + H*hd, kw_ptr, cos, sin, eps, ka, kb, KV, KP, HALF, ROPE)
+        ka, kb = _turned_heads_backward(p + H*hd, dk_ptr + t*KV*hd, dp + H*hd, kw_ptr, cos, sin, eps, ka, kb, KV, KP,
+            HALF, ROPE)
         va, vb = _halves(dv_ptr + t*KV*hd, KV, KP, HALF)
         _store_halves(dp + (H+KV)*hd, va, vb, KV, KP, HALF)
     c = tl.arange(0, HALF)
@@ -202,7 +213,8 @@ def _prepare_backward(p_ptr, dq_ptr, dk_ptr, dv_ptr, qw_ptr, kw_ptr, cos_ptr, si
 
 # %% ../../nbs/10_gpu/04_pieces.ipynb #c6f56528
 def _head_sizes(H, KV, hd):
-    if hd & (hd-1): raise ValueError(f"prepare_heads: head_dim {hd} must be a power of two; use the plain model for others")
+    if hd & (hd-1):
+        raise ValueError(f"prepare_heads: head_dim {hd} must be a power of two; use the plain model for others")
     return dict(H=H, KV=KV, HP=triton.next_power_of_2(H), KP=triton.next_power_of_2(KV), HALF=hd//2)
 
 def prepare_heads(
@@ -227,7 +239,8 @@ def prepare_heads_backward(
     "Gradients of `prepare_heads`, and of the values, which nothing has touched."
     (T, W), P, hd = p.shape, programs(p), len(q_gain)
     dqw, dkw = (torch.empty(P, hd, device=p.device) for _ in range(2))
-    _prepare_backward[(P,)](p, dq.contiguous(), dk.contiguous(), dv.contiguous(), q_gain, k_gain, *tables, dp, dqw, dkw, T, W, eps,
+    _prepare_backward[(P,)](p, dq.contiguous(), dk.contiguous(), dv.contiguous(), q_gain, k_gain, *tables, dp, dqw, dkw,
+                            T, W, eps,
                             **_head_sizes(H, KV, hd), ROPE=turn, num_warps=4)
     return dqw.sum(0).to(q_gain.dtype), dkw.sum(0).to(k_gain.dtype)
 
@@ -272,7 +285,8 @@ def gate_output_backward(
     d_gate:Tensor, # [T,N] view with the stride of gate, filled
 )->Tensor: # [T,N] gradient of o
     (T, N), do = o.shape, torch.empty_like(o)
-    _gate_backward[(T, triton.cdiv(N, 2048))](o, gate, d.contiguous(), do, d_gate, gate.stride(0), N, BLOCK=2048, num_warps=4)
+    _gate_backward[(T, triton.cdiv(N, 2048))](o, gate, d.contiguous(), do, d_gate, gate.stride(0), N, BLOCK=2048,
+        num_warps=4)
     return do
 
 # %% ../../nbs/10_gpu/04_pieces.ipynb #d39c9029

@@ -45,7 +45,8 @@ def _split(d_ptr, out_ptr, T, E, BT:tl.constexpr, EP:tl.constexpr):
 
 # %% ../../nbs/10_gpu/02_router.ipynb #0d7f8d8f
 @triton.jit
-def _add_product(c_ptr, a_ptr, b_ptr, out_ptr, M, N, K, stride, BM:tl.constexpr, BN:tl.constexpr, BK:tl.constexpr, WIDEN:tl.constexpr):
+def _add_product(c_ptr, a_ptr, b_ptr, out_ptr, M, N, K, stride, BM:tl.constexpr, BN:tl.constexpr, BK:tl.constexpr,
+        WIDEN:tl.constexpr):
     m, n = tl.program_id(1).to(tl.int64)*BM + tl.arange(0, BM), tl.program_id(0)*BN + tl.arange(0, BN)
     at, inside = m[:,None]*N + n[None,:], (m < M)[:,None] & (n < N)[None,:]
     out = tl.load(c_ptr+at, mask=inside, other=0.).to(tl.float32)
@@ -53,7 +54,8 @@ def _add_product(c_ptr, a_ptr, b_ptr, out_ptr, M, N, K, stride, BM:tl.constexpr,
         k = first + tl.arange(0, BK)
         a = tl.load(a_ptr + m[:,None]*stride + k[None,:], mask=(m < M)[:,None] & (k < K)[None,:], other=0.)
         b = tl.load(b_ptr + k[:,None]*N + n[None,:], mask=(k < K)[:,None] & (n < N)[None,:], other=0.)
-        out = tl.dot(a.to(tl.float32), b.to(tl.float32), out) if WIDEN else tl.dot(a, b, out) # the interpreter multiplies float32 alone
+        # the interpreter multiplies float32 alone
+        out = tl.dot(a.to(tl.float32), b.to(tl.float32), out) if WIDEN else tl.dot(a, b, out)
     tl.store(out_ptr+at, out, mask=inside)
 
 def add_product(
@@ -64,7 +66,8 @@ def add_product(
     "`c + a@b`, rounded once, reading c where it is."
     on_device("add_product", c, a, b)
     (M, N), K, out, BM, BN = c.shape, len(b), torch.empty_like(c), 64, 128
-    _add_product[(triton.cdiv(N, BN), triton.cdiv(M, BM))](c, a, b, out, M, N, K, a.stride(0), BM=BM, BN=BN, BK=64, WIDEN=INTERPRETED, num_warps=4)
+    _add_product[(triton.cdiv(N, BN), triton.cdiv(M, BM))](c, a, b, out, M, N, K, a.stride(0), BM=BM, BN=BN, BK=64,
+        WIDEN=INTERPRETED, num_warps=4)
     return out
 
 # %% ../../nbs/10_gpu/02_router.ipynb #044db255
@@ -102,7 +105,8 @@ class _Logits(torch.autograd.Function):
 def _logits_operator(x:Tensor, w:Tensor)->Tensor: return _logits(x, w)
 
 @torch.library.custom_op("moe_rl::gate_logits_backward", mutates_args=())
-def _logits_operator_backward(d:Tensor, x:Tensor, w:Tensor)->tuple[Tensor,Tensor]: return _logits_backward(d, None, x, w)
+def _logits_operator_backward(d:Tensor, x:Tensor, w:Tensor)->tuple[Tensor,Tensor]:
+    return _logits_backward(d, None, x, w)
 
 @_logits_operator.register_fake
 def _(x, w): return x.new_empty(len(x), len(w), dtype=torch.float32)
@@ -110,7 +114,8 @@ def _(x, w): return x.new_empty(len(x), len(w), dtype=torch.float32)
 @_logits_operator_backward.register_fake
 def _(d, x, w): return torch.empty_like(x), torch.empty_like(w)
 
-_logits_operator.register_autograd(lambda ctx, d: _logits_operator_backward(d, *ctx.saved_tensors), setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+_logits_operator.register_autograd(lambda ctx, d: _logits_operator_backward(d, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 def gate_logits(
     x:Tensor, # [T,D] bf16 tokens
@@ -119,7 +124,8 @@ def gate_logits(
     "`x @ w.T` to float32 accuracy at tensor-core speed, with gradients to both, and x, whose gradient from elsewhere is added on the way back."
     if torch.compiler.is_compiling(): return _logits_operator(x, w), x
     on_device("gate_logits", x, w)
-    if x.dtype != torch.bfloat16: raise ValueError(f"gate_logits: x is {x.dtype}; it splits w for bf16 tokens, use a plain product otherwise")
+    if x.dtype != torch.bfloat16:
+        raise ValueError(f"gate_logits: x is {x.dtype}; it splits w for bf16 tokens, use a plain product otherwise")
     return _Logits.apply(x, w)
 
 # %% ../../nbs/10_gpu/02_router.ipynb #052aa5f4
@@ -131,7 +137,8 @@ def _scores(logits, valid, SIGMOID:tl.constexpr):
     return z/tl.sum(z, 1)[:,None]
 
 @triton.jit
-def _route(logits_ptr, bias_ptr, replay_ptr, idx_ptr, w_ptr, s_ptr, T, E, scale, K:tl.constexpr, KP:tl.constexpr, EP:tl.constexpr, BT:tl.constexpr,
+def _route(logits_ptr, bias_ptr, replay_ptr, idx_ptr, w_ptr, s_ptr, T, E, scale, K:tl.constexpr, KP:tl.constexpr,
+           EP:tl.constexpr, BT:tl.constexpr,
            SIGMOID:tl.constexpr, NORM:tl.constexpr, BIAS:tl.constexpr, REPLAY:tl.constexpr):
     t, e, j = tl.program_id(0)*BT + tl.arange(0, BT), tl.arange(0, EP), tl.arange(0, KP)
     valid = (t < T)[:,None] & (e < E)[None,:]
@@ -139,7 +146,8 @@ def _route(logits_ptr, bias_ptr, replay_ptr, idx_ptr, w_ptr, s_ptr, T, E, scale,
     tl.store(s_ptr + t[:,None]*E + e[None,:], s, mask=valid)
     rank = s
     if BIAS: rank += tl.load(bias_ptr+e, mask=e < E, other=0.)[None,:]
-    rank = tl.where(valid & (rank == rank), rank, tl.where(e < E, -1e30, -float("inf"))[None,:])  # NaN is chosen last and stays in range
+    # NaN is chosen last and stays in range
+    rank = tl.where(valid & (rank == rank), rank, tl.where(e < E, -1e30, -float("inf"))[None,:])
     idx = tl.zeros([BT, KP], tl.int32)
     for i in tl.static_range(K):
         best = tl.argmax(rank, 1)
@@ -157,7 +165,8 @@ def _route(logits_ptr, bias_ptr, replay_ptr, idx_ptr, w_ptr, s_ptr, T, E, scale,
 
 # %% ../../nbs/10_gpu/02_router.ipynb #7e73f5af
 @triton.jit
-def _route_backward(s_ptr, idx_ptr, dw_ptr, ds_ptr, out_ptr, T, E, scale, K:tl.constexpr, KP:tl.constexpr, EP:tl.constexpr, BT:tl.constexpr,
+def _route_backward(s_ptr, idx_ptr, dw_ptr, ds_ptr, out_ptr, T, E, scale, K:tl.constexpr, KP:tl.constexpr,
+                    EP:tl.constexpr, BT:tl.constexpr,
                     SIGMOID:tl.constexpr, NORM:tl.constexpr, EXTRA:tl.constexpr):
     t, e = tl.program_id(0)*BT + tl.arange(0, BT), tl.arange(0, EP)
     valid = (t < T)[:,None] & (e < E)[None,:]
@@ -178,28 +187,35 @@ def _route_backward(s_ptr, idx_ptr, dw_ptr, ds_ptr, out_ptr, T, E, scale, K:tl.c
 
 # %% ../../nbs/10_gpu/02_router.ipynb #ea8c4454
 def _route_sizes(T, E, k, sigmoid, norm):
-    consts = dict(K=k, KP=triton.next_power_of_2(k), EP=triton.next_power_of_2(E), BT=max(1, min(16, 4096//E)), SIGMOID=sigmoid, NORM=norm)
+    consts = dict(K=k, KP=triton.next_power_of_2(k), EP=triton.next_power_of_2(E), BT=max(1, min(16, 4096//E)),
+        SIGMOID=sigmoid, NORM=norm)
     return (triton.cdiv(T, consts["BT"]),), consts
 
 @torch.library.custom_op("moe_rl::gpu_route", mutates_args=())
-def _route_operator(logits:Tensor, k:int, bias:Tensor|None, sigmoid:bool, norm:bool, scale:float, replay:Tensor|None)->tuple[Tensor,Tensor,Tensor]:
+def _route_operator(logits:Tensor, k:int, bias:Tensor|None, sigmoid:bool, norm:bool, scale:float,
+        replay:Tensor|None)->tuple[Tensor,Tensor,Tensor]:
     "The choice, the gates and all scores."
     (T, E), new = logits.shape, lambda *s, dtype=torch.float32: torch.empty(s, dtype=dtype, device=logits.device)
     idx, w, s = new(T, k, dtype=torch.int64), new(T, k), new(T, E)
     grid, consts = _route_sizes(T, E, k, sigmoid, norm)
-    _route[grid](logits, logits if bias is None else bias, idx if replay is None else replay, idx, w, s, T, E, scale, BIAS=bias is not None, REPLAY=replay is not None, **consts)
+    _route[grid](logits, logits if bias is None else bias, idx if replay is None else replay, idx, w, s, T, E, scale,
+        BIAS=bias is not None, REPLAY=replay is not None, **consts)
     return idx, w, s
 
 @torch.library.custom_op("moe_rl::gpu_route_backward", mutates_args=())
-def _route_operator_backward(idx:Tensor, s:Tensor, dw:Tensor|None, ds:Tensor|None, sigmoid:bool, norm:bool, scale:float)->Tensor:
+def _route_operator_backward(idx:Tensor, s:Tensor, dw:Tensor|None, ds:Tensor|None, sigmoid:bool, norm:bool,
+        scale:float)->Tensor:
     d = torch.empty_like(s)
     if dw is None: dw = torch.zeros(idx.shape, device=s.device)
     grid, consts = _route_sizes(*s.shape, idx.shape[1], sigmoid, norm)
-    _route_backward[grid](s, idx, dw.contiguous(), s if ds is None else ds.contiguous(), d, *s.shape, scale, EXTRA=ds is not None, **consts)
+    _route_backward[grid](s, idx, dw.contiguous(), s if ds is None else ds.contiguous(), d, *s.shape, scale,
+        EXTRA=ds is not None, **consts)
     return d
 
 @_route_operator.register_fake
-def _(logits, k, bias, sigmoid, norm, scale, replay): return logits.new_empty(len(logits), k, dtype=torch.int64), logits.new_empty(len(logits), k), torch.empty_like(logits)
+def _(logits, k, bias, sigmoid, norm, scale, replay):
+    return logits.new_empty(len(logits), k, dtype=torch.int64), logits.new_empty(len(logits),
+        k), torch.empty_like(logits)
 
 @_route_operator_backward.register_fake
 def _(idx, s, dw, ds, sigmoid, norm, scale): return torch.empty_like(s)
@@ -209,7 +225,8 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(output[0], output[2])
     ctx.set_materialize_grads(False)
 
-_route_operator.register_autograd(lambda ctx, _, dw, ds: (_route_operator_backward(*ctx.saved_tensors, dw, ds, *ctx.how), *[None]*6), setup_context=_keep)
+_route_operator.register_autograd(lambda ctx, _, dw, ds: (_route_operator_backward(*ctx.saved_tensors, dw, ds,
+    *ctx.how), *[None]*6), setup_context=_keep)
 
 # %% ../../nbs/10_gpu/02_router.ipynb #b83050d0
 def gpu_route(
@@ -224,8 +241,12 @@ def gpu_route(
     "`route` without groups of experts, in one launch forward and one backward."
     if not torch.compiler.is_compiling(): on_device("gpu_route", logits)
     E = logits.shape[1]
-    if not 1 <= k <= E: raise ValueError(f"gpu_route: k={k} experts per token is impossible with {E} experts; use 1 <= k <= {E}")
-    if score_func not in ("sigmoid", "softmax"): raise ValueError(f"gpu_route: score_func {score_func!r} is unknown; use 'sigmoid' or 'softmax'")
-    if logits.dtype != torch.float32: raise ValueError(f"gpu_route: logits are {logits.dtype}; the router computes in float32 (see gate_logits)")
-    idx, w, s = _route_operator(logits.contiguous(), k, bias, score_func == "sigmoid", route_norm, route_scale, None if replay is None else replay.contiguous())
+    if not 1 <= k <= E:
+        raise ValueError(f"gpu_route: k={k} experts per token is impossible with {E} experts; use 1 <= k <= {E}")
+    if score_func not in ("sigmoid", "softmax"):
+        raise ValueError(f"gpu_route: score_func {score_func!r} is unknown; use 'sigmoid' or 'softmax'")
+    if logits.dtype != torch.float32:
+        raise ValueError(f"gpu_route: logits are {logits.dtype}; the router computes in float32 (see gate_logits)")
+    idx, w, s = _route_operator(logits.contiguous(), k, bias, score_func == "sigmoid", route_norm, route_scale,
+        None if replay is None else replay.contiguous())
     return Routing(idx, w, s, logits)

@@ -41,17 +41,20 @@ def documents(
     model:Model, # gives the rotation and the device
 )->Documents:
     "Raises `ValueError` for an empty list or a length below 1."
-    if not lengths or min(lengths) < 1: raise ValueError(f"documents: lengths {lengths[:8]} must be positive, and at least one")
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"documents: lengths {lengths[:8]} must be positive, and at least one")
     device, positions = model.device, torch.cat([torch.arange(n) for n in lengths])
     rope = next(l.rope for l in model.layers if l.rope is not None)
     cu = torch.tensor([0, *lengths]).cumsum(0).int()
-    return Documents(cu.to(device, non_blocking=True), max(lengths), angles(positions.to(device, non_blocking=True), rope.dim, rope.theta))
+    return Documents(cu.to(device, non_blocking=True), max(lengths),
+        angles(positions.to(device, non_blocking=True), rope.dim, rope.theta))
 
 # %% ../../nbs/10_gpu/07_step.ipynb #9a8dc277
 def _scores(q, k, docs, window):
     "[H,N,N] scaled, -inf where nobody looks; keys repeated for their group."
     k = k.repeat_interleave(q.shape[1]//k.shape[1], 1)
-    return (torch.einsum("nhd,mhd->hnm", q.float(), k.float())*q.shape[-1]**-.5).masked_fill(~document_mask(docs.cu, window), float("-inf"))
+    return (torch.einsum("nhd,mhd->hnm", q.float(), k.float())*q.shape[-1]**-.5).masked_fill(~document_mask(docs.cu,
+        window), float("-inf"))
 
 def plain_forward(
     q:Tensor, # [T,H,hd]
@@ -75,33 +78,38 @@ def plain_backward(
     p, do = (_scores(q, k, docs, window)-lse[...,None]).exp(), do.float()
     dp = torch.einsum("nhd,mhd->hnm", do, wide(v))
     ds = p*(dp - (do*o.float()).sum(-1).T[...,None])*hd**-.5
-    return torch.einsum("hnm,mhd->nhd", ds, wide(k)).to(q.dtype), narrow(torch.einsum("hnm,nhd->mhd", ds, q.float())), narrow(torch.einsum("hnm,nhd->mhd", p, do))
+    return torch.einsum("hnm,mhd->nhd", ds, wide(k)).to(q.dtype), narrow(torch.einsum("hnm,nhd->mhd", ds,
+        q.float())), narrow(torch.einsum("hnm,nhd->mhd", p, do))
 
 # %% ../../nbs/10_gpu/07_step.ipynb #78cd917d
 def flash4_forward(q, k, v, docs, window):
     "`plain_forward` by flash-attn-4, on Hopper."
     from flash_attn.cute.interface import _flash_attn_fwd
     torch.cuda.current_stream(q.device).query() # CuTe asks the driver for the context of this thread
-    o, lse, *_ = _flash_attn_fwd(q, k, v, cu_seqlens_q=docs.cu, cu_seqlens_k=docs.cu, max_seqlen_q=docs.longest, max_seqlen_k=docs.longest, return_lse=True, **_window4(window))
+    o, lse, *_ = _flash_attn_fwd(q, k, v, cu_seqlens_q=docs.cu, cu_seqlens_k=docs.cu, max_seqlen_q=docs.longest,
+        max_seqlen_k=docs.longest, return_lse=True, **_window4(window))
     return o, lse
 
 def flash4_backward(do, q, k, v, o, lse, docs, window):
     "`plain_backward` by flash-attn-4."
     from flash_attn.cute.interface import _flash_attn_bwd
     torch.cuda.current_stream(q.device).query()
-    return _flash_attn_bwd(q, k, v, o, do, lse, cu_seqlens_q=docs.cu, cu_seqlens_k=docs.cu, max_seqlen_q=docs.longest, max_seqlen_k=docs.longest, **_window4(window))
+    return _flash_attn_bwd(q, k, v, o, do, lse, cu_seqlens_q=docs.cu, cu_seqlens_k=docs.cu, max_seqlen_q=docs.longest,
+        max_seqlen_k=docs.longest, **_window4(window))
 
 def _window4(window):
     return dict(causal=True) if window is None else dict(causal=False, window_size_left=window-1, window_size_right=0)
 
 def torch_forward(q, k, v, docs, window):
     "`plain_forward` by torch's own flash attention, in 16 bits."
-    o, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, docs.cu, docs.cu, docs.longest, docs.longest, 0., True, False, **_window(window))
+    o, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, docs.cu, docs.cu, docs.longest, docs.longest, 0.,
+        True, False, **_window(window))
     return o, lse
 
 def torch_backward(do, q, k, v, o, lse, docs, window):
     rng = torch.zeros(2, dtype=torch.uint64, device=q.device) # of a dropout that there is not
-    return torch.ops.aten._flash_attention_backward(do, q, k, v, o, lse, docs.cu, docs.cu, docs.longest, docs.longest, 0., True, rng, rng, **_window(window))
+    return torch.ops.aten._flash_attention_backward(do, q, k, v, o, lse, docs.cu, docs.cu, docs.longest, docs.longest,
+        0., True, rng, rng, **_window(window))
 
 def _window(window): return dict(window_size_left=-1 if window is None else window-1, window_size_right=0)
 
@@ -111,14 +119,16 @@ class Attend(NamedTuple):
     forward: Callable
     backward: Callable
 
-ATTENTION = dict(plain=Attend(plain_forward, plain_backward), torch=Attend(torch_forward, torch_backward), flash4=Attend(flash4_forward, flash4_backward))
+ATTENTION = dict(plain=Attend(plain_forward, plain_backward), torch=Attend(torch_forward, torch_backward),
+    flash4=Attend(flash4_forward, flash4_backward))
 
 def attention_of(
     name:str, # of `ATTENTION`
 )->Attend:
     "Raises `ValueError` for an unknown name, `UserError` if its package is missing."
     if name not in ATTENTION: raise ValueError(f"attention {name!r} is unknown; use one of {', '.join(ATTENTION)}")
-    if name == "flash4" and (find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None): raise UserError("attention 'flash4' needs the package flash-attn-4: pip install 'moe_rl[cuda]'; or use 'torch'")
+    if name == "flash4" and (find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None):
+        raise UserError("attention 'flash4' needs the package flash-attn-4: pip install 'moe_rl[cuda]'; or use 'torch'")
     return ATTENTION[name]
 
 # %% ../../nbs/10_gpu/07_step.ipynb #2f143bd1
@@ -152,7 +162,8 @@ class _AttentionBetween(torch.autograd.Function):
         v = p[:,(h.H+h.KV)*h.hd:gates].unflatten(1, (h.KV, h.hd))
         do = gate_output_backward(o.view(len(p), -1), p[:,gates:], d, dp[:,gates:]) if h.gate else d.contiguous()
         dq, dk, dv = ctx.attend.backward(do.view_as(o), q, k, v, o, lse, ctx.docs, h.window)
-        dq_gain, dk_gain = prepare_heads_backward(p, dq, dk, dv, q_gain, k_gain, ctx.docs.tables, h.H, h.KV, h.eps, h.turn, dp)
+        dq_gain, dk_gain = prepare_heads_backward(p, dq, dk, dv, q_gain, k_gain, ctx.docs.tables, h.H, h.KV, h.eps,
+            h.turn, dp)
         return dp, dq_gain, dk_gain, None, None, None
 
 # %% ../../nbs/10_gpu/07_step.ipynb #e674ac38
@@ -168,8 +179,10 @@ def attention_block(
     projections = [attn.q_proj, attn.k_proj, attn.v_proj] + ([] if gate is None else [gate])
     p = linear(h, torch.cat([m.weight for m in projections]))
     window = None if attn.window is None or attn.window >= docs.longest else attn.window
-    heads = Heads(attn.q_proj.out_features//hd, attn.k_proj.out_features//hd, hd, window, attn.window is not None, gate is not None, attn.q_norm.eps)
-    return linear(_AttentionBetween.apply(p, attn.q_norm.weight, attn.k_norm.weight, docs, heads, attend), attn.o_proj.weight)
+    heads = Heads(attn.q_proj.out_features//hd, attn.k_proj.out_features//hd, hd, window, attn.window is not None,
+        gate is not None, attn.q_norm.eps)
+    return linear(_AttentionBetween.apply(p, attn.q_norm.weight, attn.k_norm.weight, docs, heads, attend),
+        attn.o_proj.weight)
 
 def swiglu_block(mlp, h:Tensor, linear:Callable=F.linear)->Tensor: # [T,D] -> [T,D]
     "A dense gated block, gates and ups in one product."
@@ -188,7 +201,8 @@ def moe_block(
     logits, x = gate_logits(h, mlp.router.weight) if h.dtype == torch.bfloat16 else (F.linear(h, mlp.router.weight), h)
     routing = gpu_route(logits, m.per_token, mlp.expert_bias, m.score, m.norm, m.scale, replay)
     if token_mask is not None: routing = unroute(routing, token_mask)
-    return (swiglu_block(mlp.shared_experts, h, linear), experts(x, routing.idx, routing.weights, mlp.experts.gate_up_proj, mlp.experts.down_proj)), routing
+    return (swiglu_block(mlp.shared_experts, h, linear), experts(x, routing.idx, routing.weights,
+        mlp.experts.gate_up_proj, mlp.experts.down_proj)), routing
 
 # %% ../../nbs/10_gpu/07_step.ipynb #1d2cccc6
 class StepOutput(NamedTuple):
@@ -204,10 +218,15 @@ class FusedModel:
         experts:ExpertsFn=fused_experts,
         attention:str="flash4", # of `ATTENTION`
         stream:torch.dtype|None=None, # of the residual stream; None: the dtype of the embedding
-        linear:Callable=F.linear, # the products of attention, dense block and shared expert: `F.linear`, or `fp8_linear` of the next folder
+        # the products of attention, dense block and shared expert: `F.linear`, or `fp8_linear` of the next folder
+        linear:Callable=F.linear,
     ):
-        if model.spec.family != "afmoe": raise ValueError(f"FusedModel: its pieces are AFMoE's, and this model is {model.spec.family}; use the plain model")
-        if (n := model.spec.mixtures[0].n_group) > 1: raise ValueError(f"FusedModel: the router's kernel knows no groups of experts, and this model has {n}; use the plain model")
+        if model.spec.family != "afmoe":
+            raise ValueError(f"FusedModel: its pieces are AFMoE's, and this model is {model.spec.family}; use the "
+                             "plain model")
+        if (n := model.spec.mixtures[0].n_group) > 1:
+            raise ValueError(f"FusedModel: the router's kernel knows no groups of experts, and this model has {n}; "
+                             "use the plain model")
         self.model, self.experts, self.attend, self.linear = model, experts, attention_of(attention), linear
         self.dtype = model.embed_tokens.weight.dtype
         self.stream = stream or self.dtype
@@ -221,13 +240,16 @@ class FusedModel:
         m, routings = self.model, []
         x = F.embedding(token_ids, m.embed_tokens.weight).to(self.stream)
         if m.spec.embed_scale != 1: x = x*m.spec.embed_scale
-        norm = lambda x, parts, post, w: add_norm(x, parts, None if post is None else post.weight, w.weight, w.eps, self.dtype)
+        norm = lambda x, parts, post, w: add_norm(x, parts, None if post is None else post.weight, w.weight, w.eps,
+            self.dtype)
         following = [*(l.input_layernorm for l in list(m.layers)[1:]), m.norm]
         x, h = norm(x, (), None, m.layers[0].input_layernorm)
         for layer, after in zip(m.layers, following):
-            x, h = norm(x, (attention_block(layer.self_attn, h, docs, self.attend, self.linear),), getattr(layer, "post_attention_layernorm", None), layer.pre_mlp_layernorm)
+            x, h = norm(x, (attention_block(layer.self_attn, h, docs, self.attend, self.linear),),
+                getattr(layer, "post_attention_layernorm", None), layer.pre_mlp_layernorm)
             if isinstance(layer.mlp, MoE):
-                parts, routing = moe_block(layer.mlp, h, self.experts, None if replay is None else replay[:,len(routings)], token_mask, self.linear)
+                parts, routing = moe_block(layer.mlp, h, self.experts,
+                    None if replay is None else replay[:,len(routings)], token_mask, self.linear)
                 routings.append(routing)
             else: parts = (swiglu_block(layer.mlp, h, self.linear),)
             x, h = norm(x, parts, getattr(layer, "post_mlp_layernorm", None), after)
@@ -253,7 +275,8 @@ def count_experts(
     "How many pairs chose each expert, in two launches and without atomics."
     idx, n, BLOCK = idx.contiguous(), idx.numel(), 128
     blocks = triton.cdiv(n, BLOCK)
-    counts, total = torch.empty(blocks, E, dtype=torch.int32, device=idx.device), torch.empty(E, dtype=torch.int32, device=idx.device)
+    counts = torch.empty(blocks, E, dtype=torch.int32, device=idx.device)
+    total = torch.empty(E, dtype=torch.int32, device=idx.device)
     EP, BP = triton.next_power_of_2(E), triton.next_power_of_2(blocks)
     EB = max(1, min(EP, 2048//BP))
     _count[(blocks,)](idx, counts, n, E, BLOCK=BLOCK, EP=EP, num_warps=8)
@@ -297,8 +320,11 @@ class FusedStep:
             out = self.fused.loss(*b)
             out.loss.backward()
             total = total + out.loss.detach()
-            if self.balance: counts = counts + torch.stack([count_experts(r.idx, r.scores.shape[1]) for r in out.routings])
+            if self.balance:
+                counts = counts + torch.stack([count_experts(r.idx, r.scores.shape[1]) for r in out.routings])
         self.optimizers.step()
         self.optimizers.zero_grad()
-        if self.balance: balance_all([m.expert_bias for m in self.layers], [m.bias_momentum for m in self.layers], counts, self.balance)
+        if self.balance:
+            balance_all([m.expert_bias for m in self.layers], [m.bias_momentum for m in self.layers], counts,
+                self.balance)
         return total

@@ -33,7 +33,8 @@ class _RMSNormCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g:Tensor)->tuple[Tensor,Tensor,None]: # [...,D] -> [...,D], [D]
         x, w, inv = ctx.saved_tensors
-        gx, gw, _ = torch.ops.aten.native_layer_norm_backward(g, x, w.shape, torch.zeros_like(inv), inv, w, None, [True, True, False])
+        gx, gw, _ = torch.ops.aten.native_layer_norm_backward(g, x, w.shape, torch.zeros_like(inv), inv, w, None,
+            [True, True, False])
         return gx.add_((g @ w).unsqueeze_(-1).mul_(inv).div_(len(w))), gw, None
 
 # %% ../../nbs/01_moe/03_attention.ipynb #934a4be9
@@ -61,7 +62,8 @@ def stretch(
 )->Tensor: # [r/2]
     "YaRN's wavelengths, as transformers computes them."
     dim = 2*len(freq)
-    border = lambda turns: dim*math.log(yarn.original/(turns*2*math.pi))/(2*math.log(theta)) # the pair that turns so often
+    # the pair that turns so often
+    border = lambda turns: dim*math.log(yarn.original/(turns*2*math.pi))/(2*math.log(theta))
     low, high = border(yarn.beta_fast), border(yarn.beta_slow)
     if yarn.truncate: low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim-1)
@@ -129,7 +131,8 @@ def masked_attend(
 # %% ../../nbs/01_moe/03_attention.ipynb #0a102ab5
 def _buckets(
     lengths:Tensor, # [S] int64 on the host, none of them 0
-)->tuple[Tensor,list[tuple[int,int]]]: # [N] row of each token in the padded layout; (documents, padded length) of each rectangle
+# [N] row of each token in the padded layout; (documents, padded length) of each rectangle
+)->tuple[Tensor,list[tuple[int,int]]]:
     "Lay documents out in rectangles of similar length: less than half of each is padding."
     kind = torch.frexp((lengths-1).double()).exponent
     first, shapes, base = torch.empty_like(lengths), [], 0
@@ -144,7 +147,8 @@ def _buckets(
 
 # %% ../../nbs/01_moe/03_attention.ipynb #3bbb2ca6
 AttendFn = Callable[[int, Tensor, Tensor, Tensor, int|None], Tensor]
-"`(layer, q [N,H,hd], k [N,KV,hd], v [N,KV,hd], window|None) -> o [N,H,hd]`: who sees whom, and where keys are kept, is the caller's business.";
+"`(layer, q [N,H,hd], k [N,KV,hd], v [N,KV,hd], window|None) -> o [N,H,hd]`: who sees whom, and where keys are kept, is the caller's business."
+
 
 # %% ../../nbs/01_moe/03_attention.ipynb #509e172d
 class PackedAttend:
@@ -162,20 +166,26 @@ class PackedAttend:
         in_place = torch.equal(slot, torch.arange(self.padded)) # the row is its own layout: nothing to move
         self.cu, self.slot, self.masks = cu_seqlens.int(), None if in_place else slot.to(cu_seqlens.device), {}
 
-    def __call__(self, layer:int, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor: # [N,H,hd], [N,KV,hd] x 2 -> [N,H,hd]
-        if len(q) != self.tokens: raise ValueError(f"{len(q)} tokens do not fit cu_seqlens, which ends at {self.tokens}")
+    # [N,H,hd], [N,KV,hd] x 2 -> [N,H,hd]
+    def __call__(self, layer:int, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor:
+        if len(q) != self.tokens:
+            raise ValueError(f"{len(q)} tokens do not fit cu_seqlens, which ends at {self.tokens}")
         if window is not None and window >= self.longest: window = None
-        q, k, v = (t.to(v.dtype if v.is_cuda else q.dtype) for t in (q, k, v)) # a GPU's kernels want all three in 16 bits
-        flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 # what the kernels take
+        # a GPU's kernels want all three in 16 bits
+        q, k, v = (t.to(v.dtype if v.is_cuda else q.dtype) for t in (q, k, v))
+        # what the kernels take
+        flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
         return self.varlen(q, k, v, window) if flash else self.rectangles(q, k, v, window)
 
     def varlen(self, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor:
         "Flash attention straight from `cu_seqlens`: GPU, 16-bit."
         left = -1 if window is None else window-1 # the kernel counts the keys before the query
-        from torch.nn.attention.varlen import varlen_attn # here, since it imports torch's compiler: two seconds that a CPU process need not spend
+        # here, since it imports torch's compiler: two seconds that a CPU process need not spend
+        from torch.nn.attention.varlen import varlen_attn
         width = v.shape[-1]
         if width < q.shape[-1]: v = F.pad(v, (0, q.shape[-1]-width)) # the kernel wants keys and values of one width
-        o = varlen_attn(q, k, v, self.cu, self.cu, self.longest, self.longest, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
+        o = varlen_attn(q, k, v, self.cu, self.cu, self.longest, self.longest, window_size=(left, 0),
+            enable_gqa=q.shape[1] != k.shape[1])
         return o[...,:width]
 
     def rectangles(self, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor:
@@ -198,7 +208,8 @@ class PackedAttend:
         return o.transpose(1, 2).flatten(0, 1)
 
     def _band(self, L:int, window:int, device:torch.device)->Tensor: # [L,L] bool, shared by the layers
-        if (L, window) not in self.masks: self.masks[L, window] = torch.ones(L, L, dtype=torch.bool, device=device).tril().triu(1-window)
+        if (L, window) not in self.masks:
+            self.masks[L, window] = torch.ones(L, L, dtype=torch.bool, device=device).tril().triu(1-window)
         return self.masks[L, window]
 
 # %% ../../nbs/01_moe/03_attention.ipynb #0534af95

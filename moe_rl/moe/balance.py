@@ -23,10 +23,13 @@ def mean_load(
     counts:Tensor, # [...,E] tokens per expert
 )->tuple[Tensor,Tensor]: # [...,E] float32 counts; [...,1] their mean
     "Counts and their mean. Raises `TypeError` for a bias that isn't float32, `ValueError` if a layer counted no token."
-    if bias.dtype != torch.float32: raise TypeError(f"the balancing bias is {bias.dtype}: keep it in float32, shorter types swallow its steps")
+    if bias.dtype != torch.float32:
+        raise TypeError(f"the balancing bias is {bias.dtype}: keep it in float32, shorter types swallow its steps")
     n = counts.float()
     mean = n.mean(-1, keepdim=True)
-    if not (mean > 0).all(): raise ValueError("a layer counted no tokens: update the bias after the forward passes of a step and before its counts are zeroed")
+    if not (mean > 0).all():
+        raise ValueError("a layer counted no tokens: update the bias after the forward passes of a step and before "
+                         "its counts are zeroed")
     return n, mean
 
 # %% ../../nbs/01_moe/01_balance.ipynb #a498cef3

@@ -45,14 +45,17 @@ def _stack(t:TensorSpec, state:Mapping[str,Tensor], where:str)->Tensor: # in the
     need = t.shape if len(t.names) == 1 else (t.numel//len(t.names)//t.shape[-1], t.shape[-1])
     parts = [state[n] for n in t.names]
     for n, part in zip(t.names, parts):
-        if part.shape != need: raise CheckpointError(f"{where}: {n} has shape {tuple(part.shape)}, config.json asks for {tuple(need)}" +
-                                                     f" (vocab_size={need[0]})"*(t.name in ("embed_tokens.weight", "lm_head.weight")))
+        if part.shape != need:
+            raise CheckpointError(f"{where}: {n} has shape {tuple(part.shape)}, config.json asks for {tuple(need)}" +
+                                                     f" (vocab_size={need[0]})"*(t.name in ("embed_tokens.weight",
+                                                         "lm_head.weight")))
     return parts[0] if len(parts) == 1 else torch.stack(parts).view(t.shape)
 
 # %% ../../nbs/01_moe/08_checkpoint.ipynb #5771925a
 def _unread(name:str, spec:ModelSpec)->bool:
     "Does a tensor on disk belong to the layers that predict several tokens at once?"
-    more, L = spec.config.get("num_nextn_predict_layers", spec.config.get("num_mtp_layers", 0)) or 0, spec.num_hidden_layers
+    more = spec.config.get("num_nextn_predict_layers", spec.config.get("num_mtp_layers", 0)) or 0
+    L = spec.num_hidden_layers
     layer = name.removeprefix("model.layers.").partition(".")[0] if name.startswith("model.layers.") else ""
     return layer.isdigit() and L <= int(layer) < L+more
 
@@ -65,7 +68,9 @@ def from_disk(
     needed = {n for t in spec.tensors.values() for n in t.names}
     foreign = {n for n in set(state)-needed if not _unread(n, spec)}
     for problem, names in (("has no", needed-set(state)), ("has an unknown", foreign)):
-        if names: raise CheckpointError(f"{where} {problem} tensor {min(names)}" + f" (and {len(names)-1} more)"*(len(names) > 1) +
+        if names:
+            raise CheckpointError(f"{where} {problem} tensor {min(names)}"
+                                        + f" (and {len(names)-1} more)"*(len(names) > 1) +
                                         "; its config.json and its tensors do not belong together")
     return {name: _stack(t, state, where) for name, t in spec.tensors.items()}
 
@@ -101,7 +106,8 @@ def from_hf_config(
 def _read_json(path:Path)->dict:
     try: table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError: raise CheckpointError(f"{path} is missing; this folder is no checkpoint") from None
-    except OSError as e: raise CheckpointError(f"{path} can't be read ({e.strerror}); this folder is no checkpoint") from None
+    except OSError as e:
+        raise CheckpointError(f"{path} can't be read ({e.strerror}); this folder is no checkpoint") from None
     except (ValueError, RecursionError) as e: raise CheckpointError(f"{path} is not JSON ({e}); copy it again") from e
     if not isinstance(table, dict): raise CheckpointError(f"{path} is no table of settings; copy it again")
     return table
@@ -111,14 +117,17 @@ def _tensor_files(folder:Path)->list[Path]:
     "The safetensors files of a checkpoint. Raises `CheckpointError` when there are none or the index leaves the folder."
     index = folder/"model.safetensors.index.json"
     if not index.exists():
-        if not (folder/"model.safetensors").exists() and (old := sorted(p.name for p in folder.glob("pytorch_model*.bin"))):
+        if not (folder/"model.safetensors").exists() and (old := sorted(p.name
+                for p in folder.glob("pytorch_model*.bin"))):
             raise CheckpointError(f"{folder/old[0]}: pickled weights are not read, they could run code; "
                                   "convert them: load and save the folder with transformers")
         return [folder/"model.safetensors"]
     where = _read_json(index).get("weight_map")
-    names = set(where.values()) if isinstance(where, dict) and all(isinstance(n, str) for n in where.values()) else {None}
+    names = set(where.values()) if isinstance(where, dict) and all(isinstance(n, str)
+        for n in where.values()) else {None}
     if bad := [n for n in names if not n or Path(n).name != n or "\0" in n]:
-        raise CheckpointError(f"{index}: weight_map names {bad[0]!r:.80}, which is no file of this folder; copy it again")
+        raise CheckpointError(f"{index}: weight_map names {bad[0]!r:.80}, which is no file of this folder; copy it "
+                              "again")
     return [folder/n for n in sorted(names)]
 
 # %% ../../nbs/01_moe/08_checkpoint.ipynb #86d56fab
@@ -131,7 +140,8 @@ class _Files(Mapping):
         for f in _tensor_files(folder):
             try: handle = safe_open(f, "pt")
             except FileNotFoundError: raise CheckpointError(f"{f} is missing; copy the checkpoint again") from None
-            except (SafetensorError, OSError) as e: raise CheckpointError(f"{f} is truncated or not a safetensors file ({e}); copy it again") from e
+            except (SafetensorError, OSError) as e:
+                raise CheckpointError(f"{f} is truncated or not a safetensors file ({e}); copy it again") from e
             self.at |= {k: (handle, f) for k in handle.keys()}
 
     def __getitem__(self, name:str)->Tensor:
@@ -157,7 +167,8 @@ def check_vocabulary(
 )->None:
     "Raise `CheckpointError` if the tokenizer makes ids that have no row in the embedding. A larger embedding is padding, and legal."
     if tokenizer_size > spec.vocab_size:
-        raise CheckpointError(f"{where} makes ids up to {tokenizer_size-1}, the model has vocab_size={spec.vocab_size}; use the tokenizer that the model was trained with")
+        raise CheckpointError(f"{where} makes ids up to {tokenizer_size-1}, the model has "
+                              f"vocab_size={spec.vocab_size}; use the tokenizer that the model was trained with")
 
 # %% ../../nbs/01_moe/08_checkpoint.ipynb #b26dba7e
 def load_spec(
@@ -168,7 +179,8 @@ def load_spec(
     spec = from_hf_config(_read_json(folder/"config.json"), str(folder/"config.json"))
     if (path := folder/"tokenizer.json").exists():
         try: ids = Tokenizer.from_file(str(path)).get_vocab().values()
-        except Exception as e: raise CheckpointError(f"{path} is no tokenizer ({e}); copy it again") from None # the library raises bare Exception
+        # the library raises bare Exception
+        except Exception as e: raise CheckpointError(f"{path} is no tokenizer ({e}); copy it again") from None
         check_vocabulary(spec, max(ids, default=-1)+1, str(path))
     return spec
 
@@ -190,7 +202,8 @@ def load_pretrained(
 # %% ../../nbs/01_moe/08_checkpoint.ipynb #8417799e
 class _Headers(_Files):
     "The same files, with empty tensors of the right shapes."
-    def __getitem__(self, name:str)->Tensor: return torch.empty(self.at[name][0].get_slice(name).get_shape(), dtype=self.dtype(name), device="meta")
+    def __getitem__(self, name:str)->Tensor:
+        return torch.empty(self.at[name][0].get_slice(name).get_shape(), dtype=self.dtype(name), device="meta")
 
 def check_pretrained(
     folder:str|Path, # holds config.json and model*.safetensors
@@ -223,10 +236,13 @@ def _write(
     "Fill a folder with config.json and the tensors."
     tensors = to_disk(model.state_dict(), model.spec)
     parts = _shards(tensors, shard_bytes)
-    names = ["model.safetensors"] if len(parts) == 1 else [f"model-{i+1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
-    for name, part in zip(names, parts): save_file({k: t.contiguous() for k,t in part.items()}, folder/name, metadata=dict(format="pt"))
+    names = ["model.safetensors"] if len(parts) == 1 else [f"model-{i+1:05d}-of-{len(parts):05d}.safetensors"
+        for i in range(len(parts))]
+    for name, part in zip(names, parts):
+        save_file({k: t.contiguous() for k,t in part.items()}, folder/name, metadata=dict(format="pt"))
     if len(parts) > 1:
-        index = dict(metadata=dict(total_size=sum(t.nbytes for t in tensors.values())), weight_map={k: n for n,p in zip(names, parts) for k in p})
+        index = dict(metadata=dict(total_size=sum(t.nbytes for t in tensors.values())),
+            weight_map={k: n for n,p in zip(names, parts) for k in p})
         (folder/"model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (folder/"config.json").write_text(json.dumps(to_hf_config(model.spec, model.dtype), indent=1))
 
@@ -245,8 +261,10 @@ def save_pretrained(
     Raises `CheckpointError` if the folder exists and `overwrite` is off, or if writing fails (disk full); what was there before stays."""
     folder = Path(folder)
     if other := ", ".join(unread_by_transformers(model.spec)):
-        warnings.warn(f"{folder}: moe_rl and vLLM read this model; transformers ignores {other} and computes other logits", stacklevel=2)
-    if folder.exists() and not overwrite: raise CheckpointError(f"{folder} exists; choose another folder or pass overwrite=True")
+        warnings.warn(f"{folder}: moe_rl and vLLM read this model; transformers ignores {other} and computes other "
+                      "logits", stacklevel=2)
+    if folder.exists() and not overwrite:
+        raise CheckpointError(f"{folder} exists; choose another folder or pass overwrite=True")
     new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
         shutil.rmtree(new, ignore_errors=True)
@@ -257,7 +275,9 @@ def save_pretrained(
         if folder.exists(): folder.rename(old)
         new.rename(folder)
         sync_path(folder.parent)
-    except (OSError, SafetensorError) as e: raise CheckpointError(f"{folder} could not be written ({e}); free space or choose another folder, nothing was replaced") from e
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(f"{folder} could not be written ({e}); free space or choose another folder, nothing was "
+                              "replaced") from e
     finally:
         if old.exists() and not folder.exists(): old.rename(folder)
         for leftover in (new, old): shutil.rmtree(leftover, ignore_errors=True)

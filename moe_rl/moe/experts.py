@@ -68,10 +68,12 @@ def sort_by_expert(
     return order, count_tokens(idx, num_experts).cumsum(0, dtype=torch.int32)
 
 # %% ../../nbs/01_moe/02_experts.ipynb #7e146501
-# (x [M,K] rows sorted by expert, w [E,N,K], offsets [E] int32 block ends) -> y [M,N]; rows of y after offsets[-1] are undefined
+# (x [M,K] rows sorted by expert, w [E,N,K], offsets [E] int32 block ends) -> y [M,N]; rows of y after offsets[-1] are
+# undefined
 GroupedMM = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# (x [T,D], idx [T,k], weights [T,k], gate_up [E,2I,D], down [E,D,I]) -> y [T,D]: what a model takes as its expert computation
+# (x [T,D], idx [T,k], weights [T,k], gate_up [E,2I,D], down [E,D,I]) -> y [T,D]: what a model takes as its expert
+# computation
 ExpertsFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # %% ../../nbs/01_moe/02_experts.ipynb #023cf1e9
@@ -82,8 +84,10 @@ def torch_grouped_mm(
 )->Tensor: # [M,N]; rows after offsets[-1] are undefined
     "`torch._grouped_mm` behind our signature. Raises `ValueError` when a row of K or N numbers is not a multiple of 16 bytes."
     if x.shape[0] == 0: return F.linear(x, w[0])
-    if not aligned(w): raise ValueError(f"grouped product of {tuple(w.shape)} {w.dtype}: the last two sizes must be multiples of "
-                                        f"{16//w.element_size()} (16 bytes); choose such widths or use `inplace_experts`")
+    if not aligned(w):
+        raise ValueError(f"grouped product of {tuple(w.shape)} {w.dtype}: the last two sizes must be multiples of "
+                                        f"{16//w.element_size()} (16 bytes); choose such widths or use "
+                                        "`inplace_experts`")
     return torch._grouped_mm(x, w.mT, offs=offsets)
 
 # %% ../../nbs/01_moe/02_experts.ipynb #5453dc76
@@ -122,7 +126,8 @@ def small_experts(
 )->Tensor: # [T,D] in the dtype of x
     "Every expert on every token, weighed by a dense gate: for a few tokens and small experts."
     E, (T, D) = gate_up.shape[0], x.shape
-    gate = weights.new_zeros(T, E+1).scatter_add(1, idx.remainder(E+1), weights)[:,:E].to(x.dtype) # -1 goes to column E and is cut off
+    # -1 goes to column E and is cut off
+    gate = weights.new_zeros(T, E+1).scatter_add(1, idx.remainder(E+1), weights)[:,:E].to(x.dtype)
     act = swiglu(torch.bmm(x.expand(E, T, D), gate_up.mT))*gate.T[...,None]   # [E,T,I]
     return torch.bmm(act, down.mT).sum(0)
 
@@ -234,7 +239,8 @@ def inplace_experts(
     "The loop over experts in reused buffers with a handwritten backward: for training batches on a CPU. Raises `TypeError` on mixed or short dtypes."
     kinds = {t.dtype for t in (x, weights, gate_up, down)}
     if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
-        raise TypeError(f"inplace_experts got {', '.join(sorted(map(str, kinds)))}; it computes in one of float32, float64: use `grouped_experts`")
+        raise TypeError(f"inplace_experts got {', '.join(sorted(map(str, kinds)))}; it computes in one of float32, "
+                        "float64: use `grouped_experts`")
     return InplaceExperts.apply(x, idx, weights, gate_up, down)
 
 # %% ../../nbs/01_moe/02_experts.ipynb #cae48d31

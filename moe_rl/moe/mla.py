@@ -42,7 +42,8 @@ class LatentAttention(nn.Module):
         else:
             self.q_a_proj, self.q_a_layernorm = nn.Linear(dim, q_rank, bias=bias), RMSNorm(q_rank, 1e-6)
             self.q_b_proj = nn.Linear(q_rank, wide, bias=False)
-        self.kv_a_proj_with_mqa, self.kv_a_layernorm = nn.Linear(dim, kv_rank+rope_dim, bias=bias), RMSNorm(kv_rank, 1e-6)
+        self.kv_a_proj_with_mqa = nn.Linear(dim, kv_rank+rope_dim, bias=bias)
+        self.kv_a_layernorm = RMSNorm(kv_rank, 1e-6)
         self.kv_b_proj = nn.Linear(kv_rank, heads*(nope_dim+v_dim), bias=False)
         self.o_proj = nn.Linear(heads*v_dim, dim, bias=bias)
 

@@ -65,7 +65,8 @@ class MoE(nn.Module):
         token_mask:Tensor|None=None,  # [N] bool, False: filler, goes to no routed expert
     )->tuple[Tensor,Routing]: # [N,D], who went where
         m = self.mixture
-        routing = route(self.router(x), m.per_token, self.expert_bias, m.score, m.n_group, m.topk_group, m.norm, m.scale, replay)
+        routing = route(self.router(x), m.per_token, self.expert_bias, m.score, m.n_group, m.topk_group, m.norm,
+            m.scale, replay)
         if token_mask is not None: routing = unroute(routing, token_mask)
         x = x.to(self.experts.down_proj.dtype)
         routed = lambda: self.experts(x, routing.idx, routing.weights)
@@ -160,7 +161,8 @@ class Model(nn.Module):
         "Raises `ValueError` if `replay` does not have one row per token, MoE layer and choice."
         s = self.spec
         if replay is not None and replay.shape != (need := (len(token_ids), s.num_moe_layers, s.num_experts_per_tok)):
-            raise ValueError(f"replay has shape {tuple(replay.shape)}, this model and batch need {need} (tokens, MoE layers, experts per token)")
+            raise ValueError(f"replay has shape {tuple(replay.shape)}, this model and batch need {need} (tokens, MoE "
+                             "layers, experts per token)")
         x = self.embed_tokens(token_ids).float() # the residual stream, a sum of many small things
         if s.embed_scale != 1: x = x*s.embed_scale
         given = dict(zip(s.moe_layers, replay.unbind(1))) if replay is not None else {} # by absolute layer
@@ -201,7 +203,8 @@ def init_weights(
     starts = dict(ones=1., zeros=0., depth=spec.num_hidden_layers**-0.5)
     for name, p in model.named_parameters():
         kind = spec.tensors[name].role.init
-        if kind == "normal": p.copy_(nn.init.trunc_normal_(torch.empty(p.shape), std=std, a=-3*std, b=3*std, generator=gen))
+        if kind == "normal":
+            p.copy_(nn.init.trunc_normal_(torch.empty(p.shape), std=std, a=-3*std, b=3*std, generator=gen))
         else: p.fill_(starts[kind])
     for b in model.buffers(): b.zero_()
     return model

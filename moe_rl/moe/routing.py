@@ -84,7 +84,9 @@ def route(
     scores = router_scores(logits, score_func)
     idx = select(scores, k, bias, n_group, topk_group, top2=score_func=="sigmoid")
     if replay is not None:
-        if replay.shape != idx.shape: raise ValueError(f"replay has shape {tuple(replay.shape)}; this router needs {tuple(idx.shape)}, tokens by k")
+        if replay.shape != idx.shape:
+            raise ValueError(f"replay has shape {tuple(replay.shape)}; this router needs {tuple(idx.shape)}, tokens "
+                             "by k")
         replay = replay.long()
         idx = torch.where(replay[:,:1] < 0, idx, replay)
     weights = scores.gather(-1, idx)

@@ -10,42 +10,59 @@ from .families import from_hf
 from .spec import ModelSpec
 
 # %% ../../nbs/01_moe/09_zoo.ipynb #53bd1499
-_trinity = dict(model_type="afmoe", vocab_size=200192, head_dim=128, route_scale=2.826, sliding_window=2048, num_dense_layers=2, num_shared_experts=1, mup_enabled=True,
+_trinity = dict(model_type="afmoe", vocab_size=200192, head_dim=128, route_scale=2.826, sliding_window=2048,
+                num_dense_layers=2, num_shared_experts=1, mup_enabled=True,
                 rope_theta=10000., max_position_embeddings=131072, rms_norm_eps=1e-5)
 TRINITY = {
-    "trinity-nano": _trinity | dict(hidden_size=1024, intermediate_size=3072, moe_intermediate_size=256, num_hidden_layers=56,
+    "trinity-nano": _trinity | dict(hidden_size=1024, intermediate_size=3072, moe_intermediate_size=256,
+        num_hidden_layers=56,
         num_attention_heads=8, num_key_value_heads=2, num_experts=128, num_experts_per_tok=8),
-    "trinity-mini": _trinity | dict(hidden_size=2048, intermediate_size=6144, moe_intermediate_size=1024, num_hidden_layers=32,
+    "trinity-mini": _trinity | dict(hidden_size=2048, intermediate_size=6144, moe_intermediate_size=1024,
+        num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=4, num_experts=128, num_experts_per_tok=8),
-    "trinity-large": _trinity | dict(route_scale=2.448, sliding_window=4096, num_dense_layers=6, max_position_embeddings=524288,
+    "trinity-large": _trinity | dict(route_scale=2.448, sliding_window=4096, num_dense_layers=6,
+        max_position_embeddings=524288,
         hidden_size=3072, intermediate_size=12288, moe_intermediate_size=3072, num_hidden_layers=60,
         num_attention_heads=48, num_key_value_heads=8, num_experts=256, num_experts_per_tok=4),
 }
 
 # %% ../../nbs/01_moe/09_zoo.ipynb #1d4fec71
-_mixtral = dict(model_type="mixtral", num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, rope_theta=1e6, rms_norm_eps=1e-5)
-_qwen3 = dict(model_type="qwen3_moe", vocab_size=151936, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
+_mixtral = dict(model_type="mixtral", num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, rope_theta=1e6,
+    rms_norm_eps=1e-5)
+_qwen3 = dict(model_type="qwen3_moe", vocab_size=151936, num_key_value_heads=4, head_dim=128, num_experts=128,
+              num_experts_per_tok=8, norm_topk_prob=True,
               rope_theta=1e6, max_position_embeddings=40960, rms_norm_eps=1e-6)
-_glm = dict(model_type="glm4_moe", vocab_size=151552, num_attention_heads=96, num_key_value_heads=8, head_dim=128, attention_bias=True, n_shared_experts=1, num_experts_per_tok=8,
+_glm = dict(model_type="glm4_moe", vocab_size=151552, num_attention_heads=96, num_key_value_heads=8, head_dim=128,
+            attention_bias=True, n_shared_experts=1, num_experts_per_tok=8,
             rope_theta=1e6, max_position_embeddings=131072, rms_norm_eps=1e-5)
 GROUPED = {
-    "mixtral-8x7b": _mixtral | dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, max_position_embeddings=32768),
-    "mixtral-8x22b": _mixtral | dict(vocab_size=32768, hidden_size=6144, intermediate_size=16384, num_hidden_layers=56, num_attention_heads=48, max_position_embeddings=65536),
-    "qwen3-30b-a3b": _qwen3 | dict(hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32),
-    "qwen3-235b-a22b": _qwen3 | dict(hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=94, num_attention_heads=64),
-    "glm-4.5-air": _glm | dict(hidden_size=4096, intermediate_size=10944, moe_intermediate_size=1408, num_hidden_layers=46, n_routed_experts=128, first_k_dense_replace=1),
-    "glm-4.5": _glm | dict(hidden_size=5120, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=92, n_routed_experts=160, first_k_dense_replace=3,
+    "mixtral-8x7b": _mixtral | dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, max_position_embeddings=32768),
+    "mixtral-8x22b": _mixtral | dict(vocab_size=32768, hidden_size=6144, intermediate_size=16384, num_hidden_layers=56,
+        num_attention_heads=48, max_position_embeddings=65536),
+    "qwen3-30b-a3b": _qwen3 | dict(hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768,
+        num_hidden_layers=48, num_attention_heads=32),
+    "qwen3-235b-a22b": _qwen3 | dict(hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536,
+        num_hidden_layers=94, num_attention_heads=64),
+    "glm-4.5-air": _glm | dict(hidden_size=4096, intermediate_size=10944, moe_intermediate_size=1408,
+        num_hidden_layers=46, n_routed_experts=128, first_k_dense_replace=1),
+    "glm-4.5": _glm | dict(hidden_size=5120, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=92,
+        n_routed_experts=160, first_k_dense_replace=3,
         use_qk_norm=True, routed_scaling_factor=2.5),
 }
 
 # %% ../../nbs/01_moe/09_zoo.ipynb #84b2a7d1
-_v3 = dict(model_type="deepseek_v3", hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61, q_lora_rank=1536, kv_lora_rank=512,
-           qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_shared_experts=1, num_experts_per_tok=8, norm_topk_prob=True, rms_norm_eps=1e-6)
+_v3 = dict(model_type="deepseek_v3", hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048,
+           num_hidden_layers=61, q_lora_rank=1536, kv_lora_rank=512,
+           qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_shared_experts=1, num_experts_per_tok=8,
+           norm_topk_prob=True, rms_norm_eps=1e-6)
 _yarn = dict(type="yarn", original_max_position_embeddings=4096, beta_slow=1, mscale=1.0, mscale_all_dim=1.0)
 LATENT = {
-    "deepseek-v3": _v3 | dict(vocab_size=129280, num_attention_heads=128, n_routed_experts=256, first_k_dense_replace=3, n_group=8, topk_group=4, routed_scaling_factor=2.5,
+    "deepseek-v3": _v3 | dict(vocab_size=129280, num_attention_heads=128, n_routed_experts=256, first_k_dense_replace=3,
+        n_group=8, topk_group=4, routed_scaling_factor=2.5,
         max_position_embeddings=163840, rope_theta=10000, rope_scaling=_yarn | dict(factor=40, beta_fast=32)),
-    "kimi-k2": _v3 | dict(vocab_size=163840, num_attention_heads=64, n_routed_experts=384, first_k_dense_replace=1, n_group=1, topk_group=1, routed_scaling_factor=2.827,
+    "kimi-k2": _v3 | dict(vocab_size=163840, num_attention_heads=64, n_routed_experts=384, first_k_dense_replace=1,
+        n_group=1, topk_group=1, routed_scaling_factor=2.827,
         max_position_embeddings=131072, rope_theta=50000, rope_scaling=_yarn | dict(factor=32, beta_fast=1)),
 }
 PRESETS = TRINITY | GROUPED | LATENT

@@ -34,26 +34,31 @@ def request(
 ) -> Request:
     "What the settings ask for, of this prompt and with this noise."
     e, temperature = s.engine, s.eval.temperature if lane == EVAL else s.engine.temperature
-    return Request(id=f'{lane if name is None else name}-{group}-{index}.{turn}', prompt=list(prompt), max_tokens=e.max_tokens, temperature=temperature,
-                   top_k=e.top_k if temperature else 0, top_p=e.top_p if temperature else 1.0, seed=seed_of(s.seed, lane, group, index, turn),
+    return Request(id=f'{lane if name is None else name}-{group}-{index}.{turn}', prompt=list(prompt),
+                   max_tokens=e.max_tokens, temperature=temperature,
+                   top_k=e.top_k if temperature else 0, top_p=e.top_p if temperature else 1.0,
+                   seed=seed_of(s.seed, lane, group, index, turn),
                    stop_ids=tokenizer.stop_ids, lane='eval' if lane else 'train')
 
 # %% ../../nbs/05_rl/06_ask.ipynb #a5c0000b
 def longest(s:Settings, positions:int) -> tuple[int, str]: # tokens, setting
     "The most tokens that a conversation may have, and the setting that says so."
     cache = s.engine.kv_tokens // s.engine.block_size * s.engine.block_size
-    return min((cache, 'engine.kv_tokens'), (s.rl.tokens_per_batch + 1, 'rl.tokens_per_batch'), (positions, 'model.max_position_embeddings'))
+    return min((cache, 'engine.kv_tokens'), (s.rl.tokens_per_batch + 1, 'rl.tokens_per_batch'),
+        (positions, 'model.max_position_embeddings'))
 
 def check_prompt(tokens:int, env:str, s:Settings, limit:tuple[int, str]):
     "Raise `UserError` for a prompt of `env` that leaves no room for an answer."
     if tokens + s.engine.max_tokens > limit[0]:
-        raise UserError(f'env {env}: a prompt of {tokens} tokens and engine.max_tokens = {s.engine.max_tokens} exceed {limit[1]} ({limit[0]}): raise that, or take shorter problems')
+        raise UserError(f'env {env}: a prompt of {tokens} tokens and engine.max_tokens = {s.engine.max_tokens} exceed '
+                        f'{limit[1]} ({limit[0]}): raise that, or take shorter problems')
 
 # %% ../../nbs/05_rl/06_ask.ipynb #a5c0000e
 def build_engine(s:Settings, model, record_routes:bool=False) -> Engine:
     "An engine around `model`, on its device."
     e, dtype = s.engine, getattr(torch, s.engine.dtype)
-    return Engine(model, dtype=None if dtype == torch.float32 else dtype, kv_tokens=e.kv_tokens, block_size=e.block_size, max_seqs=e.max_seqs, kv_update=e.kv,
+    return Engine(model, dtype=None if dtype == torch.float32 else dtype, kv_tokens=e.kv_tokens,
+                  block_size=e.block_size, max_seqs=e.max_seqs, kv_update=e.kv,
                   record_routes=record_routes, eval_share=s.eval.share)
 
 def probe(s:Settings, model, tokenizer:Tokenizer, prompts:list[str], number:int=0) -> list[str]:

@@ -34,13 +34,15 @@ class Ledger:
         "Give a rollout a new fate (a code, or the reason of a drop). `ValueError` for a move that the rules exclude."
         code = self.code(fate) if isinstance(fate, str) else fate
         row = self.row(group)
-        if min(code, FIRST_REASON) not in _LEGAL.get(row[index], ()): raise ValueError(f'rollout {group}-{index}: is {self.name(row[index])}, cannot become {self.name(code)}')
+        if min(code, FIRST_REASON) not in _LEGAL.get(row[index], ()):
+            raise ValueError(f'rollout {group}-{index}: is {self.name(row[index])}, cannot become {self.name(code)}')
         row[index] = code
         if code >= FIRST_REASON: self.news.setdefault(self.name(code), []).append(f'{group}-{index}')
     def code(self, reason:str)->int:
         "The byte of a reason; a new one is entered. `ValueError` after 253 of them."
         if reason not in self.reasons:
-            if len(self.reasons) == 253: raise ValueError(f'drop reasons: no room for {reason!r} after 253 others; use few fixed names')
+            if len(self.reasons) == 253:
+                raise ValueError(f'drop reasons: no room for {reason!r} after 253 others; use few fixed names')
             self.reasons.append(reason)
         return FIRST_REASON + self.reasons.index(reason)
     def name(self, fate:int)->str: return ('in flight', 'pending', 'taken', *self.reasons)[fate]
@@ -68,7 +70,9 @@ class Group(msgspec.Struct, kw_only=True, frozen=True):
     def advantages(self, method:Callable)->np.ndarray: # [len(rollouts)] float32
         "Advantages of `rollouts` against the rewards of the whole group."
         return np.asarray(method(self.rewards), np.float32)[self.places]
-    def __repr__(self): return f'Group({self.id}: {len(self.rollouts)} of {len(self.rewards)} trained, mean reward {np.mean(self.rewards):.2f}, oldest version {self.oldest})'
+    def __repr__(self):
+        return (f'Group({self.id}: {len(self.rollouts)} of {len(self.rewards)} trained, mean reward '
+                f'{np.mean(self.rewards):.2f}, oldest version {self.oldest})')
 
 # %% ../../nbs/05_rl/03_buffer.ipynb #2e88e73b
 def judge(
@@ -87,7 +91,8 @@ def judge(
     keep = ~cut | (overlong != 'mask')
     if not keep.any(): return drop_all('overlong')
     rollouts = [r for r, k in zip(members, keep) if k]
-    group = Group(id=members[0].group, rollouts=rollouts, places=np.flatnonzero(keep).tolist(), rewards=rewards.tolist(), oldest=min(map(min_version, rollouts)))
+    group = Group(id=members[0].group, rollouts=rollouts, places=np.flatnonzero(keep).tolist(),
+        rewards=rewards.tolist(), oldest=min(map(min_version, rollouts)))
     return group, {r.index: 'overlong' for r, k in zip(members, keep) if not k}
 
 # %% ../../nbs/05_rl/03_buffer.ipynb #6dffb9a4
@@ -109,11 +114,16 @@ class Buffer:
     """Rollouts on their way to the trainer, each with exactly one fate.
 
     `zero_variance` is 'keep' or 'filter'; `overlong` is 'keep', 'mask' or 'penalise' (by `penalty`). `UserError` for any other setting."""
-    def __init__(self, group_size:int, max_staleness:int, zero_variance:str='keep', overlong:str='keep', penalty:float=0.5):
-        for key, value, known in (('zero_variance', zero_variance, ('keep', 'filter')), ('overlong', overlong, ('keep', 'mask', 'penalise'))):
+    def __init__(self, group_size:int, max_staleness:int, zero_variance:str='keep', overlong:str='keep',
+            penalty:float=0.5):
+        for key, value, known in (('zero_variance', zero_variance, ('keep', 'filter')),
+                ('overlong', overlong, ('keep', 'mask', 'penalise'))):
             if value not in known: raise UserError(f'rl.{key}: {value!r}, expected one of {", ".join(known)}')
-        if group_size < 2 or max_staleness < 0: raise UserError(f'rl.group_size {group_size} must be at least 2, rl.max_staleness {max_staleness} at least 0')
-        self.group_size, self.max_staleness, self.rules = group_size, max_staleness, dict(zero_variance=zero_variance, overlong=overlong, penalty=penalty)
+        if group_size < 2 or max_staleness < 0:
+            raise UserError(f'rl.group_size {group_size} must be at least 2, rl.max_staleness {max_staleness} at '
+                            'least 0')
+        self.group_size, self.max_staleness = group_size, max_staleness
+        self.rules = dict(zero_variance=zero_variance, overlong=overlong, penalty=penalty)
         self.ledger = Ledger(group_size)
         self.members:dict[int,list[Rollout]] = {} # incomplete groups
         self.oldest:dict[int,int] = {}            # their oldest versions
@@ -122,7 +132,8 @@ class Buffer:
 
     def add(self, rollout:Rollout)->str: # its fate, or 'duplicate'
         "Enter a scored rollout. A second copy is refused and counted. `ValueError` without a reward or with an index beyond the group."
-        if rollout.reward is None: raise ValueError(f'rollout {rollout.id}: has no reward; score it before it enters the buffer')
+        if rollout.reward is None:
+            raise ValueError(f'rollout {rollout.id}: has no reward; score it before it enters the buffer')
         g, version = rollout.group, min_version(rollout)
         if not self._expected(g, rollout.index): return 'duplicate'
         if self._given_up(g): return self._settle(g, rollout.index, 'stale')
@@ -136,7 +147,8 @@ class Buffer:
 
     def _expected(self, group, index):
         self.check()
-        if not 0 <= index < self.group_size: raise ValueError(f'rollout {group}-{index}: index beyond a group of {self.group_size}')
+        if not 0 <= index < self.group_size:
+            raise ValueError(f'rollout {group}-{index}: index beyond a group of {self.group_size}')
         new = self.ledger.row(group)[index] == IN_FLIGHT
         self.duplicates += not new
         return new
@@ -155,7 +167,8 @@ class Buffer:
     def expire(self, step:int)->list[int]: # ids of the groups given up
         "Drop every group, complete or not, that is too old for training step `step`; what is still in flight of it may be cancelled."
         limit = step - 1 - self.max_staleness
-        late = [g for g, version in self.oldest.items() if version < limit] + [g.id for g in self.complete.values() if g.oldest < limit]
+        late = [g for g, version in self.oldest.items() if version < limit] + [g.id for g in self.complete.values()
+            if g.oldest < limit]
         for g in late:
             waiting = self.complete.pop(g).rollouts if g in self.complete else self.members.pop(g)
             self.oldest.pop(g, None)
@@ -170,10 +183,13 @@ class Buffer:
 
     def take(self, groups:int, step:int)->list[Group]: # in order of completion
         "The first `groups` complete groups; theirs is this step and no other. `ValueError` if fewer wait, or if one is newer than the step."
-        if not self.ready(groups, step): raise ValueError(f'step {step}: {len(self.complete)} groups are ready, {groups} were asked for; wait until ready()')
+        if not self.ready(groups, step):
+            raise ValueError(f'step {step}: {len(self.complete)} groups are ready, {groups} were asked for; wait '
+                             'until ready()')
         taken = list(self.complete.values())[:groups]
         newest = max((int(r.versions.max()) for g in taken for r in g.rollouts), default=-1)
-        if newest >= step: raise ValueError(f'step {step} trains version {step-1}, but a rollout was sampled by version {newest}')
+        if newest >= step:
+            raise ValueError(f'step {step} trains version {step-1}, but a rollout was sampled by version {newest}')
         for g in taken:
             del self.complete[g.id]
             for r in g.rollouts: self.ledger.move(g.id, r.index, TAKEN)
@@ -192,7 +208,9 @@ class Buffer:
         self.changed.set()
     def check(self)->None:
         "Raise `BufferBroken` if a producer failed."
-        if self.error: raise BufferBroken(f'a producer of rollouts failed: {type(self.error).__name__}: {self.error}') from self.error
+        if self.error:
+            raise BufferBroken(
+                f'a producer of rollouts failed: {type(self.error).__name__}: {self.error}') from self.error
 
     def counts(self)->dict[str,int]:
         "Rollouts by fate: 'in flight', 'pending', 'taken', and every reason of a drop."
@@ -216,14 +234,20 @@ class Buffer:
     def state(self)->bytes:
         "Everything that a checkpoint needs; equal buffers give equal bytes."
         rows = {g: bytes(row) for g, row in self.ledger.rows.items()}
-        return encode(BufferState(group_size=self.group_size, rows=rows, reasons=self.ledger.reasons, members=self.members, complete=list(self.complete.values()),
+        return encode(BufferState(group_size=self.group_size, rows=rows, reasons=self.ledger.reasons,
+                                  members=self.members, complete=list(self.complete.values()),
                                   news=self.ledger.news, duplicates=self.duplicates))
     def restore(self, data:bytes)->None:
         "Become the buffer that `state()` described. `UserError` if its groups had another size, `ValueError` for foreign bytes."
         s = decode(BufferState, data)
-        if s.group_size != self.group_size: raise UserError(f'rl.group_size is {self.group_size}, the checkpoint was made with {s.group_size}: resume with that')
-        self.ledger.rows, self.ledger.reasons, self.ledger.news = {g: bytearray(row) for g, row in s.rows.items()}, s.reasons, s.news
+        if s.group_size != self.group_size:
+            raise UserError(f'rl.group_size is {self.group_size}, the checkpoint was made with {s.group_size}: resume '
+                            'with that')
+        self.ledger.rows = {g: bytearray(row) for g, row in s.rows.items()}
+        self.ledger.reasons, self.ledger.news = s.reasons, s.news
         self.members, self.complete, self.duplicates = s.members, {g.id: g for g in s.complete}, s.duplicates
         self.oldest = {g: min(map(min_version, members)) for g, members in s.members.items()}
         self.changed.set()
-    def __repr__(self): return f'Buffer({len(self.complete)} groups ready, {len(self.members)} incomplete; {self.counts()}, {self.duplicates} duplicates)'
+    def __repr__(self):
+        return (f'Buffer({len(self.complete)} groups ready, {len(self.members)} incomplete; {self.counts()}, '
+                f'{self.duplicates} duplicates)')

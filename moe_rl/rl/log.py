@@ -14,8 +14,10 @@ from ..errors import StorageError, UserError, replace_file
 # %% ../../nbs/05_rl/06_log.ipynb #329bf8d1
 def claim(folder:Path, settings:Settings|None, resume:bool):
     "Create or re-open a run folder and lock it; returns the lock, to be kept. Raises `UserError` rather than overwrite a run."
-    if resume and not (folder/'config.toml').exists(): raise UserError(f'{folder}: no run to resume there: start one without --resume')
-    if not resume and folder.exists() and {p.name for p in folder.iterdir()} - {'lock', '.config.toml.tmp'}: raise UserError(f'{folder} exists and is not empty: use --resume to go on, or --dir for another folder')
+    if resume and not (folder/'config.toml').exists():
+        raise UserError(f'{folder}: no run to resume there: start one without --resume')
+    if not resume and folder.exists() and {p.name for p in folder.iterdir()} - {'lock', '.config.toml.tmp'}:
+        raise UserError(f'{folder} exists and is not empty: use --resume to go on, or --dir for another folder')
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f'{folder}: cannot be made ({e.strerror}): choose another --dir') from None
     lock = (folder/'lock').open('w')
@@ -43,7 +45,8 @@ class Board:
         "Every finite number of a row."
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         points = [self.summary.Value(tag=k, simple_value=v) for k, v in numbers.items()]
-        self.records.write(self.event(wall_time=time.time(), step=step, summary=self.summary(value=points)).SerializeToString())
+        self.records.write(self.event(wall_time=time.time(), step=step,
+            summary=self.summary(value=points)).SerializeToString())
 
 # %% ../../nbs/05_rl/06_log.ipynb #af4645aa
 def heal(path:Path):
@@ -56,7 +59,9 @@ def require_whole(folder:Path, sizes:dict[str, int]):
     "`StorageError` when a file of the run is shorter than a checkpoint says that it was."
     for n, size in sizes.items():
         have = (folder/n).stat().st_size if (folder/n).exists() else 0
-        if have < size: raise StorageError(f'{folder/n} has {have} of the {size} bytes that belong to this checkpoint: put the file back, or take an older checkpoint')
+        if have < size:
+            raise StorageError(f'{folder/n} has {have} of the {size} bytes that belong to this checkpoint: put the '
+                               'file back, or take an older checkpoint')
 
 # %% ../../nbs/05_rl/06_log.ipynb #af46457d
 class RunLog:
@@ -64,7 +69,8 @@ class RunLog:
     CUT = ('metrics.jsonl', 'ledger.jsonl', 'evals.jsonl')
     def __init__(self, folder:Path, tensorboard:bool=True):
         self.folder, self.started = Path(folder), time.time()
-        names, events = [*self.CUT, 'samples.jsonl', 'events.log'], f'tensorboard/events.out.tfevents.{self.started:.6f}.{platform.node()}'
+        names, events = [*self.CUT, 'samples.jsonl',
+            'events.log'], f'tensorboard/events.out.tfevents.{self.started:.6f}.{platform.node()}'
         if tensorboard:
             (self.folder/'tensorboard').mkdir(exist_ok=True)
             names.append(events)
@@ -75,18 +81,23 @@ class RunLog:
     def _append(self, name, data:bytes):
         try:
             while data: data = data[self.files[name].write(data):]
-        except OSError as e: raise UserError(f'cannot write {self.folder/name}: {e.strerror}: free space, then go on with --resume') from None
+        except OSError as e:
+            raise UserError(
+                f'cannot write {self.folder/name}: {e.strerror}: free space, then go on with --resume') from None
     def _line(self, name, data:dict): self._append(name, json.dumps(data).encode() + b'\n')
 
     def metrics(self, step:int, values:dict):
         "One line of metrics, null where a number is not finite; TensorBoard gets the numbers too."
-        self._line('metrics.jsonl', dict(step=step) | {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()})
+        self._line('metrics.jsonl', dict(step=step) | {k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()})
         if self.board: self.board.scalars(step, values)
 
-    def ledger(self, step:int, trained:list[str], dropped:dict[str, list[str]]): self._line('ledger.jsonl', dict(step=step, trained=trained, dropped=dropped))
+    def ledger(self, step:int, trained:list[str], dropped:dict[str, list[str]]):
+        self._line('ledger.jsonl', dict(step=step, trained=trained, dropped=dropped))
     def eval(self, values:dict):
         self._line('evals.jsonl', values)
-        if self.board: self.board.scalars(values['step'], {'eval/exact': values['exact'], 'eval/score': values['score']})
+        if self.board:
+            self.board.scalars(values['step'], {'eval/exact': values['exact'], 'eval/score': values['score']})
     def sample(self, values:dict): self._line('samples.jsonl', values)
     def event(self, text:str):
         "A dated line for people."
@@ -113,7 +124,9 @@ def read_lines(path:Path) -> list[dict]:
     except ValueError: pass
     for n, line in enumerate(lines, 1):
         try: json.loads(line)
-        except ValueError as e: raise StorageError(f'{path}, line {n}: {line[:40]!r} is no JSON ({e}): the file was altered; take it from a copy, or resume from an older checkpoint') from None
+        except ValueError as e:
+            raise StorageError(f'{path}, line {n}: {line[:40]!r} is no JSON ({e}): the file was altered; take it from '
+                               'a copy, or resume from an older checkpoint') from None
 
 # %% ../../nbs/05_rl/06_log.ipynb #a484af54
 def audit(ledger:list[dict], issued:set[str], waiting:set[str]) -> dict[str, list[str]]:

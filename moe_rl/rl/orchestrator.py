@@ -60,17 +60,20 @@ class State(msgspec.Struct):
     cursors: dict[str, int] = {}        # of a mixture: environment -> the first of its groups that was never issued
     trained: dict[str, float] = {}      # of a mixture: environment -> groups trained, older ones counted less
     asked: dict[str, int] = {}          # of a mixture: environment -> groups issued for the next step
-    survival: dict[str, tuple[float, float]] = {} # environment -> groups ended, and those that came to the buffer; older ones counted less
+    # environment -> groups ended, and those that came to the buffer; older ones counted less
+    survival: dict[str, tuple[float, float]] = {}
 
 class Interrupted(Exception):
     "The run was asked to stop; the text says what is kept and what is lost."
 
 # %% ../../nbs/05_rl/08_orchestrator.ipynb #7b3f8c0a
-def summary(played:list[Played], before:float=math.nan) -> dict[str, float]: # before: exact of the last line, for steps in which nothing was played
+# before: exact of the last line, for steps in which nothing was played
+def summary(played:list[Played], before:float=math.nan) -> dict[str, float]:
     "Mean score, share of exact answers, length and share of cut answers of everything that was played."
     mean = lambda values: float(np.mean(sorted(values))) if values else math.nan
     exact = [p.exact for p in played if p.exact is not None]
-    return dict(exact=mean(exact) if exact else before, score=mean([p.score for p in played]), answer_tokens=mean([p.tokens for p in played]), cut=mean([p.cut for p in played]), played=len(played))
+    return dict(exact=mean(exact) if exact else before, score=mean([p.score for p in played]),
+        answer_tokens=mean([p.tokens for p in played]), cut=mean([p.cut for p in played]), played=len(played))
 
 # %% ../../nbs/05_rl/08_orchestrator.ipynb #0ac10002
 class Screen:
@@ -82,14 +85,18 @@ class Screen:
 
 class Shared:
     "What all layers of the loop share: neighbours, state, and tasks whose errors are not lost."
-    def __init__(self, s:Settings, guard:Guard, tokenizer, server:Server, pool:EnginePool, trainer:Worker, log, folder:Path, show=lambda row: None,
+    def __init__(self, s:Settings, guard:Guard, tokenizer, server:Server, pool:EnginePool, trainer:Worker, log,
+                 folder:Path, show=lambda row: None,
                  positions:int=1 << 30,     # tokens that the model's positions allow
                  held_out:list[Task]=()):   # problems of every evaluation
-        self.s, self.guard, self.tokenizer, self.server, self.pool, self.trainer = s, guard, tokenizer, server, pool, trainer
-        self.log, self.folder, self.show, self.longest, self.held_out = log, Path(folder), Screen(show), longest(s, positions), list(held_out)
+        self.s, self.guard, self.tokenizer, self.server = s, guard, tokenizer, server
+        self.pool, self.trainer = pool, trainer
+        self.log, self.folder, self.show = log, Path(folder), Screen(show)
+        self.longest, self.held_out = longest(s, positions), list(held_out)
         self.state, self.started, self.advantage = State(), 0, resolve(s.rl.advantage)
         self.judge = guard.beside('score')  # evaluation has threads of its own: neither starves the other
-        self.buffer = Buffer(max_staleness=s.rl.max_staleness, group_size=s.rl.group_size, zero_variance=s.rl.zero_variance, overlong=s.rl.overlong,
+        self.buffer = Buffer(max_staleness=s.rl.max_staleness, group_size=s.rl.group_size,
+                             zero_variance=s.rl.zero_variance, overlong=s.rl.overlong,
                              penalty=s.rl.overlong_penalty)
         self.changed, self.trained, self.began = asyncio.Event(), None, None
         self.tasks, self.error, self.past, self.missed, self.halt = set(), None, None, 0, ''
@@ -116,7 +123,8 @@ class Shared:
         if self.error: raise self.error
         self.changed.clear()
         try:
-            async with asyncio.timeout(seconds): await self.changed.wait()     # `wait_for` of Python 3.11 may swallow that we are cancelled
+            # `wait_for` of Python 3.11 may swallow that we are cancelled
+            async with asyncio.timeout(seconds): await self.changed.wait()
         except TimeoutError: pass
         if self.error: raise self.error
 
@@ -149,8 +157,10 @@ def in_shares(groups:dict[int, Group], weights:dict[str, float], trained:dict[st
 
 def standing(g:dict) -> str:
     "A grade in words."
-    show = lambda key, name: f'{key} {g[key]:.3f}' + (f' (95 %: {g[name][0]:.3f} to {g[name][1]:.3f})' if g.get(name) else '')
-    return ', '.join(show(*pair) for pair in (('exact', 'interval'), ('score', 'score_interval')) if g.get(pair[0]) is not None) + f' of {g["prompts"]} held-out problems'
+    show = lambda key, name: f'{key} {g[key]:.3f}' + (f' (95 %: {g[name][0]:.3f} to {g[name][1]:.3f})' if g.get(name)
+        else '')
+    return ', '.join(show(*pair) for pair in (('exact', 'interval'), ('score', 'score_interval'))
+        if g.get(pair[0]) is not None) + f' of {g["prompts"]} held-out problems'
 
 
 # %% ../../nbs/05_rl/08_orchestrator.ipynb #0ac10004
@@ -159,11 +169,13 @@ class Issuing(Shared):
     def room(self) -> int: # groups that may be issued now
         "What the gate lets through."
         version = min(self.pool.version.values(), default=-1)
-        return room(version, self.started, len(self.state.live), len(self.buffer.complete), self.s.rl.groups_per_step, self.s.rl.max_staleness)
+        return room(version, self.started, len(self.state.live), len(self.buffer.complete), self.s.rl.groups_per_step,
+            self.s.rl.max_staleness)
 
     def feed(self):
         "Issue groups while the gate is open and steps are left."
-        left = (self.s.rl.steps - self.started) * self.s.rl.groups_per_step - len(self.state.live) - len(self.buffer.complete)
+        left = (self.s.rl.steps - self.started) * self.s.rl.groups_per_step - len(self.state.live) - len(
+            self.buffer.complete)
         for _ in range(max(0, min(self.room(), left))):
             self.issue(self.next(), list(range(self.s.rl.group_size)))
 
@@ -215,7 +227,8 @@ class Playing(Issuing):
         try:
             task = await self.guard.sample(group)
             if (tokens := len(self.tokenizer.render_prompt(task.prompt))) + self.s.engine.max_tokens > self.longest[0]:
-                raise RolloutLost('too_long', f'{task.env}: a prompt of {tokens} tokens leaves no room for an answer in {self.longest[1]} ({self.longest[0]})')
+                raise RolloutLost('too_long', f'{task.env}: a prompt of {tokens} tokens leaves no room for an answer '
+                                              f'in {self.longest[1]} ({self.longest[0]})')
         except RolloutLost as e:
             task = e
             self.miss(e)        # one problem that can't be drawn is one failure
@@ -248,14 +261,16 @@ class Playing(Issuing):
         self.log.event(str(e))
         self.missed += 1
         if self.missed >= max(16, self.s.rl.groups_per_step * self.s.rl.group_size):
-            raise UserError(f'{self.missed} rollouts in a row were lost, the last: {e}: mend the environment, then --resume')
+            raise UserError(f'{self.missed} rollouts in a row were lost, the last: {e}: mend the environment, then '
+                            '--resume')
 
     async def play(self, lane:int, group:int, index:int, task, name:int|None=None) -> Rollout:
         "One conversation with an engine; `name` is the first part of its requests' ids."
         def ask(ids, turn):
             check_prompt(len(ids), task.env, self.s, self.longest)
             return self.pool.generate(request(self.s, self.tokenizer, ids, lane, group, index, turn, name))
-        return await play(self.guard if lane == TRAIN else self.judge, task, self.tokenizer, ask, group, index, max_turns=self.s.rl.max_turns,
+        return await play(self.guard if lane == TRAIN else self.judge, task, self.tokenizer, ask, group, index,
+                          max_turns=self.s.rl.max_turns,
                           max_length=self.longest[0] - self.s.engine.max_tokens)
 
 # %% ../../nbs/05_rl/08_orchestrator.ipynb #0ac10006
@@ -265,14 +280,19 @@ class Records(Playing):
         "Metrics, ledger and one decoded sample of a step."
         st, dropped = self.state, self.buffer.pop_dropped()
         self.log.ledger(step, [r.id for r in rollouts], dropped)
-        for reason, ids in dropped.items(): st.counts['dropped_' + reason] = st.counts.get('dropped_' + reason, 0) + len(ids)
+        for reason, ids in dropped.items():
+            st.counts['dropped_' + reason] = st.counts.get('dropped_' + reason, 0) + len(ids)
         heard = summary(st.played, st.recent[-1] if st.recent else math.nan) | self.by_env(rollouts)
         self.reckon()
-        sampled, wasted, st.played, st.wasted, self.words = sum(p.tokens for p in st.played), st.wasted, [], 0, 4*self.s.rl.groups_per_step
-        row = metrics | dict(reward=float(np.mean([r.reward for r in rollouts])), rollouts=len(rollouts)) | heard | st.counts | self.pace(metrics)
-        row |= dict(sampled_tokens=sampled, wasted_groups=wasted, requeued=self.pool.requeued, buffered=len(self.buffer.complete), running=len(st.live), seconds=self.seconds())
+        sampled, wasted, st.played, st.wasted, self.words = sum(p.tokens
+            for p in st.played), st.wasted, [], 0, 4*self.s.rl.groups_per_step
+        row = metrics | dict(reward=float(np.mean([r.reward for r in rollouts])),
+            rollouts=len(rollouts)) | heard | st.counts | self.pace(metrics)
+        row |= dict(sampled_tokens=sampled, wasted_groups=wasted, requeued=self.pool.requeued,
+            buffered=len(self.buffer.complete), running=len(st.live), seconds=self.seconds())
         self.log.metrics(step, row)
-        self.log.sample(dict(step=step, id=rollouts[0].id, reward=rollouts[0].reward, text=self.tokenizer.decode([int(t) for t in rollouts[0].token_ids])))
+        self.log.sample(dict(step=step, id=rollouts[0].id, reward=rollouts[0].reward,
+            text=self.tokenizer.decode([int(t) for t in rollouts[0].token_ids])))
         self.show(dict(step=step) | row)
 
     def by_env(self, rollouts:list[Rollout]) -> dict[str, float]: # 'env/what' -> value; empty for one environment
@@ -294,29 +314,35 @@ class Records(Playing):
     def clocks(self) -> dict[str, float]:
         "Readings whose differences are speeds."
         total = lambda key: sum(s.get(key, 0) for s in self.pool.stats.values())
-        return dict(time=time.monotonic(), tokens=total('tokens'), idle=total('idle_seconds'), engine=total('seconds'), preemptions=total('preemptions'),
+        return dict(time=time.monotonic(), tokens=total('tokens'), idle=total('idle_seconds'), engine=total('seconds'),
+                    preemptions=total('preemptions'),
                     prefix_hits=total('prefix_hits'))
 
     def pace(self, metrics:dict) -> dict[str, float]:
         "Speed since the last step, and the share of the time that each side waited for the other."
         past, self.past = self.past, self.clocks()
-        d = {k: max(0.0, v - past[k]) for k, v in self.past.items()}    # an engine that was replaced starts from 0 again
+        # an engine that was replaced starts from 0 again
+        d = {k: max(0.0, v - past[k]) for k, v in self.past.items()}
         if d['engine']: self.waits = d['idle']/d['engine']              # no report in this step: the last one stands
-        return dict(tokens_per_s=metrics['tokens']/d['time'], engine_tokens_per_s=d['tokens']/d['time'], engine_waits=self.waits,
-                    trainer_waits=max(0.0, 1 - metrics['step_seconds']/d['time']), preemptions=d['preemptions'], prefix_hits=d['prefix_hits'])
+        return dict(tokens_per_s=metrics['tokens']/d['time'], engine_tokens_per_s=d['tokens']/d['time'],
+                    engine_waits=self.waits,
+                    trainer_waits=max(0.0, 1 - metrics['step_seconds']/d['time']), preemptions=d['preemptions'],
+                    prefix_hits=d['prefix_hits'])
 
 # %% ../../nbs/05_rl/08_orchestrator.ipynb #0ac1000f
 class Books(Records):
     "Checkpoints, and the end."
     def snapshot(self) -> State:
         "All that a checkpoint keeps, as it is now."
-        return msgspec.structs.replace(self.state, buffer=self.buffer.state(), sizes=self.log.sizes(), seconds=self.seconds())
+        return msgspec.structs.replace(self.state, buffer=self.buffer.state(), sizes=self.log.sizes(),
+            seconds=self.seconds())
 
     def commit(self):
         "Write the orchestrator's part of a checkpoint beside the trainer's and commit both."
         step = self.state.step
         save_state(self.folder/'checkpoints'/f'.step_{step}.tmp'/'orchestrator.msgpack', self.snapshot())
-        commit(self.folder, step, ('model.safetensors', 'optimizer.safetensors', 'trainer.json', 'orchestrator.msgpack'))
+        commit(self.folder, step, ('model.safetensors', 'optimizer.safetensors', 'trainer.json',
+            'orchestrator.msgpack'))
         keep_last(self.folder, self.s.checkpoint.keep)
         self.log.event(f'checkpoint of step {step} committed')
 
@@ -363,7 +389,8 @@ class Evaluating(Books):
         step, every = self.state.step, self.s.eval.every
         if not (step and every and step % every == 0): return
         if self.due: self.say(f'evaluation due at step {step}: joined with the one that waits')
-        elif self.looking and not self.looking.done(): self.say(f'evaluation due at step {step}: waits for the one that is running')
+        elif self.looking and not self.looking.done():
+            self.say(f'evaluation due at step {step}: waits for the one that is running')
         self.due = True
 
     def say(self, text:str):
@@ -379,10 +406,14 @@ class Evaluating(Books):
         self.state.rounds += 1
         self.pool.playing += len(tasks) * k
         name, seen = self.state.rounds, []
-        got = await self.until(asyncio.gather(*(self.answer(name, i, j, t, seen) for i, t in enumerate(tasks) for j in range(k))))
+        got = await self.until(asyncio.gather(*(self.answer(name, i, j, t, seen) for i, t in enumerate(tasks)
+            for j in range(k))))
         low, high = (min(seen), max(seen)) if seen else (step, step)
-        envs = {e: grade([r for i, r in enumerate(got) if tasks[i//k].env == e], k) for e in dict.fromkeys(t.env for t in tasks)}
-        self.state.last = dict(step=low, newest=high) | grade(got, k) | (dict(envs=envs) if len(envs) > 1 else {}) | dict(eval_seconds=time.monotonic() - started, seconds=self.seconds())
+        envs = {e: grade([r for i, r in enumerate(got) if tasks[i//k].env == e], k)
+            for e in dict.fromkeys(t.env for t in tasks)}
+        self.state.last = dict(step=low, newest=high) | grade(got,
+            k) | (dict(envs=envs) if len(envs) > 1 else {}) | dict(eval_seconds=time.monotonic() - started,
+            seconds=self.seconds())
         self.log.eval(self.state.last)
         self.show(self.state.last)
         for e, g in envs.items() if len(envs) > 1 else (): self.say(f'{e}: {standing(g)}')
@@ -426,7 +457,8 @@ class InTurn:
     async def still(self, loop):
         while loop.state.live: await loop.wait()
     async def follow(self, loop, task): await loop.until(task)
-    def sort(self, groups:dict[int, Group]) -> dict[int, Group]: return dict(sorted(groups.items())) # not by who was scored first
+    # not by who was scored first
+    def sort(self, groups:dict[int, Group]) -> dict[int, Group]: return dict(sorted(groups.items()))
 
 # %% ../../nbs/05_rl/08_orchestrator.ipynb #0ac10010
 class Limited(Evaluating):
@@ -437,16 +469,21 @@ class Limited(Evaluating):
         if st.ended or self.halt: return st.ended or self.halt
         if st.step >= rl.steps: return f'rl.steps = {rl.steps} are done'
         if rl.seconds and self.seconds() >= rl.seconds: return f'rl.seconds = {rl.seconds:g} are over'
-        if rl.stop_at and (st.last.get('exact') or 0) >= rl.stop_at: return f'held-out exact {st.last["exact"]:.3f} has reached rl.stop_at = {rl.stop_at}'
-        if rl.stop_solved and len(st.recent) == 5 and np.mean(st.recent) >= rl.stop_solved: return f'{np.mean(st.recent):.3f} of the answers of five steps are exact, rl.stop_solved = {rl.stop_solved}'
-        if st.barren >= rl.patience * rl.groups_per_step or st.wasted >= 10 * rl.patience * rl.groups_per_step: return self.nothing_to_learn()
+        if rl.stop_at and (st.last.get('exact') or 0) >= rl.stop_at:
+            return f'held-out exact {st.last["exact"]:.3f} has reached rl.stop_at = {rl.stop_at}'
+        if rl.stop_solved and len(st.recent) == 5 and np.mean(st.recent) >= rl.stop_solved:
+            return f'{np.mean(st.recent):.3f} of the answers of five steps are exact, rl.stop_solved = {rl.stop_solved}'
+        if st.barren >= rl.patience * rl.groups_per_step or st.wasted >= 10 * rl.patience * rl.groups_per_step:
+            return self.nothing_to_learn()
         return ''
 
     def nothing_to_learn(self) -> str:
         "The end of a run that finds no group to train on."
         heard = summary(self.state.played)
-        solved = 'the task is solved' if heard['exact'] >= 0.99 else 'every score of a group is the same, or its answers are cut: try an easier task, a longer warm start, or rl.zero_variance = "keep"'
-        return f'nothing to learn: {self.state.wasted} groups were dropped since step {self.state.step} ({self.why_dropped()}), mean score {heard["score"]:.3f}: {solved}'
+        solved = 'the task is solved' if heard[
+            'exact'] >= 0.99 else 'every score of a group is the same, or its answers are cut: try an easier task, a longer warm start, or rl.zero_variance = "keep"'
+        return (f'nothing to learn: {self.state.wasted} groups were dropped since step {self.state.step} '
+                f'({self.why_dropped()}), mean score {heard["score"]:.3f}: {solved}')
 
     def complain(self, step:int):
         "Say when groups are dropped and none is left to train on."
@@ -455,23 +492,30 @@ class Limited(Evaluating):
         if st.wasted < self.words: return
         self.words *= 2
         heard = summary(st.played)
-        self.say(f'step {step}: {st.wasted} groups dropped since the last step ({self.why_dropped()}), {len(self.buffer.complete)} of {B} are ready; mean score {heard["score"]:.3f}, exact {heard["exact"]:.3f}')
+        self.say(f'step {step}: {st.wasted} groups dropped since the last step ({self.why_dropped()}), '
+                 f'{len(self.buffer.complete)} of {B} are ready; mean score {heard["score"]:.3f}, exact '
+                 f'{heard["exact"]:.3f}')
 
     def why_dropped(self) -> str:
         "Reasons of the rollouts that were dropped since the last step."
-        return ', '.join(f'{reason} {len(ids)}' for reason, ids in sorted(self.buffer.ledger.news.items())) or 'no reason yet'
+        return ', '.join(f'{reason} {len(ids)}'
+            for reason, ids in sorted(self.buffer.ledger.news.items())) or 'no reason yet'
 
 # %% ../../nbs/05_rl/08_orchestrator.ipynb #0ac10012
 class Leaving(Limited):
     "The way out when somebody asks."
-    def interrupt(self, signal:str, patience:float=20.0): # patience: a job scheduler gives 30 s between SIGTERM and SIGKILL
+    # patience: a job scheduler gives 30 s between SIGTERM and SIGKILL
+    def interrupt(self, signal:str, patience:float=20.0):
         "Finish the step that has begun, save, and leave; at once where nothing can be saved."
         if self.halt: return
         self.halt = f'interrupted by {signal}'
         kept = latest(self.folder)
         known = f'the last checkpoint is that of step {kept.name[5:]}' if kept else 'there is no checkpoint yet'
         if self.began is None: self.fail(Interrupted(f'{self.halt}: {known}'))
-        else: asyncio.get_running_loop().call_later(patience, lambda: self.fail(Interrupted(f'{self.halt}: no checkpoint within {patience:g} s; {known}, what came after it is lost')))
+        else:
+            asyncio.get_running_loop().call_later(patience,
+                lambda: self.fail(Interrupted(f'{self.halt}: no checkpoint within {patience:g} s; {known}, what came '
+                                              'after it is lost')))
         self.changed.set()
 
     async def leave(self):
@@ -517,10 +561,12 @@ class Orchestrator(Leaving):
             if self.due: await self.look()
             await self.policy.more(self, B, step)
         self.buffer.complete = self.policy.sort(self.buffer.complete)
-        if len(weights := self.mixture()) > 1: self.buffer.complete = in_shares(self.buffer.complete, weights, self.state.trained)
+        if len(weights := self.mixture()) > 1:
+            self.buffer.complete = in_shares(self.buffer.complete, weights, self.state.trained)
         groups = self.buffer.take(B, step)
         self.state.asked = {}
-        for env in weights: self.state.trained[env] = .9*self.state.trained.get(env, 0) + sum(g.rollouts[0].env == env for g in groups)
+        for env in weights:
+            self.state.trained[env] = .9*self.state.trained.get(env, 0) + sum(g.rollouts[0].env == env for g in groups)
         return groups
 
     async def train(self, groups:list[Group]) -> dict[str, float]:
@@ -530,8 +576,10 @@ class Orchestrator(Leaving):
         save = self.s.checkpoint.every and step % self.s.checkpoint.every == 0 or step == self.s.rl.steps
         target, sent = stage(self.folder, step) if save else '', time.monotonic()
         batches = micro_batches(rollouts, list(advantages), self.s.rl.tokens_per_batch)
-        metrics = await self.order(Train(step, batches, self.pool.oldest(), str(target))) | dict(step_seconds=time.monotonic() - sent)
-        await self.policy.still(self)       # the line of a step, and its checkpoint, are written when nothing is in the air
+        metrics = await self.order(Train(step, batches, self.pool.oldest(),
+            str(target))) | dict(step_seconds=time.monotonic() - sent)
+        # the line of a step, and its checkpoint, are written when nothing is in the air
+        await self.policy.still(self)
         self.state.step = step
         self.record(step, rollouts, metrics)
         if save: self.commit()
@@ -548,7 +596,8 @@ async def receive(loop:Orchestrator):
         worker.heed(message)
         match message:
             case Failure(trace=trace): loop.log.event(trace)
-            case Beat(): loop.show(dict(doing=worker.doing)) if loop.began is None and worker is loop.trainer else None # what a screen shows of the warm start
+            # what a screen shows of the warm start
+            case Beat(): loop.show(dict(doing=worker.doing)) if loop.began is None and worker is loop.trainer else None
             case Generated(): await pool.finished(name, message)
             case Missing(version=version): await pool.missing(name, version)
             case Updated(version=version, fingerprint=fingerprint):
@@ -567,7 +616,8 @@ def answer(loop:Orchestrator, what):
 def who_waits(loop:Orchestrator, name:str) -> str:
     "Who waits for a component, and for what."
     if name == loop.trainer.name: return f'the engines wait for version {loop.state.step + 1}'
-    return f'the trainer waits for a batch ({len(loop.state.live)} groups are being played, {len(loop.buffer.complete)} of {loop.s.rl.groups_per_step} are ready)'
+    return (f'the trainer waits for a batch ({len(loop.state.live)} groups are being played, '
+            f'{len(loop.buffer.complete)} of {loop.s.rl.groups_per_step} are ready)')
 
 # %% ../../nbs/05_rl/08_orchestrator.ipynb #64a133a5
 def ailing(loop:Orchestrator, worker:Worker) -> str: # empty when all is well
@@ -594,7 +644,8 @@ async def watch(loop:Orchestrator, start_engine): # start_engine(generation) -> 
             if not (trouble := ailing(loop, worker)): continue
             line = f'{trouble}; {who_waits(loop, worker.name)}'
             loop.log.event(line)
-            if worker is loop.trainer or worker.final or restarts == loop.s.schedule.engine_restarts: raise UserError(line)
+            if worker is loop.trainer or worker.final or restarts == loop.s.schedule.engine_restarts:
+                raise UserError(line)
             restarts += 1
             worker.process.kill()
             await loop.pool.lost(worker.name)

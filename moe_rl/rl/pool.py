@@ -48,12 +48,16 @@ class Worker:
         "What is wrong with the process, in one line."
         if self.failure: return self.failure
         code = self.process.poll()
-        if code is not None: return f'{self.name} died (exit code {code}) while {self.doing} (logs/{self.name}.log has its last words)'
+        if code is not None:
+            return f'{self.name} died (exit code {code}) while {self.doing} (logs/{self.name}.log has its last words)'
         now, limit = time.monotonic(), silence if self.ready.is_set() else max(silence, STARTING)
         if now - self.heard > min(2, limit/2) and self.works(): self.heard = now
-        if (quiet := now - self.heard) > limit: return f'{self.name} has been silent for {quiet:.0f} s while {self.doing} (no beat, no CPU time; schedule.silence_seconds = {silence:g})'
+        if (quiet := now - self.heard) > limit:
+            return (f'{self.name} has been silent for {quiet:.0f} s while {self.doing} (no beat, no CPU time; '
+                    f'schedule.silence_seconds = {silence:g})')
         if (still := now - self.moved) > max(stall, limit):
-            return f'{self.name} lives, but has not moved for {still:.0f} s while {self.doing}: if that is honest work, raise schedule.stall_seconds = {stall:g}'
+            return (f'{self.name} lives, but has not moved for {still:.0f} s while {self.doing}: if that is honest '
+                    f'work, raise schedule.stall_seconds = {stall:g}')
         return ''
 
 # %% ../../nbs/05_rl/07_pool.ipynb #b001000d
@@ -66,9 +70,12 @@ class Fleet:
     "The engines of a run, the version that each has, and the versions that it was told to take."
     def __init__(self, server:Server):
         self.server, self.engines, self.version, self.stats = server, {}, {}, {}  # name -> Worker, version, counters
-        self.latest, self.updated = None, asyncio.Condition()      # newest (version, folder); told when an engine has taken one
-        self.told = {}                                             # name -> versions that it was told to take and has not confirmed
-        self.prints = {}                                           # version -> fingerprint, of the last few that the trainer published
+        # newest (version, folder); told when an engine has taken one
+        self.latest, self.updated = None, asyncio.Condition()
+        # name -> versions that it was told to take and has not confirmed
+        self.told = {}
+        # version -> fingerprint, of the last few that the trainer published
+        self.prints = {}
 
     async def introduce(self, engine:Worker):
         "Tell an engine that has just come up of the newest version there is."
@@ -89,14 +96,18 @@ class Fleet:
     async def took(self, engine:str, version:int, fingerprint:str):
         "An engine computes with `version` now. `UserError` when it computes with something else."
         want = self.prints.get(version, fingerprint)
-        if fingerprint != want: raise UserError(f'{engine}: says that it took weights v{version}, but computes with others (fingerprint {fingerprint}, published {want}): look at its machine, then --resume')
+        if fingerprint != want:
+            raise UserError(f'{engine}: says that it took weights v{version}, but computes with others (fingerprint '
+                            f'{fingerprint}, published {want}): look at its machine, then --resume')
         self.version[engine] = version
         self.told[engine] = {v for v in self.told.get(engine, ()) if v > version}
         async with self.updated: self.updated.notify_all()
 
     async def missing(self, engine:str, version:int):
         "An engine did not find a version. It is told of the newest one, unless that is the one that is gone."
-        if version >= self.latest[0]: raise UserError(f'{engine}: weights v{version} are not in {self.latest[1]}: leave that folder to the run, then --resume')
+        if version >= self.latest[0]:
+            raise UserError(f'{engine}: weights v{version} are not in {self.latest[1]}: leave that folder to the run, '
+                            'then --resume')
         await self.tell(engine)
 
     def oldest(self) -> int:
@@ -112,7 +123,9 @@ class Fleet:
 
     async def reached(self, version:int):
         "Wait until every engine has `version` or a newer one."
-        async with self.updated: await self.updated.wait_for(lambda: self.engines and all(self.version.get(e, -1) >= version for e in self.engines))
+        async with self.updated:
+            await self.updated.wait_for(lambda: self.engines
+                and all(self.version.get(e, -1) >= version for e in self.engines))
 
 # %% ../../nbs/05_rl/07_pool.ipynb #b0010012
 class Free:
@@ -137,7 +150,8 @@ class EnginePool(Fleet):
     def __init__(self, server:Server, policy:Free|Clocked=FREE):
         super().__init__(server)
         self.policy, self.posting = policy, None
-        self.waiting, self.out, self.held = {}, {}, {}             # id -> future, id -> (engine, request), id -> request
+        # id -> future, id -> (engine, request), id -> request
+        self.waiting, self.out, self.held = {}, {}, {}
         self.playing = self.requeued = 0                           # rollouts being played; requests sent again
 
     async def generate(self, request:Request) -> Finished:

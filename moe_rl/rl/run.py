@@ -51,7 +51,8 @@ def keep_tokenizer(tokenizer:Tokenizer, folder:Path):
     aside = folder.with_name(f'.{folder.name}.tmp')
     shutil.rmtree(aside, ignore_errors=True)
     try: tokenizer.save(aside)
-    except Exception as e: raise UserError(f'cannot write {folder}: {e}: free space, then go on with --resume') from None
+    except Exception as e:
+        raise UserError(f'cannot write {folder}: {e}: free space, then go on with --resume') from None
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
@@ -59,14 +60,18 @@ def make_tokenizer(s:Settings, profiles:list[Profile]) -> Tokenizer:
     "The checkpoint's tokenizer, or a new one as `tokenizer` says."
     if s.model.checkpoint: return tokenizer_at(s.model.checkpoint)
     if s.tokenizer.kind == 'byte': return byte_tokenizer()
-    return profile_tokenizer(profiles) if s.tokenizer.kind == 'wording' else train_bpe([t.prompt for p in profiles for t in p.tasks], s.tokenizer.vocab_size)
+    return profile_tokenizer(profiles) if s.tokenizer.kind == 'wording' else train_bpe([t.prompt for p in profiles
+        for t in p.tasks], s.tokenizer.vocab_size)
 
 # %% ../../nbs/05_rl/09_run.ipynb #bb81f0a4
 def check_balance(model:ModelSpec, s:Settings):
     "Raise `UserError` for a model whose experts cannot be balanced as the settings say: a dense one, or one without a bias to move."
-    if not model.num_moe_layers: raise UserError(f'{s.model.checkpoint}: {model.family} has no experts: make a mixture of it first, with moe-rl upcycle')
+    if not model.num_moe_layers:
+        raise UserError(f'{s.model.checkpoint}: {model.family} has no experts: make a mixture of it first, with '
+                        'moe-rl upcycle')
     if s.balance.rule != 'none' and not model.mixtures[0].bias:
-        raise UserError(f'balance.rule = "{s.balance.rule}" moves a bias that {model.family} does not have: use balance.rule = "none", its balance is balance.aux_coef')
+        raise UserError(f'balance.rule = "{s.balance.rule}" moves a bias that {model.family} does not have: use '
+                        'balance.rule = "none", its balance is balance.aux_coef')
 
 # %% ../../nbs/05_rl/09_run.ipynb #e37e15c1
 def check_first(s:Settings):
@@ -77,8 +82,10 @@ def check_first(s:Settings):
 
 def idle_goals(s:Settings, tasks:list[Task]) -> list[str]: # lines for the user
     "Goals that count exact answers where there is nothing to be exact about."
-    goals = [f'rl.{goal}' for goal in ('stop_at', 'stop_solved') if getattr(s.rl, goal) and tasks and all(t.answer is None for t in tasks)]
-    return [f'{goal} is a share of exact answers, and no task here has a reference answer: rl.steps and rl.seconds end this run' for goal in goals]
+    goals = [f'rl.{goal}' for goal in ('stop_at', 'stop_solved') if getattr(s.rl, goal) and tasks
+        and all(t.answer is None for t in tasks)]
+    return [f'{goal} is a share of exact answers, and no task here has a reference answer: rl.steps and rl.seconds '
+            'end this run' for goal in goals]
 
 def check(s:Settings, tokenizer:Tokenizer, sizes:dict[str, Lengths]) -> ModelSpec: # of the model to be trained
     "Raise `UserError` in one line for a checkpoint, a vocabulary or sizes with which this run cannot work. `sizes`: of each environment."
@@ -87,7 +94,8 @@ def check(s:Settings, tokenizer:Tokenizer, sizes:dict[str, Lengths]) -> ModelSpe
         check_vocabulary(model, tokenizer.vocab_size, s.model.checkpoint)
     else: model = model_config(s, tokenizer.vocab_size)
     check_balance(model, s)
-    for name, size in sizes.items(): check_prompt(int(np.quantile(size.prompts, .05)), name, s, longest(s, model.max_position_embeddings))
+    for name, size in sizes.items():
+        check_prompt(int(np.quantile(size.prompts, .05)), name, s, longest(s, model.max_position_embeddings))
     return model
 
 # %% ../../nbs/05_rl/09_run.ipynb #5f0e6a02
@@ -107,10 +115,12 @@ class Ready(NamedTuple):
 def processes(s:Settings, say, hides:list[str]=()) -> Mixture: # proxies
     "The environments of the settings, in processes of their own, which do not see the run's folder."
     limit = 20.0 if s.schedule.env_timeout == 'auto' else s.schedule.env_timeout
-    return open_envs([e.model_dump() for e in s.env], s.seed, s.rl.reward, limit, hides=[s.dir, *hides], workers=s.schedule.env_workers, memory=int(s.schedule.env_memory * 2**30),
+    return open_envs([e.model_dump() for e in s.env], s.seed, s.rl.reward, limit, hides=[s.dir, *hides],
+                     workers=s.schedule.env_workers, memory=int(s.schedule.env_memory * 2**30),
                      log=str(Path(s.dir)/'logs'/'environments.log'), say=say)
 
-def guard_of(s:Settings, env:Mixture, reward:str) -> Guard: return Guard(env, s.schedule.env_timeout, reward, s.schedule.env_width, s.schedule.env_patience)
+def guard_of(s:Settings, env:Mixture, reward:str) -> Guard:
+    return Guard(env, s.schedule.env_timeout, reward, s.schedule.env_width, s.schedule.env_patience)
 
 def draw_profiles(s:Settings, env:Mixture, show=lambda row: None) -> list[Profile]:
     "A profile of every environment; in deterministic mode no clock has a say."
@@ -118,7 +128,8 @@ def draw_profiles(s:Settings, env:Mixture, show=lambda row: None) -> list[Profil
     for (label, part), section, n in zip(env.envs.items(), s.env, env.portions(wanted)):
         show(dict(phase=f'drawing problems of {label}'))
         share = None if section.held_out == 'auto' else section.held_out
-        out.append(msgspec.structs.replace(draw_profile(part, n, share, seconds=math.inf if s.schedule.deterministic else DRAW_SECONDS), env=label))
+        out.append(msgspec.structs.replace(draw_profile(part, n, share,
+            seconds=math.inf if s.schedule.deterministic else DRAW_SECONDS), env=label))
         part.held_out_share = out[-1].share
     return out
 
@@ -139,13 +150,16 @@ def measured(s:Settings, env:Mixture, said:list[str], show) -> Ready:
     s, sizes = fit(s, profiles, tokenizer, positions)
     model = check(s, tokenizer, {p.env: size for p, size in zip(profiles, sizes)})
     room = longest(s, model.max_position_embeddings)[0]
-    lines = said + [line for p, size in zip(profiles, sizes) for line in [*task_lines(p, size), *warnings(s, p, size, room)]]
+    lines = said + [line for p, size in zip(profiles, sizes)
+        for line in [*task_lines(p, size), *warnings(s, p, size, room)]]
     fits = lambda t: len(tokenizer.render_prompt(t.prompt)) + s.engine.max_tokens <= room
     kept = {p.env: [(n, t) for n, t in zip(p.numbers, p.held_out) if fits(t)] for p in profiles}
     held = [t for part in kept.values() for _, t in part]
-    if asked != 'auto' and len(held) < asked: lines.append(f'eval.prompts = {asked}: {len(held)} held-out problems could be had')
+    if asked != 'auto' and len(held) < asked:
+        lines.append(f'eval.prompts = {asked}: {len(held)} held-out problems could be had')
     s.eval.prompts = len(held)
-    numbers, found = {name: [n for n, _ in part] for name, part in kept.items()}, {p.env: facts(p, size) for p, size in zip(profiles, sizes)}
+    numbers = {name: [n for n, _ in part] for name, part in kept.items()}
+    found = {p.env: facts(p, size) for p, size in zip(profiles, sizes)}
     return Ready(s, env, tokenizer, model, held, numbers, lines + idle_goals(s, held), found)
 
 def ready_again(s:Settings) -> Ready:
@@ -155,10 +169,15 @@ def ready_again(s:Settings) -> Ready:
     said = []
     tokenizer = tokenizer_at(folder/'tokenizer')
     try: numbers = msgspec.json.decode((folder/'held_out.json').read_bytes(), type=dict[str, list[int]])
-    except msgspec.DecodeError as e: raise StorageError(f'{folder}/held_out.json was altered ({e}): take it from a copy') from None
+    except msgspec.DecodeError as e:
+        raise StorageError(f'{folder}/held_out.json was altered ({e}): take it from a copy') from None
     env = processes(s, said.append)
-    if lost := [label for label in env.envs if label not in numbers]: env.host.close(); raise StorageError(f'{folder}/held_out.json has no problems of {lost[0]}: take it from a copy')
-    try: return Ready(s, env, tokenizer, check(s, tokenizer, {}), [t for label, part in env.envs.items() for t in recall(part, numbers[label])], numbers, said)
+    if lost := [label for label in env.envs if label not in numbers]:
+        env.host.close()
+        raise StorageError(f'{folder}/held_out.json has no problems of {lost[0]}: take it from a copy')
+    try:
+        return Ready(s, env, tokenizer, check(s, tokenizer, {}),
+            [t for label, part in env.envs.items() for t in recall(part, numbers[label])], numbers, said)
     except BaseException: env.host.close(); raise
 
 def get_ready(s:Settings, resume:bool=False, show=lambda row: None) -> Ready:
@@ -177,9 +196,11 @@ def keep_ready(ready:Ready, folder:Path):
 def start(role:str, name:str, folder:Path, server:Server, extra:str='', threads:int=1) -> Worker:
     "Start a worker process; its output goes to `FOLDER/logs/NAME.log`."
     (folder/'logs').mkdir(exist_ok=True)
-    env = os.environ | dict(MOE_RL_ENDPOINT=server.endpoint, MOE_RL_PARENT=str(os.getpid()), OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false')
+    env = os.environ | dict(MOE_RL_ENDPOINT=server.endpoint, MOE_RL_PARENT=str(os.getpid()),
+        OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY='passive', TOKENIZERS_PARALLELISM='false')
     with (folder/'logs'/f'{name}.log').open('ab') as out:
-        process = subprocess.Popen([sys.executable, '-m', 'moe_rl.rl.workers', role, name, str(folder), *([extra] if extra else [])], env=env, stdout=out, stderr=out, stdin=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, '-m', 'moe_rl.rl.workers', role, name, str(folder),
+            *([extra] if extra else [])], env=env, stdout=out, stderr=out, stdin=subprocess.PIPE)
     process.stdin.write(server.key.encode() + b'\n')
     process.stdin.close()
     return Worker(name, process)
@@ -200,7 +221,8 @@ async def stop(server:Server, workers:list[Worker], export:str='', patience:floa
             told.add(w.name)
             try: await server.send(w.name, Stop(export if w.name == 'trainer' else ''))
             except ConnectionError: pass
-        writes = [w for w in workers if w.name == 'trainer' and w.process.poll() is None and not w.trouble(patience, stall)]
+        writes = [w for w in workers if w.name == 'trainer' and w.process.poll() is None
+            and not w.trouble(patience, stall)]
         if time.monotonic() > limit and not (export and writes): break
         await asyncio.sleep(0.05)
     end(workers)
@@ -210,17 +232,21 @@ def finished(folder:Path) -> dict|None: # the last evaluation, with `why`; None:
     "Whether the run in `folder` has come to its end and left its model."
     try: return json.loads((folder/DONE).read_bytes())
     except FileNotFoundError: return None
-    except ValueError as e: raise UserError(f'{folder/DONE}: is no JSON ({e}): remove it, then --resume makes the end again') from None
+    except ValueError as e:
+        raise UserError(f'{folder/DONE}: is no JSON ({e}): remove it, then --resume makes the end again') from None
 
 EXTENDS = ('rl.steps', 'rl.seconds', 'rl.stop_at', 'rl.stop_solved', 'eval.', 'checkpoint.', 'schedule.')
 
 def extend(folder:Path, overrides:dict[str, Any]) -> Settings: # of the longer run
     "Give a run other limits and take its end back; `run(settings, resume=True)` then goes on from its last state."
     for key in overrides:
-        if not key.startswith(EXTENDS): raise UserError(f'run --extend: {key} may not change: it takes {", ".join(f"--{k}*" if k[-1] == "." else f"--{k}" for k in EXTENDS)}')
+        if not key.startswith(EXTENDS):
+            raise UserError(f'run --extend: {key} may not change: it takes '
+                            f'{", ".join(f"--{k}*" if k[-1] == "." else f"--{k}" for k in EXTENDS)}')
     settings = load_settings(folder/'config.toml', overrides | dict(dir=str(folder)))
     with claim(folder, None, resume=True):
-        if (folder/END).exists(): replace_file(folder/END, encode(msgspec.structs.replace(load_state(folder/END, State), ended='')))
+        if (folder/END).exists():
+            replace_file(folder/END, encode(msgspec.structs.replace(load_state(folder/END, State), ended='')))
         replace_file(folder/'config.toml', to_toml(settings).encode())
         (folder/DONE).unlink(missing_ok=True)
     return settings
@@ -236,7 +262,8 @@ def choose(folder:Path, step:int|None=None, # the step to go on from; None: the 
            tell=lambda line: None) -> tuple[Path, State]|None: # None: there is no checkpoint
     "The checkpoint to go on from, and its state. `StorageError` when there are some, but none can be trusted."
     steps, trouble = committed_steps(folder), None
-    if step is not None and step not in steps: raise UserError(f'{folder} has no checkpoint of step {step}; it has {steps or "none"}')
+    if step is not None and step not in steps:
+        raise UserError(f'{folder} has no checkpoint of step {step}; it has {steps or "none"}')
     for n in reversed(steps) if step is None else [step]:
         try:
             verify(step_path(folder, n))
@@ -267,22 +294,27 @@ def code_of(s:Settings) -> dict[str, str]: # module -> hash of its source
         if ':' not in name: continue
         found = importlib.util.find_spec(module := name.partition(':')[0])
         if found and found.origin and Path(found.origin).is_file(): files[module] = [Path(found.origin)]
-    return {m: hashlib.blake2b(b''.join(f.read_bytes() for f in fs), digest_size=8).hexdigest() for m, fs in files.items()}
+    return {m: hashlib.blake2b(b''.join(f.read_bytes() for f in fs), digest_size=8).hexdigest()
+        for m, fs in files.items()}
 
 def flat(tree:dict, prefix:str='') -> dict[str, Any]:
     "Settings by their dotted keys."
-    return {k2: v2 for k, v in tree.items() for k2, v2 in (flat(v, f'{prefix}{k}.').items() if isinstance(v, dict) else [(prefix + k, v)])}
+    return {k2: v2 for k, v in tree.items() for k2, v2 in (flat(v, f'{prefix}{k}.').items() if isinstance(v, dict)
+        else [(prefix + k, v)])}
 
 def provenance(folder:Path, s:Settings) -> list[str]: # one phrase per difference to the life before
     "Append what this life is made with to `provenance.jsonl`; say what differs."
     settings = {k: v for k, v in flat(s.model_dump(mode='json')).items() if k != 'dir'}
-    now = dict(settings=settings, code=code_of(s), versions=dict(moe_rl=sys.modules['moe_rl'].__version__, python=platform.python_version(), torch=torch.__version__))
+    now = dict(settings=settings, code=code_of(s), versions=dict(moe_rl=sys.modules['moe_rl'].__version__,
+        python=platform.python_version(), torch=torch.__version__))
     before = ([None, *read_lines(folder/'provenance.jsonl')])[-1]
     with (folder/'provenance.jsonl').open('a') as f: f.write(json.dumps(now) + '\n')
     if not before: return []
-    out = [f'{k} is {v!r}, was {before["settings"].get(k)!r}' for k, v in settings.items() if v != before['settings'].get(k)]
+    out = [f'{k} is {v!r}, was {before["settings"].get(k)!r}' for k, v in settings.items() if v
+        != before['settings'].get(k)]
     out += [f'the code of {m} has changed' for m, h in now['code'].items() if h != before['code'].get(m)]
-    return out + [f'{m} is {v}, was {before["versions"].get(m)}' for m, v in now['versions'].items() if v != before['versions'].get(m)]
+    return out + [f'{m} is {v}, was {before["versions"].get(m)}' for m, v in now['versions'].items() if v
+        != before['versions'].get(m)]
 
 # %% ../../nbs/05_rl/09_run.ipynb #05b1888a
 def complete(work): # a coroutine -> what it returns
@@ -322,7 +354,9 @@ def verdicts(loop:Orchestrator) -> list[str]:
     for env in loop.mixture():
         reward = 'exact' if env in st.sharp else loop.s.rl.reward
         mine = [p for p in st.played if p.env == env]
-        try: out.append(verdict(course_of(loop.folder, env, reward, loop.s.engine.max_tokens, loop.s.rl.group_size, [p.score for p in mine])))
+        try:
+            out.append(verdict(course_of(loop.folder, env, reward, loop.s.engine.max_tokens, loop.s.rl.group_size,
+                [p.score for p in mine])))
         except ValueError: pass         # it ended before its first evaluation
     return out
 
@@ -355,11 +389,14 @@ async def drive(loop:Orchestrator, crew:Crew, state:State|None) -> dict:
     await stop(loop.server, crew.all, str(folder/'model'), schedule.silence_seconds, schedule.stall_seconds)
     await asyncio.wait({written}, timeout=2)            # its last message
     receiving.cancel()
-    if not written.done(): raise UserError(crew.trainer.failure or f'the model was not saved: the trainer ended with code {crew.trainer.process.returncode}; --resume tries again')
+    if not written.done():
+        raise UserError(crew.trainer.failure or 'the model was not saved: the trainer ended with code '
+                                                f'{crew.trainer.process.returncode}; --resume tries again')
     replace_file(folder/DONE, json.dumps(last).encode())
     return last | dict(warm_start=warm)
 
-async def run_async(s:Settings, resume:bool=False, show=lambda row: None, step:int|None=None, # resume: from this step, not from the newest
+# resume: from this step, not from the newest
+async def run_async(s:Settings, resume:bool=False, show=lambda row: None, step:int|None=None,
                     control=None) -> dict: # control(loop): called once, with the loop that may be interrupted
     "Run (or resume) the run of `s.dir`; returns the last evaluation with the run's seconds. A run that is finished stays as it is."
     began, folder = time.monotonic(), Path(s.dir)
@@ -383,7 +420,8 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None, step:i
         log.event(f'{"resumed from " + checkpoint.name if checkpoint else "started"} (pid {os.getpid()})')
         show(dict(phase='resuming' if checkpoint else 'warm start'))
         crew = Crew(s, folder, server, checkpoint)
-        loop = Orchestrator(s, guard, tokenizer, server, crew.pool, crew.trainer, log, folder, show, ready.model.max_position_embeddings, ready.held_out)
+        loop = Orchestrator(s, guard, tokenizer, server, crew.pool, crew.trainer, log, folder, show,
+            ready.model.max_position_embeddings, ready.held_out)
         dog = Watchdog(folder/'logs'/'frozen.log')
         loop.spawn(dog.beat())
         if control: control(loop)
@@ -401,7 +439,8 @@ def signals(ask):   # ask(name of the signal), called in the thread of the loop
         heard.append(number)
         if len(heard) > 1: raise KeyboardInterrupt
         ask(signal.Signals(number).name)
-    try: asyncio.get_running_loop(); here = False                  # a notebook's cell: its kernel has handlers of its own
+    # a notebook's cell: its kernel has handlers of its own
+    try: asyncio.get_running_loop(); here = False
     except RuntimeError: here = threading.current_thread() is threading.main_thread()
     before = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)} if here else {}
     try: yield
@@ -423,15 +462,19 @@ async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder wi
     "Held-out pass@k of a model with `eval.samples` answers per problem. Raises `UserError` for a model, a task or a setting that can't be evaluated."
     s = s.model_copy(deep=True)
     s.model.checkpoint, s.warm_start.seconds, s.warm_start.steps, k = str(folder), 0, 0, s.eval.samples
-    if k > 1 and not s.eval.temperature: raise UserError('eval.samples > 1 needs eval.temperature > 0: greedy answers are all the same')
+    if k > 1 and not s.eval.temperature:
+        raise UserError('eval.samples > 1 needs eval.temperature > 0: greedy answers are all the same')
     check_pretrained(folder)
     s, env, tokenizer, model, tasks, *_ = make_ready(s, hides=[str(folder)])
     limit = longest(s, model.max_position_embeddings)[0]
     engine = build_engine(s, build_model(s, tokenizer.vocab_size).to(prepare(s)))
     guard, done = guard_of(s, env, 'score'), itertools.count(1)
     async def answer(i, j, task):
-        async def generate(ids, turn): return [part async for part in engine.generate([request(s, tokenizer, ids, EVAL, i, j, turn)])][0]
-        try: rollout = await play(guard, task, tokenizer, generate, i, j, max_turns=s.rl.max_turns, max_length=limit - s.engine.max_tokens)
+        async def generate(ids, turn):
+            return [part async for part in engine.generate([request(s, tokenizer, ids, EVAL, i, j, turn)])][0]
+        try:
+            rollout = await play(guard, task, tokenizer, generate, i, j, max_turns=s.rl.max_turns,
+                max_length=limit - s.engine.max_tokens)
         except RolloutLost: return None if task.answer is None else 0.0, 0.0
         finally: show(next(done), len(tasks) * k)
         return rollout.metrics.get('exact'), rollout.reward

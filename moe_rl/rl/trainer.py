@@ -167,7 +167,8 @@ class Trainer:
         def loss(model, b): return rl_loss(model, b, self.how, watch=next(first, False))
         self.optimizers.set_lr_scale(lr_schedule(number - 1, self.optim.warmup_steps))
         def tell(doing): alive(f'step {number}, {doing}')
-        report = optimizer_step(self.model, self.optimizers, batches, loss, self.how.balance, self.optim.clip, self.mesh, tell)
+        report = optimizer_step(self.model, self.optimizers, batches, loss, self.how.balance, self.optim.clip,
+            self.mesh, tell)
         self.counted.add(report, 'trainer: lower optim.muon_lr or look at the rewards')
         row = step_metrics(report, batches, self.counted, self.rl.tokens_per_batch, self.rl.max_staleness)
         return row | dict(train_seconds=time.perf_counter()-started)

@@ -56,7 +56,8 @@ def mean(c:Course, key:str)->float:
 
 def nothing_seen(c:Course)->str:
     "No answer was ever rewarded."
-    played, seen = total(c, "played") + len(c.rest), [v for v in (mean(c, "score"), float(np.mean(c.rest)) if c.rest else math.nan) if math.isfinite(v)]
+    played, seen = total(c, "played") + len(c.rest), [v for v in (mean(c, "score"),
+        float(np.mean(c.rest)) if c.rest else math.nan) if math.isfinite(v)]
     if not seen or max(seen) > .002: return ""
     what = f'was exact (their score is {c.last.get("score") or 0:.2f} in the evaluation)' if c.reward == "exact" else "scored"
     return f"no reward seen: {'hardly any' if max(seen) else 'none'} of {played:,.0f} answers {what}"
@@ -75,7 +76,9 @@ def few_steps(c:Course)->str:
     if c.prompt > 150: return f"only {pace}: too long a prompt ({c.prompt:.0f} tokens in the middle)"
     if c.answer > 100: return f"only {pace}: too long an answer ({c.answer:.0f} tokens in the middle)"
     played, taught = (total(c, "played") + len(c.rest))/c.group_size, total(c, "rollouts")/c.group_size
-    if played > 4*taught: return f"only {pace}: {played - taught:,.0f} of {played:,.0f} groups told nothing, since their answers got equal rewards"
+    if played > 4*taught:
+        return (f"only {pace}: {played - taught:,.0f} of {played:,.0f} groups told nothing, since their answers got "
+                "equal rewards")
     return f"only {pace}"
 
 def cut_short(c:Course)->str:
@@ -123,5 +126,6 @@ def course_of(
     path = folder/"profile.json"
     facts = json.loads(path.read_text()).get(env, {}) if path.exists() else {}
     mine = [r | {k.removeprefix(f"{env}/"): v for k, v in r.items() if k.startswith(f"{env}/")} for r in rows]
-    return Course(env=env, first=of(evals[0]), last=of(evals[-1]), rows=mine, seconds=float(evals[-1].get("seconds", 0)), reward=reward, max_tokens=max_tokens,
+    return Course(env=env, first=of(evals[0]), last=of(evals[-1]), rows=mine,
+                  seconds=float(evals[-1].get("seconds", 0)), reward=reward, max_tokens=max_tokens,
                   group_size=group_size, rest=list(rest), **facts)

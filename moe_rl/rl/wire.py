@@ -94,8 +94,10 @@ class Server:
         self.key, self.refused = key.decode(), 0
         self.context = zmq.asyncio.Context()
         self.socket = self.context.socket(zmq.ROUTER)
-        options = (zmq.CURVE_SERVER, 1), (zmq.CURVE_PUBLICKEY, key), (zmq.CURVE_SECRETKEY, secret), (zmq.MAXMSGSIZE, LARGEST)
-        for option, value in (*options, (zmq.ROUTER_MANDATORY, 1), (zmq.SNDHWM, 0), (zmq.RCVHWM, 0), (zmq.LINGER, 500)): self.socket.setsockopt(option, value)
+        options = (zmq.CURVE_SERVER, 1), (zmq.CURVE_PUBLICKEY, key), (zmq.CURVE_SECRETKEY, secret), (zmq.MAXMSGSIZE,
+            LARGEST)
+        for option, value in (*options, (zmq.ROUTER_MANDATORY, 1), (zmq.SNDHWM, 0), (zmq.RCVHWM, 0), (zmq.LINGER, 500)):
+            self.socket.setsockopt(option, value)
         try: self.socket.bind(f'tcp://{host}:{port or "*"}')
         except zmq.ZMQError as e:
             self.context.destroy(linger=0)  # one that is left to the garbage collector may block for ever
@@ -107,7 +109,9 @@ class Server:
         name, *rest = await self.socket.recv_multipart()
         name = name.decode().removesuffix(BEAT)
         try: [body] = rest; return name, decode(Message, body)
-        except ValueError as e: raise UserError(f'wire: {name} sent what is no message of this program ({e}): install one version everywhere, then --resume') from None
+        except ValueError as e:
+            raise UserError(f'wire: {name} sent what is no message of this program ({e}): install one version '
+                            'everywhere, then --resume') from None
 
     async def send(self, name:str, message:Message):
         "Send to a worker; raises `ConnectionError` when no such worker is connected."
@@ -116,11 +120,14 @@ class Server:
 
     async def listen(self, tell:Callable[[str], None]):
         "Tell of peers that were turned away: the first, the tenth, the hundredth ... of them."
-        monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+        monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
         while True:
             await monitor.recv_multipart()
             self.refused += 1
-            if str(self.refused).rstrip('0') == '1': tell(f'wire: {self.refused} connection(s) refused: a peer on this machine does not know the key of this run')
+            if str(self.refused).rstrip('0') == '1':
+                tell(f'wire: {self.refused} connection(s) refused: a peer on this machine does not know the key of '
+                     'this run')
 
     def close(self): self.context.destroy(linger=500)
 
@@ -143,15 +150,19 @@ class Client:
 
     def connect(self, endpoint:str, name:str, key:str) -> zmq.Socket:
         socket, (public, secret) = self.context.socket(zmq.DEALER), zmq.curve_keypair()
-        options = (zmq.IDENTITY, name.encode()), (zmq.CURVE_SERVERKEY, key.encode()), (zmq.CURVE_PUBLICKEY, public), (zmq.CURVE_SECRETKEY, secret)
-        for option, value in (*options, (zmq.SNDHWM, 0), (zmq.RCVHWM, 0), (zmq.LINGER, 2000)): socket.setsockopt(option, value)
+        options = (zmq.IDENTITY, name.encode()), (zmq.CURVE_SERVERKEY, key.encode()), (zmq.CURVE_PUBLICKEY,
+            public), (zmq.CURVE_SECRETKEY, secret)
+        for option, value in (*options, (zmq.SNDHWM, 0), (zmq.RCVHWM, 0), (zmq.LINGER, 2000)):
+            socket.setsockopt(option, value)
         socket.connect(endpoint)
         return socket
 
     def send(self, message:Message):
         "Send; `UserError` for a message that the orchestrator would refuse by its size."
         body = encode(message)
-        if len(body) > LARGEST: raise UserError(f'wire: {type(message).__name__} of {len(body)/2**20:.0f} MiB, one message takes {LARGEST >> 20}: shorten the answers (engine.max_tokens)')
+        if len(body) > LARGEST:
+            raise UserError(f'wire: {type(message).__name__} of {len(body)/2**20:.0f} MiB, one message takes '
+                            f'{LARGEST >> 20}: shorten the answers (engine.max_tokens)')
         self.socket.send(body)
 
     def beat(self, doing:str):
@@ -181,7 +192,8 @@ class Client:
 def serve(name:str, work:Callable[[Client], None]):
     "Run `work(client)` as the worker `name`; address and parent come from the environment (`MOE_RL_*`), the key, which no other process shall read there, by standard input."
     die_with_parent()
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(s, signal.SIG_IGN) # they reach every process of a terminal or a job; the orchestrator decides what follows
+    # they reach every process of a terminal or a job; the orchestrator decides what follows
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(s, signal.SIG_IGN)
     client = Client(os.environ['MOE_RL_ENDPOINT'], name, sys.stdin.readline().strip(), int(os.environ['MOE_RL_PARENT']))
     code = 0
     try: work(client)

@@ -32,7 +32,8 @@ from ..train.weights import WeightsGone, fingerprint, load_version, prune, publi
 def device_of(settings:Settings) -> torch.device:
     "The device that the settings ask for; `auto` takes a GPU when there is one. Raises `UserError` when `cuda` is asked for and missing."
     want = settings.schedule.device
-    if want == 'cuda' and not torch.cuda.is_available(): raise UserError('schedule.device = "cuda", but torch sees no GPU: use "cpu", or install a CUDA build of torch')
+    if want == 'cuda' and not torch.cuda.is_available():
+        raise UserError('schedule.device = "cuda", but torch sees no GPU: use "cpu", or install a CUDA build of torch')
     return torch.device('cuda' if want == 'cuda' or (want == 'auto' and torch.cuda.is_available()) else 'cpu')
 
 def prepare(settings:Settings) -> torch.device:
@@ -42,12 +43,15 @@ def prepare(settings:Settings) -> torch.device:
     return device_of(settings)
 
 # %% ../../nbs/05_rl/07_workers.ipynb #2282bd2e
-def answers(model:Model, tokenizer:Tokenizer, prompts:list[str], max_tokens:int, temperature:float=0.0, seed:int=0, max_seqs:int=256) -> list[str]:
+def answers(model:Model, tokenizer:Tokenizer, prompts:list[str], max_tokens:int, temperature:float=0.0, seed:int=0,
+        max_seqs:int=256) -> list[str]:
     "One decoded answer per prompt, from an embedded engine in this process."
     ids = [tokenizer.render_prompt(p) for p in prompts]
     room = max(len(i) for i in ids) + max_tokens
     engine = Engine(model, kv_tokens=max_seqs*(room + 16), max_seqs=max_seqs, record_routes=False)
-    for n, p in enumerate(ids): engine.add(Request(id=str(n), prompt=p, max_tokens=max_tokens, temperature=temperature, seed=seed + n, stop_ids=tokenizer.stop_ids))
+    for n, p in enumerate(ids):
+        engine.add(Request(id=str(n), prompt=p, max_tokens=max_tokens, temperature=temperature, seed=seed + n,
+            stop_ids=tokenizer.stop_ids))
     out = {}
     while engine.has_work:
         for f in engine.step(): out[int(f.id)] = tokenizer.decode(f.token_ids)
@@ -56,8 +60,10 @@ def answers(model:Model, tokenizer:Tokenizer, prompts:list[str], max_tokens:int,
 # %% ../../nbs/05_rl/07_workers.ipynb #be55896f
 class Probes:
     "What a warm start knows of each environment: worked examples to learn from, others to be asked, and how far it has come."
-    def __init__(self, env:Environment, s:Settings, tokenizer:Tokenizer, alive, most:int=256): # most: problems of one probe
-        self.s, self.tokenizer, self.alive, self.envs, self.passed, self.exact = s, tokenizer, alive, getattr(env, 'envs', {env.name: env}), set(), {}
+    # most: problems of one probe
+    def __init__(self, env:Environment, s:Settings, tokenizer:Tokenizer, alive, most:int=256):
+        self.s, self.tokenizer, self.alive = s, tokenizer, alive
+        self.envs, self.passed, self.exact = getattr(env, 'envs', {env.name: env}), set(), {}
         seconds = s.warm_start.seconds/8/len(self.envs) if s.warm_start.seconds and not s.warm_start.steps else math.inf
         self.asked = {e: self.draw(e, 10**6, most, seconds) for e in self.envs}
         self.asked = {e: tasks for e, tasks in self.asked.items() if tasks}
@@ -67,12 +73,14 @@ class Probes:
         out, part, began = [], self.envs[env], (told := time.monotonic())
         self.alive(f'drawing worked examples of {env}')
         numbers = range(start, start + n)
-        found = (t for _, t, _ in part.series('draw', (['warm start', i] for i in numbers))) if hasattr(part, 'series') else (part.draw('warm start', i) for i in numbers)
+        found = (t for _, t, _ in part.series('draw', (['warm start', i] for i in numbers))) if hasattr(part,
+            'series') else (part.draw('warm start', i) for i in numbers)
         for task in found:
             if task is not None and task.answer is None: return []
             out += [task] if task is not None else []       # one that can't be drawn is skipped
             if len(out) >= 8 and time.monotonic() - began > seconds: break
-            if time.monotonic() - told > 1: told = time.monotonic(); self.alive(f'drawing worked examples of {env}, {len(out)} of {n}')
+            if time.monotonic() - told > 1:
+                told = time.monotonic(); self.alive(f'drawing worked examples of {env}, {len(out)} of {n}')
         return out
 
     def right(self, env:str) -> list[str]: return [t.answer.strip() for t in self.asked[env]]
@@ -91,7 +99,9 @@ class Probes:
     def report(self) -> dict[str, float]:
         "For the log: shares of exact answers, those of the best constant answers, and skill of each environment."
         mean = lambda values: float(np.mean(values)) if values else 0.
-        return dict(sft_probe=mean(list(self.exact.values())), sft_majority=mean([majority(self.right(e)) for e in self.asked])) | {f'sft_skill/{e}': self.skill(e) for e in self.asked}
+        return dict(sft_probe=mean(list(self.exact.values())),
+            sft_majority=mean([majority(self.right(e)) for e in self.asked])) | {f'sft_skill/{e}': self.skill(e)
+            for e in self.asked}
 
 # %% ../../nbs/05_rl/07_workers.ipynb #be558972
 class Examples:
@@ -120,7 +130,8 @@ class Examples:
             self.rows[i], self.owner[i] = self.rows[others[k % len(others)]], self.owner[others[k % len(others)]]
 
 # %% ../../nbs/05_rl/07_workers.ipynb #be558973
-def warm_start(model:Model, tokenizer:Tokenizer, env:Environment, s:Settings, alive=lambda doing: None) -> dict[str, float]:
+def warm_start(model:Model, tokenizer:Tokenizer, env:Environment, s:Settings, alive=lambda doing: None) -> dict[str,
+        float]:
     "Supervised steps on worked examples until the clock, the step count or the probes say enough; nothing where no environment has reference answers."
     w, started, idle = s.warm_start, time.monotonic(), dict(sft_steps=0, sft_seconds=0.0)
     if not (w.seconds or w.steps): return idle
@@ -138,11 +149,15 @@ def warm_start(model:Model, tokenizer:Tokenizer, env:Environment, s:Settings, al
     threads = torch.get_num_threads()
     if not s.schedule.deterministic: torch.set_num_threads(w.threads or max(threads, len(os.sched_getaffinity(0))))
     try:
-        report = run_sft(model, build_optimizer(model, muon_lr=w.muon_lr, adamw_lr=w.adamw_lr), examples.rows, batch=batch, budget=max(w.tokens_per_step, *map(len, examples.rows)), steps=w.steps,
-                         seconds=0 if w.steps else max(1.0, w.seconds - (time.monotonic() - started)), stop_when=None if w.steps else enough, probe_every=w.probe_every,
-                         seed=s.seed, balance=s.balance, on_step=lambda n, x: alive(f'warm start, step {n}, loss {x.loss:.2f}'))
+        report = run_sft(model, build_optimizer(model, muon_lr=w.muon_lr, adamw_lr=w.adamw_lr), examples.rows,
+                         batch=batch, budget=max(w.tokens_per_step, *map(len, examples.rows)), steps=w.steps,
+                         seconds=0 if w.steps else max(1.0, w.seconds - (time.monotonic() - started)),
+                         stop_when=None if w.steps else enough, probe_every=w.probe_every,
+                         seed=s.seed, balance=s.balance, on_step=lambda n, x: alive(f'warm start, step {n}, loss '
+                             f'{x.loss:.2f}'))
     finally: torch.set_num_threads(threads)
-    return dict(sft_steps=len(report.steps), sft_seconds=time.monotonic() - started, sft_loss=report.loss) | probes.report()
+    return dict(sft_steps=len(report.steps), sft_seconds=time.monotonic() - started,
+        sft_loss=report.loss) | probes.report()
 
 # %% ../../nbs/05_rl/07_workers.ipynb #fe2fb763
 def train_worker(folder:Path, checkpoint:str, client:Client):
@@ -152,7 +167,8 @@ def train_worker(folder:Path, checkpoint:str, client:Client):
     device, tokenizer = prepare(s), load_tokenizer(folder/'tokenizer')
     model, metrics = build_model(s, tokenizer.vocab_size).to(device), {}
     if not checkpoint:
-        env = open_envs([e.model_dump() for e in s.env], s.seed, limit=s.schedule.env_timeout, hides=[s.dir]) if s.warm_start.seconds or s.warm_start.steps else None
+        env = open_envs([e.model_dump() for e in s.env], s.seed, limit=s.schedule.env_timeout,
+            hides=[s.dir]) if s.warm_start.seconds or s.warm_start.steps else None
         metrics = warm_start(model, tokenizer, env, s, client.beat)
         if env: env.host.close()
     reference = reference_model(model, folder, checkpoint) if s.rl.kl_coef else None
@@ -160,13 +176,16 @@ def train_worker(folder:Path, checkpoint:str, client:Client):
     client.beat(f'loading {checkpoint}' if checkpoint else 'saving the warm start')
     if checkpoint: trainer.load(Path(checkpoint))
     else: trainer.save(stage(folder, 0))
-    prune(folder/'weights', 0, trainer.step_number)     # what a life that went further has left is none of ours, whatever its number
+    # what a life that went further has left is none of ours, whatever its number
+    prune(folder/'weights', 0, trainer.step_number)
     client.send(Trained(trainer.step_number, metrics, release(model, folder, trainer.step_number, s.engine.dtype)))
     while True:
         client.beat('waiting for a batch')
         match client.poll(0.5):
             case Train(step=step, batches=batches, oldest=oldest, checkpoint=target):
-                if step != trainer.step_number + 1: raise UserError(f'trainer is at step {trainer.step_number} and was sent step {step}: the checkpoint and the orchestrator disagree')
+                if step != trainer.step_number + 1:
+                    raise UserError(f'trainer is at step {trainer.step_number} and was sent step {step}: the '
+                                    'checkpoint and the orchestrator disagree')
                 metrics, started = trainer.step(batches, client.beat), time.perf_counter()
                 client.beat(f'publishing version {step}')
                 fingerprint = release(model, folder, step, s.engine.dtype)
@@ -187,7 +206,8 @@ def save(trainer:Trainer, target:str, client:Client):
     client.beat(f'saving {Path(target).name.removeprefix(".").removesuffix(".tmp")}')
     trainer.save(Path(target))
 
-def release(model:Model, folder:Path, version:int, dtype:str) -> str: # fingerprint of what an engine with this version computes with
+# fingerprint of what an engine with this version computes with
+def release(model:Model, folder:Path, version:int, dtype:str) -> str:
     "Publish the model as a version. An engine of 16 bits rounds what it takes; its fingerprint is of the rounded tensors."
     state = model.state_dict()
     manifest = publish(folder/'weights', version, state)
@@ -244,7 +264,9 @@ def engine_worker(folder:Path, client:Client):
         if engine.has_work: finished += engine.step()
         if finished or started - told > 0.2:
             told = started
-            for part in letters(finished): client.send(Generated(part, engine.stats() | dict(idle_seconds=idle, seconds=time.perf_counter() - since)))
+            for part in letters(finished):
+                client.send(Generated(part, engine.stats() | dict(idle_seconds=idle,
+                    seconds=time.perf_counter() - since)))
 
 def letters(finished:list[Finished], most:int=LARGEST//4) -> list[list[Finished]]: # at least one, perhaps empty
     "Finished requests in parts that the wire carries."

@@ -33,13 +33,17 @@ def pack(v, depth:int=0)->Any:
     if kind is dict: return ['dict', [[pack(k, depth+1), pack(x, depth+1)] for k, x in v.items()]]
     if kind in (complex, Decimal, Fraction): return [kind.__name__, str(v)]
     if kind in (datetime.date, datetime.datetime, datetime.time): return [kind.__name__, v.isoformat()]
-    if isinstance(v, (np.ndarray, np.generic)) and v.dtype.kind in 'biufc': return ['array', v.dtype.str, list(v.shape), v.tobytes(), isinstance(v, np.generic)]
+    if isinstance(v, (np.ndarray, np.generic)) and v.dtype.kind in 'biufc':
+        return ['array', v.dtype.str, list(v.shape), v.tobytes(), isinstance(v, np.generic)]
     raise TypeError(f'{kind.__name__} is no plain data')
 
 # %% ../../nbs/04_rollout/07_apart.ipynb #ap000007
-READERS = dict(int=lambda v: int(v, 16), str=lambda v: v.decode('utf-8', 'surrogatepass'), complex=complex, Decimal=Decimal, Fraction=Fraction,
-               date=datetime.date.fromisoformat, datetime=datetime.datetime.fromisoformat, time=datetime.time.fromisoformat,
-               list=lambda v: [unpack(x) for x in v], tuple=lambda v: tuple(unpack(x) for x in v), set=lambda v: {unpack(x) for x in v},
+READERS = dict(int=lambda v: int(v, 16), str=lambda v: v.decode('utf-8', 'surrogatepass'), complex=complex,
+               Decimal=Decimal, Fraction=Fraction,
+               date=datetime.date.fromisoformat, datetime=datetime.datetime.fromisoformat,
+               time=datetime.time.fromisoformat,
+               list=lambda v: [unpack(x) for x in v], tuple=lambda v: tuple(unpack(x) for x in v),
+               set=lambda v: {unpack(x) for x in v},
                frozenset=lambda v: frozenset(unpack(x) for x in v), dict=lambda v: {unpack(k): unpack(x) for k, x in v})
 
 def unpack(v)->Any:
@@ -69,22 +73,27 @@ def sealed(task:Task, label:str, origin:list)->Parcel:
 # %% ../../nbs/04_rollout/07_apart.ipynb #ap000012
 class Desk:
     "The environments of a process, and what may be asked of them."
-    def __init__(self, envs:dict[str, Environment], scorer:Callable|None=None): self.envs, self.scorer, self.seal = envs, scorer, sealed
+    def __init__(self, envs:dict[str, Environment], scorer:Callable|None=None):
+        self.envs, self.scorer, self.seal = envs, scorer, sealed
 
     def order(self, op:str, label:str, args:list, shares:list=())->tuple: # (function, arguments, check of the result)
         "What to call for an order. `shares`: of texts that are held out, by the environment and in the whole mixture."
         env = self.envs[label]
         if shares: env.held_out_share, env.train_share = shares
         if op in ('reply', 'score', 'reward'): return self.judge(op, env, *args)
-        if op == 'held': return env.held_out, (args[0],), lambda tasks: [self.seal(made(t, 'held_out'), label, [op, args[0], i]) for i, t in enumerate(tasks)]
+        if op == 'held':
+            return env.held_out, (args[0],), lambda tasks: [self.seal(made(t, 'held_out'), label, [op, args[0], i])
+                for i, t in enumerate(tasks)]
         if op == 'sample': return training_task, (env, args[0]), lambda t: self.seal(t, label, [op, args[0]])
         return self.series, (op, label, *args), lambda found: found
 
     def judge(self, op:str, env:Environment, task, turns:list)->tuple:
         "What to call for a reply or a score."
-        function, check = (env.reply, usable_text) if op == 'reply' else (self.scorer if op == 'reward' else env.score, usable_reward)
+        function, check = (env.reply, usable_text) if op == 'reply' else (self.scorer if op == 'reward' else env.score,
+            usable_reward)
         if self.there(task): return function, (self.task(task), list(turns)), check
-        return lambda: function(self.task(task), list(turns)), (), check        # drawing it again takes time: on the clock, in a thread
+        # drawing it again takes time: on the clock, in a thread
+        return lambda: function(self.task(task), list(turns)), (), check
     def there(self, p)->bool: return p[3] is not None
 
     def make(self, op:str, label:str, *args):
@@ -94,7 +103,8 @@ class Desk:
         if op == 'held': return self.envs[label].held_out(args[0])[args[1]]
         return self.envs[label].draw(*args)
 
-    def series(self, op:str, label:str, numbers:list, seconds:float)->list: # one entry per draw: a parcel or what went wrong, and the seconds that it took
+    # one entry per draw: a parcel or what went wrong, and the seconds that it took
+    def series(self, op:str, label:str, numbers:list, seconds:float)->list:
         "Draws in order, as many of them as fit into `seconds`, at least one."
         out, began = [], time.monotonic()
         for args in numbers:
@@ -109,9 +119,12 @@ class Desk:
         "The task of a parcel, with its data."
         p = msgspec.convert(p, Parcel)
         env = self.envs[p.env].name
-        if p.data is not None: return Task(env=env, prompt=p.prompt, answer=p.answer, data=unpack(msgspec.msgpack.decode(p.data)))
+        if p.data is not None:
+            return Task(env=env, prompt=p.prompt, answer=p.answer, data=unpack(msgspec.msgpack.decode(p.data)))
         task = self.make(p.origin[0], p.env, *p.origin[1:])
-        if task.prompt != p.prompt: raise RuntimeError('the problem could not be drawn again; make `data` plain values, or the draw depend on its key alone')
+        if task.prompt != p.prompt:
+            raise RuntimeError('the problem could not be drawn again; make `data` plain values, or the draw depend on '
+                               'its key alone')
         return msgspec.structs.replace(task, env=env)
 
 # %% ../../nbs/04_rollout/07_apart.ipynb #ap000014
@@ -122,7 +135,8 @@ class Section(msgspec.Struct):
     params:bytes                    # packed
     held_out:float=0.               # share; 0: the environment's own
     def load(self, seed:int)->Environment:
-        return load_env(dict(name=self.name, params=unpack(msgspec.msgpack.decode(self.params)), held_out=self.held_out or 'auto'), seed)
+        return load_env(dict(name=self.name, params=unpack(msgspec.msgpack.decode(self.params)),
+            held_out=self.held_out or 'auto'), seed)
 
 def section_of(label:str, section:dict)->Section:
     "A section of the settings for the wire. `UserError` for a parameter that is no plain data."
@@ -141,7 +155,8 @@ class Setup(msgspec.Struct):
 
 def desk_of(setup:Setup)->Desk:
     "The desk that a setup describes."
-    return Desk({s.label: s.load(setup.seed) for s in setup.sections}, load_attribute(setup.reward) if setup.reward else None)
+    return Desk({s.label: s.load(setup.seed) for s in setup.sections},
+        load_attribute(setup.reward) if setup.reward else None)
 
 class Facts(msgspec.Struct):
     "What others must know of an environment without asking."
@@ -154,8 +169,10 @@ class Facts(msgspec.Struct):
 def facts_of(env:Environment)->Facts:
     "The facts of an environment."
     kind = type(env)
-    return Facts(usable_text(env.name, 'name of an environment', False), float(env.held_out_share), kind.reply is Environment.reply and kind.single_turn is Environment.single_turn,
-                 kind.held_out is not Environment.held_out, isinstance(env, ReasoningGym) and executes(type(env.dataset)))
+    return Facts(usable_text(env.name, 'name of an environment', False), float(env.held_out_share),
+                 kind.reply is Environment.reply and kind.single_turn is Environment.single_turn,
+                 kind.held_out is not Environment.held_out, isinstance(env, ReasoningGym)
+                 and executes(type(env.dataset)))
 
 # %% ../../nbs/04_rollout/07_apart.ipynb #ap000017
 FRAME = 64<<20
@@ -199,7 +216,8 @@ class WorkerProcess:
             ready = select.select([self.sock], [], [], .05 if self.caller.live else None)[0]
             if ready: self.begin(*receive(self.sock))
             self.caller.expire()
-            if self.caller.tired or (self.caller.live and time.monotonic() > self.spoke + self.BEAT): self.say(framed([0, 'beat', self.caller.tired]))
+            if self.caller.tired or (self.caller.live and time.monotonic() > self.spoke + self.BEAT):
+                self.say(framed([0, 'beat', self.caller.tired]))
     def begin(self, id:int, op:str, label:str, args:list, limit:float, shares:list):
         try: function, arguments, check = self.desk.order(op, label, args, shares)
         except Exception as e: return self.answer(id, 'env_error', complaint(e))
@@ -234,7 +252,8 @@ class Nursery:
     def __init__(self, control:socket.socket, setup:Setup):
         self.control, self.setup, self.desk, self.children = control, setup, None, set()
         if all(stock(s.name) for s in setup.sections) and not setup.reward: self.desk = desk_of(setup)
-        elif any(stock(s.name) and s.name != 'calculator' for s in setup.sections): importlib.import_module('reasoning_gym')
+        elif any(stock(s.name) and s.name != 'calculator' for s in setup.sections):
+            importlib.import_module('reasoning_gym')
     def serve(self):
         self.control.send(b'ready')
         while True:
@@ -260,7 +279,8 @@ class Nursery:
             if not pid: break
             self.children.discard(pid)
         for orphan in orphans() - self.children: bury(orphan)
-        if self.setup.plan.isolate and len(list(filter(str.isdigit, os.listdir('/proc')))) > self.setup.plan.processes:     # they multiply, and no limit binds the superuser
+        # they multiply, and no limit binds the superuser
+        if self.setup.plan.isolate and len(list(filter(str.isdigit, os.listdir('/proc')))) > self.setup.plan.processes:
             for pid in self.children: bury(pid)
 
 def orphans()->set[int]:
@@ -284,7 +304,9 @@ def main(fd:int):
         syscall('prctl', 4, 0, 0, 0, 0)                 # not to be traced or read by its children
     except OSError as e: control.send(f'refused {e.strerror or e}'.encode()); os._exit(1)
     try: nursery = Nursery(control, setup)
-    except BaseException as e: control.send(f'failed {e if isinstance(e, UserError) else complaint(e)}'.encode('utf-8', 'replace')[:4000]); os._exit(1)
+    except BaseException as e:
+        control.send(f'failed {e if isinstance(e, UserError) else complaint(e)}'.encode('utf-8', 'replace')[:4000])
+        os._exit(1)
     nursery.serve()
 
 if __name__ == '__main__' and len(sys.argv) == 2 and sys.argv[1].isdigit(): main(int(sys.argv[1]))

@@ -74,9 +74,11 @@ class Loop:
 # %% ../../nbs/04_rollout/06_calls.ipynb #ca000016
 class Caller:
     "Runs functions of others: `start` begins a call, `expire` ends those that are too late, `answer` is told each result once, from any thread."
-    LOST, HELD = 8, .3  # threads that may hang; seconds between two looks after which some call must have held the interpreter
+    # threads that may hang; seconds between two looks after which some call must have held the interpreter
+    LOST, HELD = 8, .3
     def __init__(self, answer:Callable[[Any, str, Any], None]):
-        self.answer, self.pid, self.live, self.lock, self.idle, self.lost, self.loop, self.tired, self.looked = answer, os.getpid(), {}, threading.Lock(), [], 0, None, '', 0.
+        self.answer, self.pid, self.live, self.lock = answer, os.getpid(), {}, threading.Lock()
+        self.idle, self.lost, self.loop, self.tired, self.looked = [], 0, None, '', 0.
 
     def start(self, id, function:Callable, args:tuple=(), finish:Callable=lambda value: value, limit:float=10.):
         "Begin a call; `finish` turns what it returns into the value of the answer, on the same clock."
@@ -123,7 +125,9 @@ class Caller:
         held, self.looked = now - self.looked > self.HELD, now
         for call in [c for c in list(self.live.values()) if c.late(now)]:
             if call.awaits and not self.loop.guilty(call): continue
-            if not self.end(call, 'suspect' if held or not call.awaits and call.starved(now) else 'env_timeout', f'no answer within {call.limit:g} s'): continue
+            if not self.end(call, 'suspect' if held or not call.awaits and call.starved(now) else 'env_timeout',
+                    f'no answer within {call.limit:g} s'):
+                continue
             if call.awaits: self.loop.cancel(call)
             else:
                 self.lost += 1

@@ -43,13 +43,15 @@ def expected(
     finished:Finished,
 )->tuple[np.ndarray,np.ndarray]: # log-probabilities [n], routes [P+n-1,L_moe,k]
     "What an engine that keeps its KV should report for the tokens it sampled. The mixture of versions is computed without paging, sharing or batching."
-    P, ids, c = len(request.prompt), torch.tensor(request.prompt + finished.token_ids), models[int(finished.versions[0])].spec
+    P, ids = len(request.prompt), torch.tensor(request.prompt + finished.token_ids)
+    c = models[int(finished.versions[0])].spec
     made = np.append(np.full(P-1, finished.versions[0]), finished.versions) # [P+n-1] version that computed each input
     cache = PagedCache(c.num_hidden_layers, c.kv, 1, len(ids), 0, c.num_experts_per_tok, c.num_experts)
     logits, routes = [], []
     for v in np.unique(made).tolist():
         a, b = int((made < v).sum()), int((made <= v).sum())
-        out = models[v](ids[a:b], torch.arange(a, b), plain_attend(cache, np.zeros((1, 1), np.int64), np.array([a]), np.array([b-a])))
+        out = models[v](ids[a:b], torch.arange(a, b), plain_attend(cache, np.zeros((1, 1), np.int64), np.array([a]),
+            np.array([b-a])))
         logits.append(models[v].logits(out.hidden))
         routes.append(out.routes.numpy())
     lp = sampling_logprobs(torch.cat(logits)[P-1:], request.temperature, request.top_k, request.top_p, keep=ids[P:])
@@ -64,13 +66,16 @@ def difference(
     "How far an engine's report is from `expected`. `AssertionError` when it has not even the right form."
     n = len(finished.token_ids)
     assert finished.id == request.id and n and n <= request.max_tokens, f'{finished.id}: {n} tokens'
-    assert len(finished.logprobs) == len(finished.versions) == n, f'{finished.id}: {n} tokens, {len(finished.logprobs)} log-probabilities, {len(finished.versions)} versions'
+    assert len(finished.logprobs) == len(finished.versions) == n, (f'{finished.id}: {n} tokens, '
+        f'{len(finished.logprobs)} log-probabilities, {len(finished.versions)} versions')
     assert (np.diff(finished.versions) >= 0).all(), f'{finished.id}: versions go back'
-    assert finished.stop_reason != 'length' or n == request.max_tokens, f'{finished.id}: stopped by length after {n} of {request.max_tokens}'
+    assert finished.stop_reason != 'length' or n == request.max_tokens, (f'{finished.id}: stopped by length after {n} '
+        f'of {request.max_tokens}')
     lp, routes = expected(models, request, finished)
     far = float(np.abs(lp-finished.logprobs).max())
     if finished.routes is None: return far, 0
-    assert finished.routes.shape == routes.shape, f'{finished.id}: routes {finished.routes.shape}, expected {routes.shape}: a row for every input, none for the last token'
+    assert finished.routes.shape == routes.shape, (f'{finished.id}: routes {finished.routes.shape}, expected '
+        f'{routes.shape}: a row for every input, none for the last token')
     return far, int((np.sort(finished.routes, -1) != np.sort(routes, -1)).any((1, 2)).sum())
 
 # %% ../../nbs/04_rollout/04_conformance.ipynb #5e1c69f6
@@ -79,7 +84,8 @@ MakeEngine = Callable[[], EngineProtocol|Awaitable[EngineProtocol]]
 async def collect(engine:EngineProtocol, requests:list[Request])->dict[str,Finished]:
     "All answers by id; each request must have exactly one."
     done = [f async for f in engine.generate(requests)]
-    assert sorted(f.id for f in done) == sorted(r.id for r in requests), f'asked {len(requests)} requests and got {sorted(f.id for f in done)}'
+    assert sorted(f.id for f in done) == sorted(r.id for r in requests), (f'asked {len(requests)} requests and got '
+        f'{sorted(f.id for f in done)}')
     return {f.id: f for f in done}
 
 def require(models:dict[int,Model], requests:list[Request], done:dict[str,Finished], tolerance:float, routes:bool):
@@ -101,8 +107,10 @@ def prompts(
 # %% ../../nbs/04_rollout/04_conformance.ipynb #2574291d
 async def check_sampling_settings(make:MakeEngine, models:dict[int,Model], tolerance:float=1e-5, routes:bool=True):
     "Log-probabilities under temperature, top-k and top-p, greedy choice, stop tokens, and repeatability."
-    kinds = [dict(), dict(temperature=.7), dict(top_k=3), dict(top_p=.6), dict(temperature=1.5, top_k=6, top_p=.9), dict(temperature=0.)]
-    asked = [Request(id=f'{i}', prompt=p, max_tokens=10, seed=i, **kinds[i%6]) for i,p in enumerate(prompts(models[0].spec.vocab_size, 12))]
+    kinds = [dict(), dict(temperature=.7), dict(top_k=3), dict(top_p=.6), dict(temperature=1.5, top_k=6, top_p=.9),
+        dict(temperature=0.)]
+    asked = [Request(id=f'{i}', prompt=p, max_tokens=10, seed=i, **kinds[i%6])
+        for i,p in enumerate(prompts(models[0].spec.vocab_size, 12))]
     first = await collect(await settle(make()), asked)
     require(models, asked, first, tolerance, routes)
     again = await collect(await settle(make()), asked)
@@ -110,16 +118,19 @@ async def check_sampling_settings(make:MakeEngine, models:dict[int,Model], toler
     full = first['0'].token_ids
     stop = Request(id='stop', prompt=asked[0].prompt, max_tokens=10, seed=0, stop_ids=(full[4],))
     done = (await collect(await settle(make()), [stop]))['stop']
-    assert done.token_ids == full[:full.index(full[4])+1] and done.stop_reason == 'stop', f'a stop token ends a request and belongs to it: {done}'
+    assert done.token_ids == full[
+        :full.index(full[4])+1] and done.stop_reason == 'stop', f'a stop token ends a request and belongs to it: {done}'
 
 # %% ../../nbs/04_rollout/04_conformance.ipynb #3e500c50
 async def check_sharing(make:MakeEngine, models:dict[int,Model], tolerance:float=1e-5, routes:bool=True):
     "Groups with one prompt, and conversations whose second turn begins with the first."
     engine, vocab = await settle(make()), models[0].spec.vocab_size
-    asked = [Request(id=f'{i}-{j}', prompt=p, max_tokens=8, seed=10*i+j) for i,p in enumerate(prompts(vocab, 4)) for j in range(4)]
+    asked = [Request(id=f'{i}-{j}', prompt=p, max_tokens=8, seed=10*i+j) for i,p in enumerate(prompts(vocab, 4))
+        for j in range(4)]
     done = await collect(engine, asked)
     require(models, asked, done, tolerance, routes)
-    turns = [Request(id=f'{r.id}-2', prompt=r.prompt + done[r.id].token_ids + [1, 2, 3], max_tokens=8, seed=r.seed) for r in asked]
+    turns = [Request(id=f'{r.id}-2', prompt=r.prompt + done[r.id].token_ids + [1, 2, 3], max_tokens=8, seed=r.seed)
+        for r in asked]
     more = await collect(engine, turns)
     require(models, turns, more, tolerance, routes)
 
@@ -143,9 +154,11 @@ async def check_update(make:MakeEngine, models:dict[int,Model], tolerance:float=
     late = [Request(id=f'b{i}', prompt=p, max_tokens=12, seed=i) for i,p in enumerate(ps)]
     after, done = await collect(engine, late), await running
     require(models, asked, done, tolerance, routes)
-    assert {v for f in done.values() for v in f.versions.tolist()} == {0, 1}, 'the update came too late or too early to be seen'
+    assert {v for f in done.values() for v in f.versions.tolist()} == {0,
+        1}, 'the update came too late or too early to be seen'
     require(models, late, after, tolerance, routes)
-    assert all((f.versions == 1).all() for f in after.values()), 'a request that started after the update has tokens of the old version'
+    assert all((f.versions == 1).all() for f in after.values()), ('a request that started after the update has tokens '
+        'of the old version')
 
 # %% ../../nbs/04_rollout/04_conformance.ipynb #4503c7d4
 async def check_pause(make:MakeEngine, models:dict[int,Model], tolerance:float=1e-5, routes:bool=True):
@@ -161,7 +174,8 @@ async def check_pause(make:MakeEngine, models:dict[int,Model], tolerance:float=1
     await settle(engine.abort('p0'))
     await settle(engine.resume())
     done = await asyncio.wait_for(running, 60)
-    assert done['p0'].stop_reason == 'aborted' and 0 < len(done['p0'].token_ids) < 30, 'an aborted request returns the tokens it has'
+    assert done['p0'].stop_reason == 'aborted' and 0 < len(done['p0'].token_ids) < 30, ('an aborted request returns '
+        'the tokens it has')
     assert all(len(done[r.id].token_ids) == 30 for r in asked[1:])
     require(models, asked, done, tolerance, routes)
 

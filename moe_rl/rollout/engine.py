@@ -59,7 +59,8 @@ def sample(
     top_p:np.ndarray,        # [B] float64
 )->tuple[Tensor,Tensor]: # tokens [B] int64, their log-probabilities [B] float32
     "Sample a token per row, from the distribution of its request."
-    settings = [x[0].item() if (x == x[0]).all() else torch.from_numpy(x).to(logits.device) for x in (temperature, top_k, top_p)]
+    settings = [x[0].item() if (x == x[0]).all() else torch.from_numpy(x).to(logits.device)
+        for x in (temperature, top_k, top_p)]
     logprobs = sampling_logprobs(logits, *settings)
     tokens = draw(logprobs, u)
     return tokens, logprobs.gather(1, tokens[:,None])[:,0]
@@ -76,10 +77,12 @@ def plain_generate(
     while len(ids) < P+request.max_tokens and reason == 'length':
         out = model(torch.tensor(ids), torch.arange(len(ids)), packed_attend(torch.tensor([0, len(ids)])))
         u = uniform(np.array([request.seed & (2**64-1)], np.uint64), np.array([len(ids)]))
-        token, lp = sample(model.logits(out.hidden[-1:]), torch.from_numpy(u), *(np.array([x]) for x in (request.temperature, request.top_k, request.top_p)))
+        token, lp = sample(model.logits(out.hidden[-1:]), torch.from_numpy(u),
+            *(np.array([x]) for x in (request.temperature, request.top_k, request.top_p)))
         ids.append(token.item()); logprobs.append(lp.item())
         if ids[-1] in request.stop_ids: reason = 'stop'
-    return Finished(id=request.id, token_ids=ids[P:], logprobs=np.array(logprobs, np.float32), versions=np.full(len(ids)-P, version, np.int32),
+    return Finished(id=request.id, token_ids=ids[P:], logprobs=np.array(logprobs, np.float32),
+                    versions=np.full(len(ids)-P, version, np.int32),
                     routes=narrow_routes(out.routes.numpy(force=True), model.spec.num_experts), stop_reason=reason)
 
 # %% ../../nbs/04_rollout/02_engine.ipynb #6544048e
@@ -103,13 +106,15 @@ class Ledger:
         self.top_k, self.limit = np.zeros((2, max_seqs), np.int64)
         self.seeds = np.zeros(max_seqs, np.uint64)
         self.stops = np.full((max_seqs, 1), -1, np.int64)
-        self.logprobs, self.versions = np.zeros((max_seqs, 1), np.float32), np.zeros((max_seqs, 1), np.int32) # by position
+        # by position
+        self.logprobs, self.versions = np.zeros((max_seqs, 1), np.float32), np.zeros((max_seqs, 1), np.int32)
 
     def welcome(self, seq:Sequence, version:int):
         "`seq` has got a seat, for the first time or again."
         live, row = self.live[seq.id], seq.row
         r, known = live.request, live.logprobs
-        self.temperature[row], self.top_k[row], self.top_p[row], self.limit[row] = r.temperature, r.top_k, r.top_p, seq.max_length
+        self.temperature[row], self.top_k[row], self.top_p[row] = r.temperature, r.top_k, r.top_p
+        self.limit[row] = seq.max_length
         self.seeds[row] = r.seed & (2**64-1)
         self.stops = widen(self.stops, len(r.stop_ids))
         self.logprobs, self.versions = widen(self.logprobs, seq.max_length), widen(self.versions, seq.max_length)
@@ -130,14 +135,16 @@ class Ledger:
         "The record of a request that has left its seat for good."
         live = self.live.pop(id)
         P, none = len(live.request.prompt), len(tokens) == len(live.request.prompt)
-        return Finished(id=id, token_ids=tokens[P:].tolist(), logprobs=np.zeros(0, np.float32) if none else live.logprobs[P:],
+        return Finished(id=id, token_ids=tokens[P:].tolist(),
+                        logprobs=np.zeros(0, np.float32) if none else live.logprobs[P:],
                         versions=np.zeros(0, np.int32) if none else live.versions[P:], stop_reason=reason,
                         routes=None if not routes else self.no_routes if none else live.routes[:len(tokens)-1])
 
 # %% ../../nbs/04_rollout/02_engine.ipynb #c3876deb
 class StepRunner:
     "Continuous batching over a paged cache: `add` requests, then `step` while `has_work`."
-    def __init__(self, model:Model, kv_tokens:int, block_size:int, max_seqs:int, version:int, prefix_cache:bool, record_routes:bool, lanes:dict[str,float], max_step_tokens:int):
+    def __init__(self, model:Model, kv_tokens:int, block_size:int, max_seqs:int, version:int, prefix_cache:bool,
+            record_routes:bool, lanes:dict[str,float], max_step_tokens:int):
         self.model, self.version, self.record_routes, self.paused = model, version, record_routes, False
         c, blocks = model.spec, kv_tokens//block_size
         self.device = model.device
@@ -167,37 +174,45 @@ class StepRunner:
         if plan.copies: self.cache.copy_heads(plan.copies)
         layout = StepLayout(self.cache, s.tables[plan.rows], plan.starts, plan.counts)
         ids = torch.from_numpy(s.tokens[plan.rows[layout.row],layout.host_positions].astype(np.int64)).to(self.device)
-        out = self.model(ids, layout.positions, paged_attend(self.cache, layout), replay=replayed(self.ledger.replays, plan, self.cache.routes.shape[1:], self.device))
+        out = self.model(ids, layout.positions, paged_attend(self.cache, layout),
+            replay=replayed(self.ledger.replays, plan, self.cache.routes.shape[1:], self.device))
         if self.record_routes: self.cache.put_routes(layout.slots, out.routes)
         s.commit(plan)
         self.counters['steps'] += 1
         self.counters['computed_tokens'] += len(ids)
-        return self.sample_rows(plan.rows[plan.samples], out.hidden[torch.from_numpy(plan.counts.cumsum()[plan.samples]-1)])
+        return self.sample_rows(plan.rows[plan.samples],
+            out.hidden[torch.from_numpy(plan.counts.cumsum()[plan.samples]-1)])
 
     def sample_rows(self, rows:np.ndarray, hidden:Tensor)->list[Finished]: # [B], [B,D]
         "One token for each of `rows` from its last hidden state; those that are done leave."
         if not len(rows): return []
         s, l, at = self.scheduler, self.ledger, self.scheduler.length[rows]
-        if not torch.isfinite(hidden.sum()): raise FloatingPointError(f'the model computes nan or inf with weights v{self.version}: load weights that are finite')
+        if not torch.isfinite(hidden.sum()):
+            raise FloatingPointError(f'the model computes nan or inf with weights v{self.version}: load weights that '
+                                     'are finite')
         u = torch.from_numpy(uniform(l.seeds[rows], at)).to(self.device)
-        tokens, logprobs = (x.cpu().numpy() for x in sample(self.model.logits(hidden), u, l.temperature[rows], l.top_k[rows], l.top_p[rows]))
+        tokens, logprobs = (x.cpu().numpy() for x in sample(self.model.logits(hidden), u, l.temperature[rows],
+            l.top_k[rows], l.top_p[rows]))
         l.logprobs[rows,at], l.versions[rows,at] = logprobs, self.version
         s.extend(rows, tokens)
         self.counters['tokens'] += len(rows)
         stop = (tokens[:,None] == l.stops[rows]).any(1)
         over = stop | (at+1 == l.limit[rows])
-        return [self.leave(s.at[row].id, 'stop' if stopped else 'length') for row,stopped in zip(rows[over].tolist(), stop[over].tolist())]
+        return [self.leave(s.at[row].id, 'stop' if stopped else 'length')
+            for row,stopped in zip(rows[over].tolist(), stop[over].tolist())]
 
     def leave(self, id:str, reason:str)->Finished:
         "Take a request out, wherever it is, with everything that is known of it."
         s, seq = self.scheduler, self.scheduler.seqs[id]
-        if (row := seq.row) >= 0: self.ledger.farewell(seq, row, int(s.length[row]), self.made(row, s.tables[row]), self.version)
+        if (row := seq.row) >= 0:
+            self.ledger.farewell(seq, row, int(s.length[row]), self.made(row, s.tables[row]), self.version)
         self.counters['aborted' if reason == 'aborted' else 'finished'] += 1
         return self.ledger.close(id, s.remove(id).tokens, reason, self.record_routes)
 
     def make_way(self, plan:Plan, version:int):
         "Keep what belongs to those who lost their seats; their blocks are still as they left them."
-        for seq,row,table in plan.evicted: self.ledger.farewell(seq, row, len(seq.tokens), self.made(row, table), version)
+        for seq,row,table in plan.evicted:
+            self.ledger.farewell(seq, row, len(seq.tokens), self.made(row, table), version)
 
     def made(self, row:int, table:np.ndarray)->np.ndarray: # [m,L_moe,k]
         "Routes of the tokens of a seat whose KV is made."
@@ -209,9 +224,11 @@ def check_request(request:Request, vocab_size:int, max_positions:int):
     check_sampling(request.temperature, request.top_k, request.top_p)
     P, what = len(request.prompt), f'request {request.id!r}'
     if P + request.max_tokens > max_positions:
-        raise ValueError(f'{what}: prompt of {P} and max_tokens {request.max_tokens} exceed the {max_positions} positions of the model: shorten the request')
+        raise ValueError(f'{what}: prompt of {P} and max_tokens {request.max_tokens} exceed the {max_positions} '
+                         'positions of the model: shorten the request')
     if P and not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
-        raise ValueError(f'{what}: token ids from {min(request.prompt)} to {max(request.prompt)}, the vocabulary has {vocab_size}: use the tokenizer of this model')
+        raise ValueError(f'{what}: token ids from {min(request.prompt)} to {max(request.prompt)}, the vocabulary has '
+                         f'{vocab_size}: use the tokenizer of this model')
 
 # %% ../../nbs/04_rollout/02_engine.ipynb #3c27b5e7
 def replayed(
@@ -249,10 +266,12 @@ class Engine(StepRunner):
         max_step_tokens:int|None=None, # tokens of one step, more than `max_seqs`; None: 1024, or twice `max_seqs`
         dtype:torch.dtype|None=None,   # cast to 16 bits, see `lower_precision`; None: as it is
     ):
-        if kv_update not in ('keep', 'recompute'): raise ValueError(f"kv_update {kv_update!r}: use 'keep' or 'recompute'")
+        if kv_update not in ('keep', 'recompute'):
+            raise ValueError(f"kv_update {kv_update!r}: use 'keep' or 'recompute'")
         if not 0 < eval_share < 1: raise ValueError(f'eval_share {eval_share}: give a number between 0 and 1')
         if dtype is not None: lower_precision(model, dtype)
-        super().__init__(model, kv_tokens, block_size, max_seqs, version, prefix_cache, record_routes, {'train': 1-eval_share, 'eval': eval_share},
+        super().__init__(model, kv_tokens, block_size, max_seqs, version, prefix_cache, record_routes,
+                         {'train': 1-eval_share, 'eval': eval_share},
                          max(1024, 2*max_seqs) if max_step_tokens is None else max_step_tokens)
         self.kv_update, self.boxes, self.driver = kv_update, {}, None
 
@@ -263,7 +282,8 @@ class Engine(StepRunner):
     )->str: # fingerprint of what the engine computes with
         "Take new weights between two steps. `WeightError` names what is wrong with them; then nothing was changed."
         manifest = manifest or describe(tensors, version)
-        if manifest.version != version: raise WeightError(f'weights v{manifest.version} were sent as v{version}: send the manifest of v{version}')
+        if manifest.version != version:
+            raise WeightError(f'weights v{manifest.version} were sent as v{version}: send the manifest of v{version}')
         mark = apply_weights(self.model, tensors, manifest, cast=True)
         self.make_way(self.scheduler.new_version(version, self.kv_update == 'recompute'), self.version)
         self.ledger.replays.clear() # routes of other weights
@@ -287,7 +307,8 @@ class Engine(StepRunner):
     def stats(self)->dict[str,int]:
         "Counters since the start, and what is in the engine now (`kv_used` and `kv_tokens` in tokens)."
         s = self.scheduler
-        return dict(version=self.version, running=s.running, waiting=s.waiting, kv_used=s.pool.held*s.block_size, kv_tokens=s.pool.num_blocks*s.block_size,
+        return dict(version=self.version, running=s.running, waiting=s.waiting, kv_used=s.pool.held*s.block_size,
+                    kv_tokens=s.pool.num_blocks*s.block_size,
                     **self.counters, **s.counters)
 
     async def generate(self, requests:Iterable[Request])->AsyncIterator[Finished]:
@@ -314,7 +335,9 @@ class Engine(StepRunner):
         try:
             while self.boxes:
                 for done in self.step():
-                    if done.id not in self.boxes: raise RuntimeError(f'request {done.id!r} came by `add` and nobody waits for it: use `add` and `step`, or `generate`, not both at a time')
+                    if done.id not in self.boxes:
+                        raise RuntimeError(f'request {done.id!r} came by `add` and nobody waits for it: use `add` and '
+                                           '`step`, or `generate`, not both at a time')
                     self.boxes.pop(done.id).put_nowait(done)
                 await asyncio.sleep(.001 if self.paused else 0)
         except Exception as e:

@@ -40,7 +40,8 @@ LARGEST, LONGEST = 1e6, 1<<20 # of a reward; characters of a prompt, an answer o
 def usable_text(value, what:str='reply', none:bool=True)->str|None:
     "`value` if it is text (or None), with half characters replaced. `TypeError` or `ValueError` otherwise."
     if value is None and none: return None
-    if not isinstance(value, str): raise TypeError(f'{what} must be text{" or None" if none else ""}, got {type(value).__name__} ({brief(value)})')
+    if not isinstance(value, str):
+        raise TypeError(f'{what} must be text{" or None" if none else ""}, got {type(value).__name__} ({brief(value)})')
     if len(value) > LONGEST: raise ValueError(f'{what} has {len(value)} characters; {LONGEST} are the most')
     return value.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
@@ -49,11 +50,14 @@ class Unusable(ValueError):
 
 def usable_reward(value)->float:
     "`value` as a float. `Unusable` unless it is one finite number of at most a million: advantages are squared in float32."
-    if type(value).__module__ != 'builtins' and getattr(value, 'shape', None) == () and hasattr(value, 'item'): value = value.item()    # a NumPy or torch scalar
-    if isinstance(value, bool) or not isinstance(value, numbers.Real): raise Unusable(f'reward is {brief(value)} ({type(value).__name__}), expected one finite number')
+    if type(value).__module__ != 'builtins' and getattr(value, 'shape', None) == () and hasattr(value, 'item'):
+        value = value.item()    # a NumPy or torch scalar
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise Unusable(f'reward is {brief(value)} ({type(value).__name__}), expected one finite number')
     try: reward = float(value)
     except OverflowError: reward = math.inf
-    if not abs(reward) <= LARGEST: raise Unusable(f'reward is {brief(value)}, expected one finite number between {-LARGEST:.0e} and {LARGEST:.0e}')
+    if not abs(reward) <= LARGEST:
+        raise Unusable(f'reward is {brief(value)}, expected one finite number between {-LARGEST:.0e} and {LARGEST:.0e}')
     return reward
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #3f8fe1e1
@@ -74,7 +78,8 @@ def exact_match(
     turns:list[str] # texts in order: model, environment, model, ...
 )->float:           # 1.0 or 0.0
     "1 if the model's last text, stripped, is `task.answer`. `ValueError` when the task has no reference answer."
-    if task.answer is None: raise ValueError(f'{task.env}: the task has no reference answer, so there is no exact match; use its own score')
+    if task.answer is None:
+        raise ValueError(f'{task.env}: the task has no reference answer, so there is no exact match; use its own score')
     return float(turns[-1].strip() == task.answer.strip())
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #cf0d9659
@@ -94,7 +99,8 @@ def mix(*parts)->int: # 63-bit key
 # %% ../../nbs/04_rollout/03_environments.ipynb #ev000006
 def made(task, what:str)->Task:
     "`task` if it is one; `TypeError` with the name of the function that returned something else."
-    if not isinstance(task, Task): raise TypeError(f'{what} must return a Task, got {type(task).__name__} ({brief(task)})')
+    if not isinstance(task, Task):
+        raise TypeError(f'{what} must return a Task, got {type(task).__name__} ({brief(task)})')
     return task
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #bef76534
@@ -107,7 +113,8 @@ class Environment:
 
     def problem(self, key:int)->Task:
         "A problem that depends on `key` (63 bits) alone."
-        if type(self).sample is Environment.sample: raise NotImplementedError(f'{type(self).__name__} must define problem(key)')
+        if type(self).sample is Environment.sample:
+            raise NotImplementedError(f'{type(self).__name__} must define problem(key)')
         return self.sample(key & 0x7fffffff)
     async def reply(self, task:Task, turns:list[str])->str|None:
         "Text that the model reads before its next turn, or None: the conversation is over. `turns`: model, environment, model, ..."
@@ -143,12 +150,14 @@ class Environment:
         for attempt in range(self.draws):
             task = made(self.problem(mix(self.seed, self.name, stream, i, attempt)), 'problem')
             if not self.keeps_out(task.prompt): return task
-        raise UserError(f'{self.name}: {self.draws} draws gave only held-out prompts; the task has too few problems to train on')
+        raise UserError(f'{self.name}: {self.draws} draws gave only held-out prompts; the task has too few problems '
+                        'to train on')
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #9da267ec
 class HeldOut:
     "The distinct held-out problems among draws, in order; it knows when the supply of texts has ended."
-    def __init__(self, name:str, share:float): self.name, self.share, self.tasks, self.hashes, self.draws, self.idle = name, share, [], set(), 0, 0
+    def __init__(self, name:str, share:float):
+        self.name, self.share, self.tasks, self.hashes, self.draws, self.idle = name, share, [], set(), 0, 0
     def add(self, task:Task|None):
         "One more draw; None for one that failed."
         place = text_hash(task.prompt) if task else -1.
@@ -162,10 +171,15 @@ class HeldOut:
     def complaint(self)->UserError:
         "What to do about too small a supply."
         found, places = len(self.tasks), sorted(p for p in self.hashes if 0 <= p < 1)
-        if found: return UserError(f'{self.name}: only {found} distinct held-out prompts in {self.draws} draws; ask for at most {found} (eval.prompts)')
-        if len(places) < 2: return UserError(f'{self.name}: {len(places)} distinct prompts in {self.draws} draws, and both sides need one: give it more problems')
+        if found:
+            return UserError(f'{self.name}: only {found} distinct held-out prompts in {self.draws} draws; ask for at '
+                             f'most {found} (eval.prompts)')
+        if len(places) < 2:
+            return UserError(f'{self.name}: {len(places)} distinct prompts in {self.draws} draws, and both sides need '
+                             'one: give it more problems')
         share = math.ceil(1000*(places[0] + places[1])/2)/1000
-        return UserError(f'{self.name}: none of its {len(places)} prompts is held out: set held_out = {share:g} in its section of the settings, for one that is')
+        return UserError(f'{self.name}: none of its {len(places)} prompts is held out: set held_out = {share:g} in '
+                         'its section of the settings, for one that is')
 
 def held_out_tasks(
     env:Environment,
@@ -181,7 +195,9 @@ def held_out_tasks(
 # %% ../../nbs/04_rollout/03_environments.ipynb #dee3a9d1
 def solved(task:Task)->tuple[str, str]: # (prompt, answer)
     "A task as a worked example. `UserError` if it has no reference answer."
-    if task.answer is None: raise UserError(f'{task.env}: tasks have no reference answer, so a warm start is impossible; set warm_start.seconds = 0')
+    if task.answer is None:
+        raise UserError(f'{task.env}: tasks have no reference answer, so a warm start is impossible; set '
+                        'warm_start.seconds = 0')
     return task.prompt, task.answer
 
 def solved_examples(
@@ -198,7 +214,8 @@ def training_task(env:Environment, i:int)->Task:
     for attempt in range(env.draws):
         task = made(env.sample(mix('again', i, attempt) & 0x7fffffff if attempt else i), 'sample')
         if type(env).held_out is not Environment.held_out or not env.keeps_out(task.prompt): return task
-    raise UserError(f'{env.name}: {env.draws} samples gave only held-out prompts; the task has too few problems to train on')
+    raise UserError(f'{env.name}: {env.draws} samples gave only held-out prompts; the task has too few problems to '
+                    'train on')
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #9fe09a95
 @contextmanager
@@ -216,7 +233,9 @@ class ReasoningGym(Environment):
     With `answer_tag='answer'` only the text inside the last `<answer>...</answer>` is scored; by default all of it, stripped."""
     SIZE = 1<<14
     def __init__(self, name:str, answer_tag:str|None=None, **params):
-        self.name, self.answer_tag, self.recipe = name, answer_tag, [dict(name=name, params=dict(answer_tag=answer_tag, **params))] if type(self) is ReasoningGym else ()
+        self.name, self.answer_tag = name, answer_tag
+        self.recipe = [dict(name=name, params=dict(answer_tag=answer_tag,
+            **params))] if type(self) is ReasoningGym else ()
         self.dataset, self.lock = make_dataset(name, params | dict(seed=0, size=self.SIZE)), threading.Lock()
     def problem(self, key):
         with self.lock, seeded(key):
@@ -239,9 +258,11 @@ def make_dataset(name:str, params:dict):
     from reasoning_gym.factory import DATASETS, create_dataset
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1)
-        raise UserError(f'env: no reasoning-gym task {name!r}' + (f'; did you mean {near[0]!r}?' if near else '; for your own environment write "module:attribute"'))
+        raise UserError(f'env: no reasoning-gym task {name!r}'
+            + (f'; did you mean {near[0]!r}?' if near else '; for your own environment write "module:attribute"'))
     known = {f for f in DATASETS[name][1].__dataclass_fields__}
-    for key in params.keys() - known: raise UserError(f'env {name}: no setting {key!r}; it has {", ".join(sorted(known - {"seed", "size"}))}')
+    for key in params.keys() - known:
+        raise UserError(f'env {name}: no setting {key!r}; it has {", ".join(sorted(known - {"seed", "size"}))}')
     try: return create_dataset(name, **params)
     except (AssertionError, ValueError, TypeError) as e: raise UserError(f'env {name}: settings refused: {e}') from None
 
@@ -258,7 +279,8 @@ def executes(cls:type, method:str='score_answer')->bool:
         try: tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         except (OSError, TypeError, SyntaxError): return True
         called = [n.func for n in ast.walk(tree) if isinstance(n, ast.Call)]
-        names = {f.id if isinstance(f, ast.Name) else f.attr for f in called if isinstance(f, (ast.Name, ast.Attribute))}
+        names = {f.id if isinstance(f, ast.Name) else f.attr for f in called
+            if isinstance(f, (ast.Name, ast.Attribute))}
         if names & EXECUTING: return True
         near = [getattr(cls, n, None) or getattr(function, '__globals__', {}).get(n) for n in names]
         todo += [f for f in near if inspect.isfunction(f) and f.__module__.startswith('reasoning_gym')]
@@ -295,14 +317,21 @@ class Calculator(Environment):
     "Sums of `terms` products; a turn that starts with `=` is computed and answered, any other turn is the final answer."
     name = 'calculator'
     def __init__(self, terms:int=2, largest:int=99, seed:int=0, **unknown):
-        for name in unknown: raise UserError(f'env calculator: params refused: no setting {name!r}; it has terms and largest')
+        for name in unknown:
+            raise UserError(f'env calculator: params refused: no setting {name!r}; it has terms and largest')
         fine = all(type(v) is int for v in (terms, largest)) and 1 <= terms <= 100 and 2 <= largest <= 10**9
-        if not fine: raise UserError(f'env calculator: params refused: terms is a number from 1 to 100, largest one from 2 to 10**9; got {terms!r:.40}, {largest!r:.40}')
-        self.terms, self.largest, self.seed, self.recipe = terms, largest, seed, [dict(name='calculator', params=dict(terms=terms, largest=largest))] if type(self) is Calculator else ()
+        if not fine:
+            raise UserError('env calculator: params refused: terms is a number from 1 to 100, largest one from 2 to '
+                            f'10**9; got {terms!r:.40}, {largest!r:.40}')
+        self.terms, self.largest, self.seed = terms, largest, seed
+        self.recipe = [dict(name='calculator', params=dict(terms=terms,
+            largest=largest))] if type(self) is Calculator else ()
     def problem(self, key):
         rng = random.Random(key)
-        expression = '+'.join(f'{rng.randint(2, self.largest)}*{rng.randint(2, self.largest)}' for _ in range(self.terms))
-        return Task(env=self.name, prompt=f'Compute {expression} (write "= 1+2" to use the calculator): ', answer=calculate(expression))
+        expression = '+'.join(f'{rng.randint(2, self.largest)}*{rng.randint(2, self.largest)}'
+            for _ in range(self.terms))
+        return Task(env=self.name, prompt=f'Compute {expression} (write "= 1+2" to use the calculator): ',
+            answer=calculate(expression))
     async def reply(self, task, turns):
         text = turns[-1].strip()
         return calculate(text[1:]) if text.startswith('=') else None
@@ -320,8 +349,11 @@ def load_env(
         try: env = make(**params)
         except Exception as e: raise UserError(f'env {name}: params refused: {complaint(e)}') from e
     else: env = Calculator(**params) if name == 'calculator' else ReasoningGym(name, **params)
-    missing = [f for f in ('problem', 'sample', 'held_out', 'reply', 'score', 'draw', 'single_turn') if not hasattr(env, f)]
-    if missing: raise UserError(f'env {name}: {type(env).__name__} has no {missing[0]}; derive it from moe_rl.rollout.environments.Environment')
+    missing = [f for f in ('problem', 'sample', 'held_out', 'reply', 'score', 'draw', 'single_turn')
+        if not hasattr(env, f)]
+    if missing:
+        raise UserError(f'env {name}: {type(env).__name__} has no {missing[0]}; derive it from '
+                        'moe_rl.rollout.environments.Environment')
     own = type(env).problem is not Environment.problem or type(env).sample is not Environment.sample
     if not own: raise UserError(f'env {name}: {type(env).__name__} has no problem(key); define it')
     env.seed = seed
@@ -348,12 +380,15 @@ class Mixture(Environment):
     name = 'mixture'
     def __init__(self, envs:list[Environment], weights:list[float]|None=None):
         self.weights = list(weights or [1.]*len(envs))
-        if not envs or len(self.weights) != len(envs) or min(self.weights) <= 0: raise UserError('env: a mixture needs environments and one positive weight for each')
+        if not envs or len(self.weights) != len(envs) or min(self.weights) <= 0:
+            raise UserError('env: a mixture needs environments and one positive weight for each')
         self.envs, self.parts = dict(zip(labels([e.name for e in envs]), envs)), list(envs)
-        if all(e.recipe for e in envs): self.recipe, self.seed = [{**e.recipe[0], 'weight': w} for e, w in zip(envs, self.weights)], envs[0].seed
+        if all(e.recipe for e in envs):
+            self.recipe, self.seed = [{**e.recipe[0], 'weight': w} for e, w in zip(envs, self.weights)], envs[0].seed
     def pick(self, i:int)->str:
         "The label of the part that makes problem `i`."
-        for e in self.parts: e.train_share = max(other.held_out_share for other in self.parts)      # what one part holds out, no other part trains
+        # what one part holds out, no other part trains
+        for e in self.parts: e.train_share = max(other.held_out_share for other in self.parts)
         return list(self.envs)[choose(i, self.weights)]
     def sample(self, i):
         label = self.pick(i)
@@ -361,7 +396,9 @@ class Mixture(Environment):
     def draw(self, stream, i):
         label = self.pick(i)
         return labelled(self.envs[label].draw(stream, i), label)
-    def held_out(self, n): return [labelled(t, label) for label, m in zip(self.envs, portions(n, self.weights)) for t in self.envs[label].held_out(m)]
+    def held_out(self, n):
+        return [labelled(t, label) for label, m in zip(self.envs, portions(n, self.weights))
+            for t in self.envs[label].held_out(m)]
     def portions(self, n:int)->list[int]: return portions(n, self.weights)
     def single_turn(self, task): return self.envs[task.env].single_turn(task)
     def reply(self, task, turns): return self.envs[task.env].reply(task, turns)

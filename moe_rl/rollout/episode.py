@@ -17,7 +17,9 @@ from .guard import Guard, RolloutLost
 class Episode:
     "The tokens of one conversation as they come; `record` makes the `Rollout`."
     def __init__(self, prompt:list[int]):
-        self.tokens, self.sampled, self.logprobs, self.versions, self.routes, self.turns = list(prompt), [False]*len(prompt), [0.]*len(prompt), [-1]*len(prompt), [], []
+        self.tokens, self.sampled = list(prompt), [False]*len(prompt)
+        self.logprobs, self.versions, self.routes = [0.]*len(prompt), [-1]*len(prompt), []
+        self.turns = []
     def told(self, tokens:list[int]):
         "Append what the model reads: never in the loss."
         self._extend(tokens, False, [0.]*len(tokens), [-1]*len(tokens))
@@ -26,7 +28,8 @@ class Episode:
         self._extend(part.token_ids, True, part.logprobs, part.versions)
         self.routes.append(part.routes)
     def _extend(self, tokens, sampled, logprobs, versions):
-        if not len(tokens) == len(logprobs) == len(versions): raise ValueError(f'{len(tokens)} tokens with {len(logprobs)} logprobs and {len(versions)} versions')
+        if not len(tokens) == len(logprobs) == len(versions):
+            raise ValueError(f'{len(tokens)} tokens with {len(logprobs)} logprobs and {len(versions)} versions')
         self.tokens += list(tokens)
         self.sampled += [sampled]*len(tokens)
         self.logprobs += list(logprobs)
@@ -34,24 +37,29 @@ class Episode:
     def record(self, **fields)->Rollout:
         "The `Rollout` of this conversation; rows of `routes` are from the turn that first read their token."
         routes = None if any(r is None for r in self.routes) else join_routes(self.routes)
-        return Rollout(token_ids=self.tokens, loss_mask=self.sampled, logprobs=self.logprobs, versions=self.versions, routes=routes, **fields)
+        return Rollout(token_ids=self.tokens, loss_mask=self.sampled, logprobs=self.logprobs, versions=self.versions,
+            routes=routes, **fields)
 
 # %% ../../nbs/04_rollout/09_episode.ipynb #93603307
 async def play(
     guard:Guard,        # the environment, guarded
     task:Task,
     tokenizer:Tokenizer,
-    generate:Callable[[list[int], int], Awaitable], # (token ids so far, turn number) -> part with token_ids, logprobs, versions, routes, stop_reason
+    # (token ids so far, turn number) -> part with token_ids, logprobs, versions, routes, stop_reason
+    generate:Callable[[list[int], int], Awaitable],
     group:int,          # number of the prompt
     index:int,          # number within the group
     max_turns:int=1,
     max_length:int=1<<30 # tokens of the whole conversation
-)->Rollout: # scored; `stop_reason` 'stop', or 'length' (cut by the engine or by `max_length`), or 'turns' (`max_turns` reached)
+# scored; `stop_reason` 'stop', or 'length' (cut by the engine or by `max_length`), or 'turns' (`max_turns` reached)
+)->Rollout:
     "Play one conversation and score it. Raises `RolloutLost` (reason 'aborted') when the engine gave up the request, `EnvError` when the environment failed."
     episode, texts = Episode(tokenizer.render_prompt(task.prompt)), []
     for turn in range(max_turns):
         part = await generate(episode.tokens, turn)
-        if part.stop_reason not in ('stop', 'length'): raise RolloutLost(part.stop_reason, f'rollout {group}-{index}: the engine ended the request: {part.stop_reason}')
+        if part.stop_reason not in ('stop', 'length'):
+            raise RolloutLost(part.stop_reason, f'rollout {group}-{index}: the engine ended the request: '
+                                                f'{part.stop_reason}')
         episode.said(part)
         stop = part.stop_reason
         texts.append(tokenizer.decode(part.token_ids))
@@ -66,4 +74,5 @@ async def play(
         texts.append(reply)
     reward = await guard.score(task, list(texts))
     metrics = {} if task.answer is None else dict(exact=exact_match(task, texts))
-    return episode.record(reward=reward, group=group, index=index, env=task.env, turns=(len(texts)+1)//2, stop_reason=stop, metrics=metrics)
+    return episode.record(reward=reward, group=group, index=index, env=task.env, turns=(len(texts)+1)//2,
+        stop_reason=stop, metrics=metrics)

@@ -33,7 +33,8 @@ def pass_at_k(right:np.ndarray)->dict[str, float]: # right [n,k], 0 or 1
     "Chance that at least one of 1, 2, 4, ... k answers is right, estimated from k answers per problem."
     n, k = right.shape
     counts = right.sum(1).astype(int)
-    return {str(m): float(np.mean([1 - math.comb(k - int(c), m) / math.comb(k, m) for c in counts])) for m in (2**i for i in range(k.bit_length())) if m <= k}
+    return {str(m): float(np.mean([1 - math.comb(k - int(c), m) / math.comb(k, m) for c in counts]))
+        for m in (2**i for i in range(k.bit_length())) if m <= k}
 
 # %% ../../nbs/04_rollout/10_grading.ipynb #gr000017
 def grade(
@@ -42,11 +43,15 @@ def grade(
 )->dict:
     """What an evaluation reports: `exact` with `interval` over the problems that have a reference answer (None without any), `score` with `score_interval` over problems,
     `pass_at_k` where every outcome is 0 or 1, and the numbers of problems, of answers per problem, and of lost answers."""
-    exact = np.array([[math.nan if e is None else e for e, _ in got[i:i+k]] for i in range(0, len(got), k)], float).reshape(-1, k)
-    score = np.array([[math.nan if s is None else s for _, s in got[i:i+k]] for i in range(0, len(got), k)], float).reshape(-1, k)
+    exact = np.array([[math.nan if e is None else e for e, _ in got[i:i+k]] for i in range(0, len(got), k)],
+        float).reshape(-1, k)
+    score = np.array([[math.nan if s is None else s for _, s in got[i:i+k]] for i in range(0, len(got), k)],
+        float).reshape(-1, k)
     known = exact[~np.isnan(exact).any(1)]
     share = float(known.mean()) if len(known) else None
     means = np.array([row[~np.isnan(row)].mean() for row in score if not np.isnan(row).all()])
     outcomes = known if len(known) == len(exact) else score
-    return dict(exact=share, interval=interval(share, len(known)) if len(known) else None, pass_at_k=pass_at_k(outcomes) if np.isin(outcomes, (0., 1.)).all() else {},
-                score=float(means.mean()) if len(means) else None, score_interval=mean_interval(means), prompts=len(exact), samples=k, lost=int(np.isnan(score).sum()))
+    return dict(exact=share, interval=interval(share, len(known)) if len(known) else None,
+                pass_at_k=pass_at_k(outcomes) if np.isin(outcomes, (0., 1.)).all() else {},
+                score=float(means.mean()) if len(means) else None, score_interval=mean_interval(means),
+                prompts=len(exact), samples=k, lost=int(np.isnan(score).sum()))

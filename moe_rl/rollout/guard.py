@@ -16,7 +16,8 @@ from ..errors import UserError
 from ..plugins import load_attribute
 from .apart import FRAME, Desk, Facts, Parcel, Setup, facts_of, framed, sealed, section_of, stock
 from .calls import Caller
-from .environments import (Environment, Mixture, Task, choose, exact_match, labelled, labels, mix, solved, usable_reward, usable_text)
+from moe_rl.rollout.environments import (Environment, Mixture, Task, choose, exact_match, labelled, labels, mix, solved,
+    usable_reward, usable_text)
 from .sandbox import Plan, plan_for
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000006
@@ -43,7 +44,8 @@ class HereDesk(Desk):
 class Here:
     "Calls of environments in this process."
     def __init__(self, envs:dict[str, Environment], scorer:Callable|None=None):
-        self.desk, self.caller, self.numbers, self.out, self.ticking = HereDesk(envs, scorer), Caller(self._answer), itertools.count(1), {}, False
+        self.desk, self.caller = HereDesk(envs, scorer), Caller(self._answer)
+        self.numbers, self.out, self.ticking = itertools.count(1), {}, False
     async def facts(self)->dict[str, Facts]: return {label: facts_of(env) for label, env in self.desk.envs.items()}
     async def call(self, op:str, label:str, args:tuple, limit:float)->tuple: # kind, value
         "How a call ended."
@@ -56,7 +58,8 @@ class Here:
         return await future
     def _answer(self, number, kind, value):
         loop, future = self.out.pop(number)
-        if kind == 'suspect': kind = 'env_timeout' if value.startswith('no answer') else 'env_error'     # here nobody can be asked again alone
+        # here nobody can be asked again alone
+        if kind == 'suspect': kind = 'env_timeout' if value.startswith('no answer') else 'env_error'
         try: loop.call_soon_threadsafe(lambda: future.done() or future.set_result((kind, value)))
         except RuntimeError: pass           # the loop has ended, and nobody waits
     def _tick(self, loop):
@@ -69,7 +72,8 @@ class Here:
 class Remote:
     "A worker process: its socket, its number, its open calls."
     def __init__(self, sock:socket.socket, pid:int):
-        self.sock, self.pid, self.calls, self.numbers, self.heard, self.retiring, self.gone, self.ready = sock, pid, {}, itertools.count(1), time.monotonic(), '', False, None
+        self.sock, self.pid, self.calls, self.numbers = sock, pid, {}, itertools.count(1)
+        self.heard, self.retiring, self.gone, self.ready = time.monotonic(), '', False, None
     async def open(self):
         self.reader, self.writer = await asyncio.open_connection(sock=self.sock, limit=1<<20)
         self.ready = asyncio.get_running_loop().create_future()
@@ -100,7 +104,8 @@ class Remote:
         elif future and not future.done(): future.set_result((kind, value))
     def frozen(self, grace:float)->bool:
         "Whether it has been silent for longer than a call may take: some call holds the interpreter."
-        return bool(self.calls) and time.monotonic() > self.heard + min(limit for _, limit in self.calls.values()) + grace
+        return bool(self.calls) and time.monotonic() > self.heard + min(limit
+            for _, limit in self.calls.values()) + grace
     def fail(self, kind:str='suspect', why:str='its process died'):
         "It is gone: end what is open."
         self.gone = True
@@ -112,13 +117,17 @@ class Remote:
         except RuntimeError: self.sock.close()
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000012
-PASSED = ('PATH', 'LANG', 'LC_ALL', 'LC_CTYPE', 'TZ', 'LD_LIBRARY_PATH', 'PYTHONHOME', 'VIRTUAL_ENV', 'SSL_CERT_FILE', 'NIX_LD', 'NIX_LD_LIBRARY_PATH')
-FIXED = dict(HOME='/tmp', MPLCONFIGDIR='/tmp', TMPDIR='/tmp', PYTHONHASHSEED='0', PYTHONDONTWRITEBYTECODE='1', OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MPLBACKEND='agg', TOKENIZERS_PARALLELISM='false')
+PASSED = ('PATH', 'LANG', 'LC_ALL', 'LC_CTYPE', 'TZ', 'LD_LIBRARY_PATH', 'PYTHONHOME', 'VIRTUAL_ENV', 'SSL_CERT_FILE',
+    'NIX_LD', 'NIX_LD_LIBRARY_PATH')
+FIXED = dict(HOME='/tmp', MPLCONFIGDIR='/tmp', TMPDIR='/tmp', PYTHONHASHSEED='0', PYTHONDONTWRITEBYTECODE='1',
+    OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MPLBACKEND='agg', TOKENIZERS_PARALLELISM='false')
 
 def variables(open_:bool)->dict[str, str]:
     "Environment variables of a nursery: a few that Python needs; for one that is open, all but the run's own."
     path = dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-    if open_: return {k: v for k, v in os.environ.items() if not k.startswith('MOE_RL')} | path | dict(PYTHONHASHSEED='0', OMP_NUM_THREADS='1')
+    if open_:
+        return {k: v for k, v in os.environ.items() if not k.startswith('MOE_RL')} | path | dict(PYTHONHASHSEED='0',
+            OMP_NUM_THREADS='1')
     return {k: os.environ[k] for k in PASSED if k in os.environ} | FIXED | path
 
 class NotIsolated(Exception): "The system refused a sandbox; the message says why."
@@ -163,7 +172,8 @@ class Nurse:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control.setblocking(False)
         out, into = os.pipe()
-        self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.rollout.apart', str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=into, stderr=into,
+        self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.rollout.apart', str(theirs.fileno())],
+                                        pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=into, stderr=into,
                                         env=variables(open_), start_new_session=True, cwd='/')
         theirs.close(), os.close(into)
         self.prints, self.end = Prints(out, log), weakref.finalize(self, kill, self.process, self.inside)
@@ -174,9 +184,13 @@ class Nurse:
             kind, _, rest = word.partition(' ')
             if kind == 'born': self.inside.append(int(rest))
             elif kind == 'refused': raise NotIsolated(rest)
-            else: raise UserError(rest if kind == 'failed' else f'the process of the environments died while it started: {self.prints.words()}')
+            else:
+                raise UserError(rest if kind == 'failed' else 'the process of the environments died while it '
+                    f'started: {self.prints.words()}')
     async def hear(self)->str: # empty: it has ended
-        try: return (await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.control, 1<<16), self.START)).decode()
+        try:
+            return (await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.control, 1<<16),
+                self.START)).decode()
         except (ConnectionError, TimeoutError): return ''
     async def fork(self)->Remote:
         "A new worker. `ConnectionError` if the nursery has died."
@@ -203,7 +217,9 @@ class Nurse:
 class Staff:
     "The processes of one setup."
     def __init__(self, setup:Setup, open_:bool=False, workers:int=1, log:str=''):
-        self.setup, self.open_, self.size, self.log, self.nurse, self.remotes, self.known, self.opening, self.hiring = setup, open_, workers, log, None, [], None, asyncio.Lock(), asyncio.Lock()
+        self.setup, self.open_, self.size, self.log, self.nurse = setup, open_, workers, log, None
+        self.remotes, self.known, self.opening = [], None, asyncio.Lock()
+        self.hiring = asyncio.Lock()
     async def start(self)->Remote:
         "Fork a worker; start the nursery first if there is none."
         words = ''
@@ -215,7 +231,9 @@ class Staff:
                 if kind == 'failed': raise UserError(value)
                 if kind == 'ready': self.known = msgspec.convert(value, dict[str, Facts]); return remote
                 words = nurse.prints.words()
-            except TimeoutError: raise UserError(f'environments: a worker was not ready within {Nurse.START:g} s: make __init__ quicker') from None
+            except TimeoutError:
+                raise UserError(
+                    f'environments: a worker was not ready within {Nurse.START:g} s: make __init__ quicker') from None
             except OSError as e: words = str(e)
             if self.nurse is nurse: self.drop()
         raise UserError(f'environments: their process dies again and again while it starts: {words}')
@@ -253,7 +271,8 @@ class Staff:
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000017
 class Crew(Staff):
     "The workers of one setup, and calls to them."
-    GRACE, CELLS, AGAIN = 1., 4, 4     # seconds of silence beyond a limit; suspects asked at a time; tries of an innocent call
+    # seconds of silence beyond a limit; suspects asked at a time; tries of an innocent call
+    GRACE, CELLS, AGAIN = 1., 4, 4
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.alone, self.cells, self.single, self.watching = [], asyncio.Semaphore(self.CELLS), asyncio.Lock(), None
@@ -272,7 +291,8 @@ class Crew(Staff):
             return 'env_error', str(e)
     async def ask_alone(self, op, label, args, limit, shares)->tuple:
         "Ask in a worker that does nothing else."
-        for cell in (self.cells, self.single, self.single):    # one that died may have been killed by a neighbour: then really alone
+        # one that died may have been killed by a neighbour: then really alone
+        for cell in (self.cells, self.single, self.single):
             async with cell:
                 remote = await self.start()
                 self.alone.append(remote)
@@ -293,7 +313,9 @@ class Crew(Staff):
         while any(r.calls for r in [*self.remotes, *self.alone]):
             await asyncio.sleep(.2)
             for r in [*self.remotes, *self.alone]:
-                if r.frozen(self.GRACE): self.bury(r, *(('suspect', 'frozen') if len(r.calls) > 1 else ('env_timeout', 'no answer in time, and it held the interpreter')))
+                if r.frozen(self.GRACE):
+                    self.bury(r, *(('suspect', 'frozen') if len(r.calls) > 1
+                        else ('env_timeout', 'no answer in time, and it held the interpreter')))
                 elif r.retiring == 'blocked': self.bury(r, 'again', 'its loop was blocked by another call')
                 elif r.retiring and not r.calls: self.bury(r)
             self.remotes = [r for r in self.remotes if not r.gone]
@@ -305,16 +327,23 @@ class Crew(Staff):
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000019
 class Apart:
     "Environments in processes, as the settings describe them; a loop of its own, in a thread, looks after them."
-    def __init__(self, sections:list[dict], seed:int=0, reward:str='', hides:list[str]=(), workers:int=1, memory:int=4<<30, log:str='', say:Callable[[str], None]=lambda line: None):
-        self.sections, self.weights, self.say, self.reward, self.seed = {str(n): s for n, s in enumerate(sections)}, [s.get('weight', 1.) for s in sections], say, reward, seed
+    def __init__(self, sections:list[dict], seed:int=0, reward:str='', hides:list[str]=(), workers:int=1,
+            memory:int=4<<30, log:str='', say:Callable[[str], None]=lambda line: None):
+        self.sections = {str(n): s for n, s in enumerate(sections)}
+        self.weights, self.say, self.reward = [s.get('weight', 1.) for s in sections], say, reward
+        self.seed = seed
         self.labels, self.known, self.numbers, self.crews, self.shares = [], None, {}, {}, {}
         for open_ in (False, True):
-            mine = [section_of(number, s) for number, s in self.sections.items() if not open_ and stock(s['name']) or (s.get('isolate', 'auto') == 'none') == open_]
+            mine = [section_of(number, s) for number, s in self.sections.items() if not open_ and stock(s['name'])
+                or (s.get('isolate', 'auto') == 'none') == open_]
             if not mine: continue
-            plan = Plan(isolate=False, memory=1<<62, file=1<<62, processes=1<<20, folder=os.getcwd()) if open_ else plan_for(hides=hides, memory=memory)
+            plan = Plan(isolate=False, memory=1<<62, file=1<<62, processes=1<<20,
+                folder=os.getcwd()) if open_ else plan_for(hides=hides, memory=memory)
             self.crews[open_] = Crew(Setup(mine, plan, seed, reward, [p for p in sys.path if p]), open_, workers, log)
         for s in sections:
-            if stock(s['name']) and s.get('isolate') == 'none' and not reward: raise UserError(f'env {s["name"]}: isolate = "none" is for environments of your own and for an rl.reward of your own; a stock scorer is always isolated')
+            if stock(s['name']) and s.get('isolate') == 'none' and not reward:
+                raise UserError(f'env {s["name"]}: isolate = "none" is for environments of your own and for an '
+                                'rl.reward of your own; a stock scorer is always isolated')
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True, name='environments').start()
         self.opening, self.end = asyncio.Lock(), weakref.finalize(self, self.loop.call_soon_threadsafe, self.loop.stop)
@@ -336,16 +365,20 @@ class Apart:
         return self.known
     async def unprotected(self, crew:Crew, why:str)->dict[str, Facts]:
         "Go on without a sandbox, but with nothing that executes what a model writes."
-        self.say(f'environments are not isolated on this system ({why}): they run with your rights, but without the run\'s secrets')
+        self.say(f'environments are not isolated on this system ({why}): they run with your rights, but without the '
+                 'run\'s secrets')
         crew.setup.plan.isolate, crew.setup.plan.folder = False, os.getcwd()
         found = await crew.facts()
         for f in found.values():
-            if f.executes: raise UserError(f'env {f.name}: its scorer executes what the model writes, and this system isolates no process ({why}): allow user namespaces, or take another task')
+            if f.executes:
+                raise UserError(f'env {f.name}: its scorer executes what the model writes, and this system isolates '
+                                f'no process ({why}): allow user namespaces, or take another task')
         return found
     async def pass_on(self, op, label, args, limit):
         await self.open()
         number, (own, _) = self.numbers[label], self.shares[label]
-        return await self.crew(number, op).call(op, number, args, limit, (own, max(share for share, _ in self.shares.values())))
+        return await self.crew(number, op).call(op, number, args, limit,
+            (own, max(share for share, _ in self.shares.values())))
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000019b
 class Doors(Apart):
@@ -357,7 +390,8 @@ class Doors(Apart):
     async def call(self, op:str, label:str, args:tuple, limit:float)->tuple: # kind, value
         "How a call ended."
         return await asyncio.wrap_future(self.send(self.pass_on(op, label, args, limit)))
-    def now(self, op:str, label:str, args:tuple, limit:float)->tuple: return self.send(self.pass_on(op, label, args, limit)).result()
+    def now(self, op:str, label:str, args:tuple, limit:float)->tuple:
+        return self.send(self.pass_on(op, label, args, limit)).result()
     def facts_now(self)->dict[str, Facts]: return self.known or self.send(self.open()).result()
     def close(self):
         "End all processes."
@@ -381,7 +415,8 @@ class Outage:
     "Counts failures in a row of one function; from `AFTER` of them on, calls wait until one has succeeded, for `patience` seconds at most."
     AFTER, LONGEST, TRIES = 8, 30., 3
     def __init__(self, what:str, patience:float, say:Callable[[str], None]):
-        self.what, self.patience, self.say, self.row, self.worked, self.gate, self.since, self.delay = what, patience, say, 0, 0., asyncio.Lock(), 0., .5
+        self.what, self.patience, self.say, self.row, self.worked = what, patience, say, 0, 0.
+        self.gate, self.since, self.delay = asyncio.Lock(), 0., .5
     def here(self)->bool: return self.worked > 0 and self.row >= self.AFTER and self.patience > 0
     def over(self)->bool: return time.monotonic() > self.since + self.patience
     def note(self, began:float, good:bool, message:str=''):
@@ -393,7 +428,8 @@ class Outage:
         self.row += began > self.worked
         if self.here() and self.row == self.AFTER and began > self.worked:
             self.since = time.monotonic()
-            self.say(f'{self.what} has failed {self.row} times in a row ({message}): waiting up to {self.patience:g} s for it')
+            self.say(f'{self.what} has failed {self.row} times in a row ({message}): waiting up to {self.patience:g} '
+                     's for it')
     async def turn(self, call:Callable):
         "Make a call; during an outage in turn, after a pause."
         if not self.here(): return await self.noted(call)
@@ -421,13 +457,17 @@ class Guard:
     `reward='exact'` scores every task by `exact_match` instead of the environment's own score, `'module:attribute'` by a
     function `(task, turns) -> float`, `async def` or `def`. `reward='auto'` is the mean of score and exact match, or the exact match alone for the
     environments in `sharp`; without a reference answer it is the score. `width` calls are open at a time; the clock of a call starts when it does."""
-    def __init__(self, env:Environment|Apart, timeout:float=10., reward:str='score', width:int=64, patience:float=300., say:Callable[[str], None]=lambda line: None, **apart):
-        if reward not in ('auto', 'score', 'exact') and ':' not in reward: raise UserError(f"rl.reward: {reward!r}, expected 'auto', 'score', 'exact' or \"module:attribute\"")
+    def __init__(self, env:Environment|Apart, timeout:float=10., reward:str='score', width:int=64, patience:float=300.,
+            say:Callable[[str], None]=lambda line: None, **apart):
+        if reward not in ('auto', 'score', 'exact') and ':' not in reward:
+            raise UserError(f"rl.reward: {reward!r}, expected 'auto', 'score', 'exact' or \"module:attribute\"")
         own = reward if ':' in reward else ''
         if own: load_attribute(own)        # a wrong name is said now
         self.env, self.timeout, self.reward, self.sharp = env, timeout, reward, set()
-        self.host = env if isinstance(env, Apart) else getattr(env, 'host', None) or (Doors(recipe_of(env), env.seed, own, say=say, **apart) if env.recipe else Local(env, own))
-        self.width, self.patience, self.say, self.failures, self.outages, self.seats = width, patience, say, Counter(), {}, {}
+        self.host = env if isinstance(env, Apart) else getattr(env, 'host',
+            None) or (Doors(recipe_of(env), env.seed, own, say=say, **apart) if env.recipe else Local(env, own))
+        self.width, self.patience, self.say, self.failures = width, patience, say, Counter()
+        self.outages, self.seats = {}, {}
     def beside(self, reward:str|None=None)->'Guard':
         "The same environments and the same count of failures, with a width of its own: for an evaluation that must not wait for training's calls."
         other = copy.copy(self)
@@ -441,9 +481,11 @@ class Guard:
         await self.host.facts()
         loop = asyncio.get_running_loop()
         if (loop, 'width') not in self.seats: self.seats[loop, 'width'] = asyncio.Semaphore(self.width)
-        outage = self.outages.setdefault((loop, label, op), Outage(f'{label}: {op}', self.patience, lambda line: self.say(line)))
+        outage = self.outages.setdefault((loop, label, op), Outage(f'{label}: {op}', self.patience,
+            lambda line: self.say(line)))
         async def call():
-            async with self.seats[loop, 'width']: return time.monotonic(), *await self.host.call(op, label, args, limit or self.timeout)
+            async with self.seats[loop, 'width']:
+                return time.monotonic(), *await self.host.call(op, label, args, limit or self.timeout)
         for attempt in range(Outage.TRIES):
             kind, value = await outage.turn(call)
             if kind in ('ok', 'env_reward') or not outage.here() or outage.over(): break
@@ -465,10 +507,13 @@ class Guard:
     async def score(self, task:Task, turns:list[str])->float:
         "The reward, a finite float."
         if self.reward == 'exact' or self.reward == 'auto' and task.env in self.sharp:
-            if task.answer is None: raise UserError(f"{task.env}: its tasks have no reference answer, so rl.reward = 'exact' is impossible: use 'score'")
+            if task.answer is None:
+                raise UserError(f"{task.env}: its tasks have no reference answer, so rl.reward = 'exact' is "
+                                "impossible: use 'score'")
             return exact_match(task, turns)      # our own and quick: no process
         await self.host.facts()
-        value = usable_reward(await self._call('reward' if ':' in self.reward else 'score', task.env, (self._sent(task), turns)))
+        value = usable_reward(await self._call('reward' if ':' in self.reward else 'score', task.env,
+            (self._sent(task), turns)))
         return value if self.reward != 'auto' or task.answer is None else (value + exact_match(task, turns))/2
     def _task(self, value, label:str)->Task:
         if isinstance(value, Task): return value
@@ -529,15 +574,18 @@ class Proxy(Environment):
     def count(self, found)->Task|None:
         if not isinstance(found, str): self.good += 1; return self.task(found)
         self.bad += 1
-        if not self.last: self.host.say(f'{self.name}: a problem can not be drawn and is skipped, as all like it: {found}')
+        if not self.last:
+            self.host.say(f'{self.name}: a problem can not be drawn and is skipped, as all like it: {found}')
         self.last = found
-        if self.bad >= self.FAILS and self.bad > self.good: raise UserError(f'env {self.name}: most of its problems can not be drawn, the last: {found}')
+        if self.bad >= self.FAILS and self.bad > self.good:
+            raise UserError(f'env {self.name}: most of its problems can not be drawn, the last: {found}')
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000025b
 class DrawnProxy(Proxy):
     "The two sides of one, drawn in pieces."
     def candidates(self, number=0):
-        for (key,), task, spent in self.series('problem', ([mix('held out', self.name, n)] for n in itertools.count(number))):
+        for (key,), task, spent in self.series('problem', ([mix('held out', self.name, n)]
+                for n in itertools.count(number))):
             yield number, task, spent
             number += 1
 
@@ -565,6 +613,7 @@ def open_envs(
     host = Doors(sections, seed, reward if ':' in reward else '', **apart)
     try: facts = host.facts_now()
     except BaseException: host.close(); raise
-    mixture = Proxies([(OwnProxy if f.own_held_out else DrawnProxy)(host, label, limit) for label, f in facts.items()], host.weights)
+    mixture = Proxies([(OwnProxy if f.own_held_out else DrawnProxy)(host, label, limit) for label, f in facts.items()],
+        host.weights)
     mixture.host, mixture.seed = host, seed
     return mixture

@@ -126,7 +126,8 @@ class PagedCache:
         dtype:torch.dtype=torch.float32, device:str|torch.device='cpu',
     ):
         self.block_size, self.num_blocks, self.shape = block_size, num_blocks, shape
-        self.compute = dtype if torch.device(device).type == 'cuda' else torch.promote_types(dtype, torch.float32) # what queries meet the keys in
+        # what queries meet the keys in
+        self.compute = dtype if torch.device(device).type == 'cuda' else torch.promote_types(dtype, torch.float32)
         slots = num_blocks*block_size
         self.num_experts = max(1, num_experts) # a dense model has routes, of width 0
         self.kv = torch.zeros(num_layers, slots, shape.columns, dtype=dtype, device=device) # keys, then values
@@ -170,7 +171,8 @@ def plain_attend(
     counts:np.ndarray, # [R] int64 tokens of each request in this step, sum N
 )->AttendFn:
     "The definition: for each request, write, gather all slots so far, attend with an explicit mask. The oracle of `paged_attend`."
-    def attend(layer:int, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor: # [N,H,hd] and [N,KV,hd] x 2 -> [N,H,hd]
+    # [N,H,hd] and [N,KV,hd] x 2 -> [N,H,hd]
+    def attend(layer:int, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor:
         here = [cache.slots(t, np.arange(s, s+n)) for t,s,n in zip(tables, starts, counts)]
         cache.kv[layer,np.concatenate(here)] = join_kv(k, v, cache.shape)
         out, token = [], 0
@@ -194,13 +196,16 @@ class RowGroup:
         counts:np.ndarray,  # [R] int64, all >= 1
         block_size:int, device:torch.device, dtype:torch.dtype, # of the mask: the queries'
     ):
-        self.tables, self.starts, self.counts, self.block_size, self.device, self.dtype = tables, starts, counts, block_size, device, dtype
+        self.tables, self.starts, self.counts, self.block_size = tables, starts, counts, block_size
+        self.device, self.dtype = device, dtype
         self.tokens, self.Q = slice(first, first+int(counts.sum())), int(counts.max())
         self.views = {}
         if self.Q > 1:
             column = np.arange(self.Q)
-            self.pad = self._put((counts.cumsum()-counts)[:,None] + np.minimum(column, counts[:,None]-1)) # [R,Q] token of each query
-            self.unpad = self._put(np.flatnonzero((column < counts[:,None]).ravel()))                     # [n] query of each token
+            # [R,Q] token of each query
+            self.pad = self._put((counts.cumsum()-counts)[:,None] + np.minimum(column, counts[:,None]-1))
+            # [n] query of each token
+            self.unpad = self._put(np.flatnonzero((column < counts[:,None]).ravel()))
 
     def _put(self, x:np.ndarray)->Tensor: return torch.from_numpy(x).to(self.device)
 
@@ -209,9 +214,11 @@ class RowGroup:
         if window in self.views: return self.views[window]
         bs, last = self.block_size, (self.starts+self.counts-1)//self.block_size                 # [R]
         first = np.zeros_like(last) if window is None else np.maximum(self.starts-window+1, 0)//bs
-        column = first[:,None] + np.arange((last-first).max()+1)                                  # [R,m] index into the table
+        # [R,m] index into the table
+        column = first[:,None] + np.arange((last-first).max()+1)
         blocks = np.take_along_axis(self.tables, np.minimum(column, last[:,None]), 1)
-        key = (column[:,:,None]*bs + np.arange(bs)).reshape(len(last), 1, -1)                     # [R,1,K] position of each key
+        # [R,1,K] position of each key
+        key = (column[:,:,None]*bs + np.arange(bs)).reshape(len(last), 1, -1)
         query = (self.starts[:,None] + np.arange(self.Q))[:,:,None]                               # [R,Q,1]
         seen = key <= query
         if window is not None: seen &= key > query-window
@@ -227,9 +234,12 @@ class RowGroup:
         "Gather, then one call of scaled dot-product attention."
         blocks, mask = self.view(window)
         R, (n,H,hd) = len(self.starts), q.shape
-        kv = store.view(-1, self.block_size*store.shape[-1]).index_select(0, blocks).view(R, -1, store.shape[-1]).to(q.dtype)
+        kv = store.view(-1, self.block_size*store.shape[-1]).index_select(0, blocks).view(R, -1,
+            store.shape[-1]).to(q.dtype)
         k, v = (t.transpose(1, 2) for t in split_kv(kv, shape))                                  # [R,KV,K,hd]
-        if self.Q == 1: return F.scaled_dot_product_attention(q.reshape(R, shape.heads, -1, hd), k, v, attn_mask=mask).reshape(n, H, -1)
+        if self.Q == 1:
+            return F.scaled_dot_product_attention(q.reshape(R, shape.heads, -1, hd), k, v, attn_mask=mask).reshape(n, H,
+                -1)
         q = q.index_select(0, self.pad.view(-1)).view(R, self.Q, H, hd).transpose(1, 2)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H > shape.heads)
         return o.transpose(1, 2).flatten(0, 1).index_select(0, self.unpad)
@@ -274,14 +284,17 @@ class StepLayout:
         counts:np.ndarray, # [R] int64 new tokens of each request, sum N
     ):
         device, kinds, blocks = cache.kv.device, size_class(counts), (starts+counts-1)//cache.block_size
-        if ((np.diff(kinds) < 0) | ((np.diff(kinds) == 0) & (np.diff(blocks) > 0))).any(): raise ValueError('requests of a step must be in step_order')
-        self.row = row = np.repeat(np.arange(len(counts)), counts)                                       # [N] request of each token
+        if ((np.diff(kinds) < 0) | ((np.diff(kinds) == 0) & (np.diff(blocks) > 0))).any():
+            raise ValueError('requests of a step must be in step_order')
+        # [N] request of each token
+        self.row = row = np.repeat(np.arange(len(counts)), counts)
         self.host_positions = position = np.arange(len(row)) + (starts-(counts.cumsum()-counts))[row]   # [N] int64
         self.slots = tables[row,position//cache.block_size]*cache.block_size + position%cache.block_size # [N] int64
         self.positions, self.slot_ids = (torch.from_numpy(x).to(device) for x in (position, self.slots))
         edges = rectangles(kinds, blocks)
         first = np.append(0, counts.cumsum())
-        self.groups = [RowGroup(int(first[a]), tables[a:b], starts[a:b], counts[a:b], cache.block_size, device, cache.compute)
+        self.groups = [RowGroup(int(first[a]), tables[a:b], starts[a:b], counts[a:b], cache.block_size, device,
+            cache.compute)
                        for a,b in zip(edges, edges[1:])]
 
 def paged_attend(
@@ -289,7 +302,8 @@ def paged_attend(
     layout:StepLayout,
 )->AttendFn:
     "Write the new keys and values, then attend group by group over the gathered blocks."
-    def attend(layer:int, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor: # [N,H,hd] and [N,KV,hd] x 2 -> [N,H,hd]
+    # [N,H,hd] and [N,KV,hd] x 2 -> [N,H,hd]
+    def attend(layer:int, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor:
         store = cache.kv[layer]
         store.index_copy_(0, layout.slot_ids, join_kv(k, v, cache.shape).to(store.dtype))
         q = q.to(cache.compute)

@@ -33,10 +33,13 @@ class Profile(msgspec.Struct, kw_only=True):
     conversation:bool    # whether the environment may answer the model's turns
     @property
     def answered(self)->bool: return any(t.answer is not None for t in self.tasks)
-    def __repr__(self): return f'Profile({self.env}: {self.drawn} draws, {len(self.tasks)} kept, {len(self.held_out)} held out ({self.share:.3g} of all texts))'
+    def __repr__(self):
+        return (f'Profile({self.env}: {self.drawn} draws, {len(self.tasks)} kept, {len(self.held_out)} held out '
+                f'({self.share:.3g} of all texts))')
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f00009
-SHARES, ENOUGH = (1/16, 1/8, 1/4, 1/3), 128 # of all texts; held-out problems for which a larger share is worth its price
+# of all texts; held-out problems for which a larger share is worth its price
+SHARES, ENOUGH = (1/16, 1/8, 1/4, 1/3), 128
 
 def choose_share(
     hashes,     # text hashes of the distinct problems that were drawn
@@ -48,7 +51,8 @@ def choose_share(
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f0000d
 class Drawing:
     "Draws of one environment until there are enough; `profile` is what came out."
-    def __init__(self, env:Environment, wanted:int=512, share:float|None=None, keep:int=1000): # share: given, or None: chosen at the end
+    # share: given, or None: chosen at the end
+    def __init__(self, env:Environment, wanted:int=512, share:float|None=None, keep:int=1000):
         self.env, self.wanted, self.share, self.keep = env, wanted, share, keep
         self.seen, self.held, self.tasks, self.drawn, self.idle, self.seconds, self.slowest = {}, {}, [], 0, 0, 0.0, 0.0
 
@@ -68,7 +72,8 @@ class Drawing:
     def enough(self)->bool:
         "Whether the usual share holds out all that are wanted, or the supply of texts has ended."
         usual = self.share or SHARES[0]
-        if self.drawn % 64 == 0 and sum(h < usual for h in self.seen.values()) >= self.wanted: return len(self.tasks) >= min(self.keep, len(self.seen))
+        if self.drawn % 64 == 0 and sum(h < usual for h in self.seen.values()) >= self.wanted:
+            return len(self.tasks) >= min(self.keep, len(self.seen))
         return self.idle > max(1000, 4*(len(self.seen) + 1)) or self.drawn >= 64*self.wanted/usual
 
     def sound(self)->bool:
@@ -81,9 +86,12 @@ class Drawing:
         held = [(n, t) for n, t in sorted(self.held.items()) if self.seen[t.prompt] < share][:self.wanted]
         tasks = [t for t in self.tasks if self.seen[t.prompt] >= share][:self.keep]
         if not held or not tasks:
-            raise UserError(f'env {self.env.name}: {self.drawn} draws gave {len(self.seen)} different prompts, {len(held)} of them held out: a task needs texts for training and for evaluation')
-        return Profile(env=self.env.name, share=share, tasks=tasks, held_out=[t for _, t in held], numbers=[n for n, _ in held], drawn=self.drawn,
-                       seconds=self.seconds/self.drawn, slowest=self.slowest, conversation=not self.env.single_turn(tasks[0]))
+            raise UserError(f'env {self.env.name}: {self.drawn} draws gave {len(self.seen)} different prompts, '
+                            f'{len(held)} of them held out: a task needs texts for training and for evaluation')
+        return Profile(env=self.env.name, share=share, tasks=tasks, held_out=[t for _, t in held],
+                       numbers=[n for n, _ in held], drawn=self.drawn,
+                       seconds=self.seconds/self.drawn, slowest=self.slowest,
+                       conversation=not self.env.single_turn(tasks[0]))
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f0000f
 def own_list(env)->bool:
@@ -96,7 +104,8 @@ def own_profile(env, wanted:int)->Profile:
     held, tasks = env.held_out(wanted)[:wanted], [env.sample(i) for i in range(400)]
     if not held: raise UserError(f'env {env.name}: held_out({wanted}) gave no problem')
     spent, count = time.monotonic() - began, len(held) + len(tasks)
-    return Profile(env=env.name, share=getattr(env, 'held_out_share', SHARES[0]), tasks=tasks, held_out=held, numbers=list(range(len(held))), drawn=count, seconds=spent/count, slowest=spent/count,
+    return Profile(env=env.name, share=getattr(env, 'held_out_share', SHARES[0]), tasks=tasks, held_out=held,
+                   numbers=list(range(len(held))), drawn=count, seconds=spent/count, slowest=spent/count,
                    conversation=not (hasattr(env, 'single_turn') and env.single_turn(tasks[0])))
 
 def recall(env, numbers:list[int])->list[Task]:
@@ -134,7 +143,8 @@ def lengths(
 )->Lengths:
     "How long prompts and answers are."
     tasks = profile.tasks[:most]
-    return Lengths(np.array([len(tokenizer.render_prompt(t.prompt)) for t in tasks]), np.array([len(tokenizer.encode(t.answer)) + 1 for t in tasks if t.answer is not None], dtype=int))
+    return Lengths(np.array([len(tokenizer.render_prompt(t.prompt)) for t in tasks]),
+        np.array([len(tokenizer.encode(t.answer)) + 1 for t in tasks if t.answer is not None], dtype=int))
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f00019
 LONG, LETTERS = 96, 300_000 # tokens of a prompt that is long; characters that are looked at
@@ -182,20 +192,26 @@ def task_lines(profile:Profile, size:Lengths)->list[str]:
     "What is worth knowing about a task before it is trained."
     span = lambda x: f'{x.min()} to {x.max()}'
     text, share = best_constant(profile.tasks)
-    known = f'answers {span(size.answers)} tokens, best constant answer {_share(share)}' if len(size.answers) else 'no reference answers'
-    return [f'{profile.env}: prompts {span(size.prompts)} tokens, {known}; {len(profile.held_out)} held-out problems of {profile.drawn} draws ({1000*profile.seconds:.2g} ms each)']
+    known = f'answers {span(size.answers)} tokens, best constant answer {_share(share)}' if len(
+        size.answers) else 'no reference answers'
+    return [f'{profile.env}: prompts {span(size.prompts)} tokens, {known}; {len(profile.held_out)} held-out problems '
+            f'of {profile.drawn} draws ({1000*profile.seconds:.2g} ms each)']
 
 def facts(profile:Profile, size:Lengths)->dict[str, float]:
     "What a run keeps of a profile, for its verdict: median tokens, seconds of a draw, share of the best constant answer."
-    return dict(prompt=float(np.median(size.prompts)), answer=float(np.median(size.answers)) if len(size.answers) else 0., draw=profile.seconds, constant=best_constant(profile.tasks)[1])
+    return dict(prompt=float(np.median(size.prompts)), answer=float(np.median(size.answers)) if len(size.answers)
+        else 0., draw=profile.seconds, constant=best_constant(profile.tasks)[1])
 
 def warnings(s:Settings, profile:Profile, size:Lengths, room:int)->list[str]: # room: tokens of the longest conversation
     "What the profile says against the sizes of `s`."
     out, fits = [], float(np.mean(size.prompts + s.engine.max_tokens <= room))
     if len(size.answers) and (share := float(np.mean(size.answers <= s.engine.max_tokens))) < .95:
-        out.append(f'{profile.env}: only {_share(share)} of the reference answers fit engine.max_tokens = {s.engine.max_tokens}')
+        out.append(f'{profile.env}: only {_share(share)} of the reference answers fit engine.max_tokens = '
+                   f'{s.engine.max_tokens}')
     if not profile.answered: out.append(f'{profile.env}: without reference answers there is no warm start')
-    if fits < 1: out.append(f'{profile.env}: {_share(1-fits)} of the problems leave no room for an answer in {room} tokens, and are left out')
+    if fits < 1:
+        out.append(f'{profile.env}: {_share(1-fits)} of the problems leave no room for an answer in {room} tokens, '
+                   'and are left out')
     return out
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f00028
@@ -211,7 +227,8 @@ def fit(
     def auto(section, key, value):
         if getattr(section, key) == 'auto': setattr(section, key, value)
     auto(s.engine, 'max_tokens', max(answer_limit(l.answers, p.conversation) for l, p in zip(sizes, profiles)))
-    mean = float(sum(w*(l.prompts.mean() + (l.answers.mean() if len(l.answers) else s.engine.max_tokens/2)) for w, l in zip(weights, sizes)))
+    mean = float(sum(w*(l.prompts.mean() + (l.answers.mean() if len(l.answers) else s.engine.max_tokens/2))
+        for w, l in zip(weights, sizes)))
     turns = s.rl.max_turns if any(p.conversation for p in profiles) else 1
     longest = min(LONGEST_PROMPT, max(int(l.prompts.max()) for l in sizes)) + turns*s.engine.max_tokens
     auto(s.model, 'max_position_embeddings', max(2048, up(longest, 256)))

@@ -26,7 +26,8 @@ def syscall(name:str, *args):
         code = ctypes.get_errno()
         raise OSError(code, f'{name}: {os.strerror(code)}')
 
-NEW_USER, NEW_MOUNT, NEW_PID, NEW_NET, NEW_IPC, NEW_UTS = 0x10000000, 0x20000, 0x20000000, 0x40000000, 0x8000000, 0x4000000
+NEW_USER, NEW_MOUNT, NEW_PID, NEW_NET = 0x10000000, 0x20000, 0x20000000, 0x40000000
+NEW_IPC, NEW_UTS = 0x8000000, 0x4000000
 READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1<<18
 
 # %% ../../nbs/04_rollout/05_sandbox.ipynb #sb000008
@@ -42,8 +43,10 @@ class Plan(msgspec.Struct):
 
 # %% ../../nbs/04_rollout/05_sandbox.ipynb #sb000010
 SYSTEM = ['/usr', '/bin', '/sbin', '/lib', '/lib32', '/lib64', '/nix/store', '/gnu/store'] + ['/etc/' + f for f in
-          ('ld.so.cache', 'ld.so.conf', 'ld.so.conf.d', 'localtime', 'passwd', 'group', 'nsswitch.conf', 'ssl/certs', 'alternatives', 'os-release', 'mime.types', 'fonts')]
-SECRETS = ['.ssh', '.aws', '.azure', '.config', '.docker', '.gnupg', '.kube', '.netrc', '.npmrc', '.pypirc', '.git-credentials', '.cache/huggingface/token', '.bash_history', '.local/share/keyrings']
+          ('ld.so.cache', 'ld.so.conf', 'ld.so.conf.d', 'localtime', 'passwd', 'group', 'nsswitch.conf', 'ssl/certs',
+              'alternatives', 'os-release', 'mime.types', 'fonts')]
+SECRETS = ['.ssh', '.aws', '.azure', '.config', '.docker', '.gnupg', '.kube', '.netrc', '.npmrc', '.pypirc',
+    '.git-credentials', '.cache/huggingface/token', '.bash_history', '.local/share/keyrings']
 
 def plan_for(
     hides:list[str]=(),   # the run's folder
@@ -56,7 +59,8 @@ def plan_for(
     shown = [os.path.abspath(p) for p in [*SYSTEM, *python, here, *reads] if p and os.path.exists(p)]
     shown = [p for p in shown if p != '/' and p != str(home)]
     hidden = [os.path.abspath(p) for p in [*hides, *(home/s for s in SECRETS)]]
-    return Plan(reads=sorted({q for p in shown for q in (p, os.path.realpath(p))}), hides=hidden, folder=here if here in shown else '/', **limits)
+    return Plan(reads=sorted({q for p in shown for q in (p, os.path.realpath(p))}), hides=hidden,
+        folder=here if here in shown else '/', **limits)
 
 # %% ../../nbs/04_rollout/05_sandbox.ipynb #sb000013
 def unescape(path:str)->str:
@@ -79,12 +83,14 @@ def show(path:str, root:str):
     if os.path.isdir(path): os.makedirs(target)
     else: open(target, 'x').close()
     syscall('mount', path, target, None, BIND | RECURSIVE, None)
-    for p, flags in mounts(target): syscall('mount', None, p, None, BIND | REMOUNT | READ_ONLY | NO_SUID | NO_DEV | flags, None)
+    for p, flags in mounts(target):
+        syscall('mount', None, p, None, BIND | REMOUNT | READ_ONLY | NO_SUID | NO_DEV | flags, None)
 
 def cover(path:str, root:str):
     "Put something empty over `path`, if the new root shows it."
     target = root + path
-    if os.path.isdir(target) and not os.path.islink(target): syscall('mount', 'tmpfs', target, 'tmpfs', READ_ONLY | NO_SUID | NO_DEV, 'size=4k,mode=755')
+    if os.path.isdir(target) and not os.path.islink(target):
+        syscall('mount', 'tmpfs', target, 'tmpfs', READ_ONLY | NO_SUID | NO_DEV, 'size=4k,mode=755')
     elif os.path.exists(target): syscall('mount', '/dev/null', target, None, BIND, None)
 
 # %% ../../nbs/04_rollout/05_sandbox.ipynb #sb000014
@@ -131,7 +137,8 @@ def give_up_rights():
 
 def limit(plan:Plan):
     "Limits of memory, file size and processes; no core files."
-    for what, value in ((resource.RLIMIT_DATA, plan.memory), (resource.RLIMIT_FSIZE, plan.file), (resource.RLIMIT_NPROC, plan.processes), (resource.RLIMIT_CORE, 0)):
+    for what, value in ((resource.RLIMIT_DATA, plan.memory), (resource.RLIMIT_FSIZE, plan.file),
+            (resource.RLIMIT_NPROC, plan.processes), (resource.RLIMIT_CORE, 0)):
         hard = resource.getrlimit(what)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(what, (value, value))
@@ -163,5 +170,6 @@ def enter(
 def isolation()->str: # empty: it works
     "Why this system isolates no process, in a few words."
     code = 'from moe_rl.rollout.sandbox import enter, plan_for; enter(plan_for())'
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p)), timeout=60)
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+        env=os.environ | dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p)), timeout=60)
     return '' if r.returncode == 0 else (r.stderr.strip().splitlines() or [f'exit code {r.returncode}'])[-1]

@@ -61,12 +61,16 @@ class Seats:
         max_seqs:int,                   # seats
         lanes:dict[str,float],          # share of each lane
     ):
-        if min(num_blocks, block_size, max_seqs) < 1: raise ValueError(f'num_blocks {num_blocks}, block_size {block_size}, max_seqs {max_seqs}: all must be at least 1')
-        if not lanes or min(lanes.values()) <= 0: raise ValueError(f'lanes {lanes}: give at least one lane, and each a share above 0')
+        if min(num_blocks, block_size, max_seqs) < 1:
+            raise ValueError(f'num_blocks {num_blocks}, block_size {block_size}, max_seqs {max_seqs}: all must be at '
+                             'least 1')
+        if not lanes or min(lanes.values()) <= 0:
+            raise ValueError(f'lanes {lanes}: give at least one lane, and each a share above 0')
         self.pool, self.block_size, self.max_seqs = BlockPool(num_blocks), block_size, max_seqs
         self.lanes = {name: Lane(share) for name,share in lanes.items()}
         self.at:list[Sequence|None] = [None]*max_seqs   # who sits where
-        self.vacant = list(range(max_seqs))             # free seats, a heap: whatever happened before, an empty engine fills up in the same order
+        # free seats, a heap: whatever happened before, an empty engine fills up in the same order
+        self.vacant = list(range(max_seqs))
         self.active = np.zeros(max_seqs, bool)
         # known tokens, tokens whose KV is made, blocks held, blocks that have names, arrival
         self.length, self.computed, self.blocks, self.named, self.age = np.zeros((5, max_seqs), np.int64)
@@ -80,7 +84,8 @@ class Seats:
         self.tokens, self.tables = widen(self.tokens, seq.max_length), widen(self.tables, -(-seq.max_length//bs))
         self.at[row], self.active[row] = seq, True
         self.tokens[row,:n], self.tables[row,:len(held)] = seq.tokens, held
-        self.length[row], self.computed[row], self.blocks[row], self.named[row], self.age[row] = n, computed, len(held), shared, seq.arrival
+        self.length[row], self.computed[row], self.blocks[row] = n, computed, len(held)
+        self.named[row], self.age[row] = shared, seq.arrival
         self.lanes[seq.lane].running += 1
 
     def vacate(self, seq:Sequence)->np.ndarray: # [n] int64, the block table it had
@@ -183,7 +188,9 @@ class Scheduler(Seats):
         prefix_cache:bool=True,           # find blocks by their contents
     ):
         super().__init__(num_blocks, block_size, max_seqs, lanes or {'train': 1.})
-        if max_step_tokens <= max_seqs: raise ValueError(f'max_step_tokens {max_step_tokens} must exceed max_seqs {max_seqs}: prompts would wait for ever')
+        if max_step_tokens <= max_seqs:
+            raise ValueError(f'max_step_tokens {max_step_tokens} must exceed max_seqs {max_seqs}: prompts would wait '
+                             'for ever')
         self.max_step_tokens, self.version, self.prefix_cache = max_step_tokens, version, prefix_cache
         self.seqs:dict[str,Sequence] = {}      # all that are waiting or running
         self.leaders:dict[bytes,Sequence] = {} # who reads a prompt, by the name of its rest
@@ -254,9 +261,11 @@ def add_request(s:Scheduler, id:str, prompt:np.ndarray, max_tokens:int, lane:str
     n, room = len(prompt), s.pool.num_blocks*s.block_size
     if id in s.seqs: raise ValueError(f'request {id!r} is already waiting or running: give each request its own id')
     if lane not in s.lanes: raise ValueError(f'request {id!r}: no lane {lane!r}; the engine has {", ".join(s.lanes)}')
-    if not n or max_tokens < 1: raise ValueError(f'request {id!r}: {n} prompt tokens and max_tokens {max_tokens}: both must be at least 1')
+    if not n or max_tokens < 1:
+        raise ValueError(f'request {id!r}: {n} prompt tokens and max_tokens {max_tokens}: both must be at least 1')
     if n + max_tokens - 1 > room:
-        raise ValueError(f'request {id!r}: prompt of {n} and max_tokens {max_tokens} need {n+max_tokens-1} tokens of KV, the budget is {room}: raise kv_tokens or shorten the request')
+        raise ValueError(f'request {id!r}: prompt of {n} and max_tokens {max_tokens} need {n+max_tokens-1} tokens of '
+                         f'KV, the budget is {room}: raise kv_tokens or shorten the request')
     seq = s.seqs[id] = Sequence(id, lane, s.arrivals, prompt, n+max_tokens)
     s.arrivals += 1
     s.lanes[lane].put(seq)

@@ -40,8 +40,10 @@ class Watchdog:
     def __init__(self, log:str|Path, seconds:float=20.):
         self.seconds, self.stack = seconds, tempfile.NamedTemporaryFile('a', prefix='moe-rl-stack-')
         faulthandler.register(signal.SIGUSR2, file=self.stack, all_threads=True)
-        self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.rollout.watchdog', str(os.getpid()), str(threading.get_ident()), str(seconds), self.stack.name, str(log)],
-                                        stdin=subprocess.PIPE, start_new_session=True)     # a terminal's Ctrl-C is for the run, not for its watchdog
+        self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.rollout.watchdog', str(os.getpid()),
+            str(threading.get_ident()), str(seconds), self.stack.name, str(log)],
+                                        # a terminal's Ctrl-C is for the run, not for its watchdog
+                                        stdin=subprocess.PIPE, start_new_session=True)
         os.set_blocking(self.process.stdin.fileno(), False)
     async def beat(self):
         "To be run as a task of the loop."
@@ -55,4 +57,5 @@ class Watchdog:
         faulthandler.unregister(signal.SIGUSR2)
         self.stack.close()
 
-if __name__ == '__main__' and len(sys.argv) == 6 and sys.argv[1].isdigit(): watch(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), *sys.argv[4:])
+if __name__ == '__main__' and len(sys.argv) == 6 and sys.argv[1].isdigit():
+    watch(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), *sys.argv[4:])

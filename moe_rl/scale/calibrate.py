@@ -28,24 +28,29 @@ def load_rows(path:str|Path)->list[dict]:
     "Published measurements with their setups."
     return tomllib.loads(Path(path).read_text())["row"]
 
-BARS = dict(memory=("mem", None, .10), trainer=("train", .10, .20), pretrain=("train", .15, .30), rl=("rl", .15, .30), decode=("decode", .20, .40), prefill=("decode", .20, .40), sync=("sync", .20, .45))
+BARS = dict(memory=("mem", None, .10), trainer=("train", .10, .20), pretrain=("train", .15, .30), rl=("rl", .15, .30),
+    decode=("decode", .20, .40), prefill=("decode", .20, .40), sync=("sync", .20, .45))
 
 # %% ../../nbs/13_scale/08_calibrate.ipynb #c0a298d0
 def predict_memory(r:dict, st:Stack)->float: # GiB
     "Peak of a trainer's GPU."
-    return trainer_memory(load_model(r["model"]), Layout(r["gpus"], lora=r["lora"], recompute=r["recompute"]), r["tokens"], st, r["sft"]).total/GIB
+    return trainer_memory(load_model(r["model"]), Layout(r["gpus"], lora=r["lora"], recompute=r["recompute"]),
+        r["tokens"], st, r["sft"]).total/GIB
 
 def predict_trainer(r:dict, st:Stack)->float: # seconds of a step of two micro-batches
     "FSDP over all GPUs, full recomputation, texts as long as a micro-batch."
     c = cluster(r["gpu"], 1, per_node=r["gpus"], domain=r["gpus"])
     heads = st.sft_passes if r["sft"] else st.head_passes
-    return trainer_step(load_model(r["model"]), Layout(r["gpus"], lora=r["lora"]), c, replace(st, head_passes=heads), 2*r["gpus"]*r["tokens"], r["tokens"], fill=1.).seconds
+    return trainer_step(load_model(r["model"]), Layout(r["gpus"], lora=r["lora"]), c, replace(st, head_passes=heads),
+        2*r["gpus"]*r["tokens"], r["tokens"], fill=1.).seconds
 
 def predict_pretrain(r:dict, st:Stack)->float: # tokens/s of a GPU
     "Megatron: pipeline, experts over ranks, nothing recomputed, forced balance."
     g = GPUS[r["gpu"]]
-    l = Layout(r["gpus"], r["tp"], r["cp"], r["pp"], r["ep"], 1, r["virtual"], recompute="none", precision=r["precision"])
-    step = trainer_step(load_model(r["model"]), l, cluster(r["gpu"], ceil(r["gpus"]/g.per_node)), st, r["gbs"]*r["tokens"], r["mbs"]*r["tokens"], r["tokens"], fill=1.)
+    l = Layout(r["gpus"], r["tp"], r["cp"], r["pp"], r["ep"], 1, r["virtual"], recompute="none",
+        precision=r["precision"])
+    step = trainer_step(load_model(r["model"]), l, cluster(r["gpu"], ceil(r["gpus"]/g.per_node)), st,
+        r["gbs"]*r["tokens"], r["mbs"]*r["tokens"], r["tokens"], fill=1.)
     return r["gbs"]*r["tokens"]/step.seconds/r["gpus"]
 
 # %% ../../nbs/13_scale/08_calibrate.ipynb #9e94a82b
@@ -57,8 +62,10 @@ def predict_rl(r:dict, st:Stack, sv:ServeStack, sigma:float, seed:int=0)->float:
     l = Layout(r["trainer_gpus"], r["tp"], r["cp"], r["pp"], r["ep"], 1, 1, precision=r["precision"])
     batch = r.get("train_batch", r["batch"])
     tokens, micro = batch*r["mean"], max(r["longest"], 4096)
-    train = st.step_seconds + sum(trainer_step(spec, l, c, st, tokens, micro, r["mean"]*1.05, .9, 1.2, t).seconds for t in (True, False))
-    e = Engine(r["engine_tp"], precision=r["precision"], max_seqs=256, utilisation=.7 if r["trainer_gpus"] == r["gpus"] else .9, mtp=r.get("mtp", 0.))
+    train = st.step_seconds + sum(trainer_step(spec, l, c, st, tokens, micro, r["mean"]*1.05, .9, 1.2, t).seconds
+        for t in (True, False))
+    e = Engine(r["engine_tp"], precision=r["precision"], max_seqs=256,
+        utilisation=.7 if r["trainer_gpus"] == r["gpus"] else .9, mtp=r.get("mtp", 0.))
     together = r["trainer_gpus"] == r["gpus"]
     n = (r["gpus"] if together else r["gpus"] - r["trainer_gpus"])//r["engine_tp"]
     pace = engine_pace(spec, e, c, PROMPT, sv)
@@ -67,20 +74,23 @@ def predict_rl(r:dict, st:Stack, sv:ServeStack, sigma:float, seed:int=0)->float:
     nccl = constants()["sync"]["nccl"]
     refit = nccl["alpha"] + weight_size(spec, r["precision"])/nccl["speed"]
     steps = 5 + 3*r["max_staleness"]
-    loop = Loop(Plan(pace, n, e.max_seqs, kv, w, batch//r["group_size"], r["group_size"], r["max_staleness"], steps, lambda lengths: train, refit, seed=seed))
+    loop = Loop(Plan(pace, n, e.max_seqs, kv, w, batch//r["group_size"], r["group_size"], r["max_staleness"], steps,
+        lambda lengths: train, refit, seed=seed))
     ends = [x.ended for x in loop.run()]
     return (ends[-1] - ends[steps//2-1])/(steps - steps//2)
 
 # %% ../../nbs/13_scale/08_calibrate.ipynb #eef08b02
 def predict_decode(r:dict, sv:ServeStack)->float: # sampled tokens/s of a GPU
     "Throughput of one engine under a closed load."
-    spec, c, wide = load_model(r["model"]), cluster(r["gpu"], max(1, r["tp"]//GPUS[r["gpu"]].per_node)), r.get("wide", False)
+    spec, c, wide = load_model(r["model"]), cluster(r["gpu"], max(1, r["tp"]//GPUS[r["gpu"]].per_node)), r.get("wide",
+        False)
     if r["at_once"] == 0:                                     # decode alone: as many as the cache holds
         e = Engine(r["tp"], wide, True, r["precision"], 2., max_seqs=1, stack="sglang")
         b = min(256*r["tp"], engine_memory(spec, e, c.gpu, r["prompt"], sv)[0]//r["prompt"])
         return b/decode_terms(spec, e, c, b, r["prompt"], sv).total/r["tp"]
     e = Engine(r["tp"], wide, True, r["precision"], 2., max_seqs=r["at_once"], mtp=sv.mtp_accept, stack="sglang")
-    engine = Replica(engine_pace(spec, e, c, r["prompt"], sv), r["at_once"], engine_memory(spec, e, c.gpu, r["prompt"] + r["new"], sv)[0])
+    engine = Replica(engine_pace(spec, e, c, r["prompt"], sv), r["at_once"],
+        engine_memory(spec, e, c.gpu, r["prompt"] + r["new"], sv)[0])
     total, sent, done, last = max(192, 3*r["at_once"]), 0, 0, 0.
     for _ in range(r["at_once"]): engine.submit(0., Turn(sent, r["prompt"], r["new"])); sent += 1
     while done < total:
@@ -100,7 +110,8 @@ def predict_sync(r:dict, t:dict)->float: # seconds
     return t["alpha"] + (size if t["whole"] else size/r["tp"])/t["speed"]
 
 # %% ../../nbs/13_scale/08_calibrate.ipynb #f7d6f772
-def _rows(rows, kind, use="CAL", **same): return [r for r in rows if r["kind"] == kind and r["use"] == use and all(r[k] == v for k, v in same.items())]
+def _rows(rows, kind, use="CAL", **same):
+    return [r for r in rows if r["kind"] == kind and r["use"] == use and all(r[k] == v for k, v in same.items())]
 
 def _fit(rows, predict, st, names, scale=None):
     "Fields of a record from rows."
@@ -111,14 +122,18 @@ def _fit(rows, predict, st, names, scale=None):
 
 def fit_kernels(table:dict, peak:float=989e12, bandwidth:float=3.35e12)->dict:
     "Kernels from `kernel_table`; a stack queues its launches, so their floor is a microsecond."
-    out = dict(dense=fit_product(table["dense"], peak, bandwidth)[0], fp8=fit_product(table["dense_fp8"], 2*peak, bandwidth, width=1.)[0], grouped=fit_product(table["grouped"], peak, bandwidth, tile=128)[0],
-               forward=fit_attention(table["attention"], peak)[0], backward=fit_attention(table["attention"], peak, True)[0])
+    out = dict(dense=fit_product(table["dense"], peak, bandwidth)[0],
+               fp8=fit_product(table["dense_fp8"], 2*peak, bandwidth, width=1.)[0],
+               grouped=fit_product(table["grouped"], peak, bandwidth, tile=128)[0],
+               forward=fit_attention(table["attention"], peak)[0],
+               backward=fit_attention(table["attention"], peak, True)[0])
     return {k: replace(v, floor=1e-6) for k, v in out.items()}
 
 def fit_prime(rows:list[dict], st:Stack)->tuple[Stack,dict]: # and errors by kind
     "Memory and time of an FSDP trainer."
     st, e1 = _fit(_rows(rows, "memory"), predict_memory, st, ("base", "live", "live_moe", "in_flight"))
-    st, e2 = _fit(_rows(rows, "trainer"), predict_trainer, st, ("passes", "moe_passes", "head_passes", "sft_passes", "lora_seconds", "issue", "attention"))
+    st, e2 = _fit(_rows(rows, "trainer"), predict_trainer, st,
+        ("passes", "moe_passes", "head_passes", "sft_passes", "lora_seconds", "issue", "attention"))
     return st, dict(memory=e1, trainer=e2)
 
 def fit_megatron(rows:list[dict], st:Stack)->tuple[Stack,dict]:
@@ -133,19 +148,26 @@ def fit_megatron(rows:list[dict], st:Stack)->tuple[Stack,dict]:
     level |= dict(hopper=level["h100"], blackwell=level["gb200"])   # for GPUs without a row of their own
     return replace(st, level=level), err
 
-def fit_engines(rows:list[dict], st:Stack, vllm:ServeStack, sglang:ServeStack, sigma:float)->tuple[Stack,ServeStack,ServeStack,dict]:
+def fit_engines(rows:list[dict], st:Stack, vllm:ServeStack, sglang:ServeStack, sigma:float)->tuple[Stack,ServeStack,
+        ServeStack,dict]:
     "Launches of vLLM from an on-policy run, what a step of RL costs besides from one with eight steps of staleness, SGLang from its rows on H200."
     on, off, grace = _rows(rows, "rl")
     for _ in range(2):
-        vllm = _secant(lambda x: predict_rl(on, st, replace(vllm, layer_seconds=x), sigma)/on["measured"], vllm.layer_seconds, lambda x: replace(vllm, layer_seconds=x))
-        st = _secant(lambda x: predict_rl(off, replace(st, step_seconds=x), vllm, sigma)/off["measured"], st.step_seconds, lambda x: replace(st, step_seconds=x))
+        vllm = _secant(lambda x: predict_rl(on, st, replace(vllm, layer_seconds=x), sigma)/on["measured"],
+            vllm.layer_seconds, lambda x: replace(vllm, layer_seconds=x))
+        st = _secant(lambda x: predict_rl(off, replace(st, step_seconds=x), vllm, sigma)/off["measured"],
+            st.step_seconds, lambda x: replace(st, step_seconds=x))
     host = lambda x: vllm.seq_seconds | {"blackwell": x}
-    vllm = _secant(lambda x: predict_rl(grace, st, replace(vllm, seq_seconds=host(x)), sigma)/grace["measured"], vllm.seq_seconds["blackwell"], lambda x: replace(vllm, seq_seconds=host(x)))
-    d, wide = [r for r in _rows(rows, "decode") if r["at_once"]], next(r for r in _rows(rows, "decode") if not r["at_once"])
+    vllm = _secant(lambda x: predict_rl(grace, st, replace(vllm, seq_seconds=host(x)), sigma)/grace["measured"],
+        vllm.seq_seconds["blackwell"], lambda x: replace(vllm, seq_seconds=host(x)))
+    d = [r for r in _rows(rows, "decode") if r["at_once"]]
+    wide = next(r for r in _rows(rows, "decode") if not r["at_once"])
     sglang, e = _fit(d, predict_decode, replace(sglang, seq_seconds=vllm.seq_seconds), ("layer_seconds", "prefill"))
-    sglang = _secant(lambda x: wide["measured"]/predict_decode(wide, replace(sglang, overlap=1-x)), 1 - sglang.overlap, lambda x: replace(sglang, overlap=1-x))
+    sglang = _secant(lambda x: wide["measured"]/predict_decode(wide, replace(sglang, overlap=1-x)), 1 - sglang.overlap,
+        lambda x: replace(sglang, overlap=1-x))
     vllm = replace(vllm, overlap=sglang.overlap)
-    return st, vllm, sglang, dict(decode=e, rl=[log(predict_rl(r, st, vllm, sigma)/r["measured"]) for r in (on, off, grace)])
+    return st, vllm, sglang, dict(decode=e, rl=[log(predict_rl(r, st, vllm, sigma)/r["measured"])
+        for r in (on, off, grace)])
 
 def _secant(f, x, make, rounds:int=8, near:float=1e-4):
     "Where `f` is 1; `f` grows with `x`, and is dear."
@@ -161,12 +183,15 @@ def _secant(f, x, make, rounds:int=8, near:float=1e-4):
 def fit_sync(rows:list[dict], name:str, t:dict)->dict:
     "A line through two rows."
     mine = _rows(rows, "sync", transport=name)
-    (a, b), (x, y) = [r["measured"] for r in mine], [(lambda s, r: s if t["whole"] else s/r["tp"])(weight_size(load_model(r["model"]), r["precision"]), r) for r in mine]
+    (a, b) = [r["measured"] for r in mine]
+    (x, y) = [(lambda s, r: s if t["whole"] else s/r["tp"])(weight_size(load_model(r["model"]), r["precision"]), r)
+        for r in mine]
     speed = (y - x)/(b - a)
     return t | dict(speed=speed, alpha=a - x/speed)
 
 # %% ../../nbs/13_scale/08_calibrate.ipynb #865256cb
-SIGMA = dict(memory=.05, trainer=.10/.6745, pretrain=.15/.6745, rl=.15/.6745, decode=.20/.6745, prefill=.20/.6745, sync=.20/.6745)
+SIGMA = dict(memory=.05, trainer=.10/.6745, pretrain=.15/.6745, rl=.15/.6745, decode=.20/.6745, prefill=.20/.6745,
+    sync=.20/.6745)
 Z80 = 1.2816 # 80 % of a normal lie within
 
 def predict(r:dict)->float:
@@ -195,7 +220,8 @@ def figures(compared:list[dict])->dict[str,float]:
     "Median and worst error by kind over the rows that took no part in the fit, the share inside the interval, its median half width."
     val = [r for r in compared if r["use"] == "VAL"]
     out = {}
-    for name, kinds in (("mem", ("memory",)), ("train", ("trainer",)), ("other", ("pretrain",)), ("rl", ("rl",)), ("decode", ("decode", "prefill")), ("sync", ("sync",))):
+    for name, kinds in (("mem", ("memory",)), ("train", ("trainer",)), ("other", ("pretrain",)), ("rl", ("rl",)),
+            ("decode", ("decode", "prefill")), ("sync", ("sync",))):
         e = [abs(r["error"]) for r in val if r["kind"] in kinds]
         out |= {f"{name}_worst": max(e)} | ({} if name == "mem" else {f"{name}_median": float(np.median(e))})
     inside = [r["low"] <= r["measured"] <= r["high"] for r in val]
@@ -208,7 +234,9 @@ def _toml(name, record, drop=("name",))->str:
     def value(v):
         if isinstance(v, bool): return str(v).lower()
         if isinstance(v, dict): return "{" + ", ".join(f"{k} = {value(x)}" for k, x in v.items()) + "}"
-        return f'"{v}"' if isinstance(v, str) else f"{v:.6g}" if isinstance(v, float) and "." in f"{v:.6g}" + "e" * ("e" in f"{v:.6g}") else repr(float(f"{v:.6g}")) if isinstance(v, float) else repr(v)
+        return f'"{v}"' if isinstance(v, str) else f"{v:.6g}" if isinstance(v,
+            float) and "." in f"{v:.6g}" + "e" * ("e" in f"{v:.6g}") else repr(float(f"{v:.6g}")) if isinstance(v,
+            float) else repr(v)
     return f"[{name}]\n" + "".join(f"{k} = {value(v)}\n" for k, v in d.items() if k not in drop)
 
 def freeze(rows:list[dict], table:dict)->str: # text of constants.toml
@@ -217,11 +245,15 @@ def freeze(rows:list[dict], table:dict)->str: # text of constants.toml
     kernels = fit_kernels(table)
     prime, _ = fit_prime(rows, stack("prime-rl"))
     megatron, _ = fit_megatron(rows, stack("megatron"))
-    megatron, vllm, sglang, _ = fit_engines(rows, megatron, serve_stack("vllm"), serve_stack("sglang"), c["lengths"]["sigma"])
+    megatron, vllm, sglang, _ = fit_engines(rows, megatron, serve_stack("vllm"), serve_stack("sglang"),
+        c["lengths"]["sigma"])
     sync = {n: fit_sync(rows, n, t) for n, t in c["sync"].items()}
-    parts = ["# Constants of the planner, fitted by moe_rl.scale.calibrate on the CAL rows of benchmarks/data/plan_rows.toml and on benchmarks/results/kernel_table. Not edited by hand.\n"]
-    parts += [_toml(f"kernels.{n}", k) for n, k in kernels.items()] + [_toml("links", c["links"]), _toml("lengths", c["lengths"])]
-    parts += [_toml("stack.prime-rl", prime), _toml("stack.megatron", megatron), _toml("engine.vllm", vllm), _toml("engine.sglang", sglang), *(_toml(f"sync.{n}", t) for n, t in sync.items())]
+    parts = ["# Constants of the planner, fitted by moe_rl.scale.calibrate on the CAL rows of "
+             "benchmarks/data/plan_rows.toml and on benchmarks/results/kernel_table. Not edited by hand.\n"]
+    parts += [_toml(f"kernels.{n}", k) for n, k in kernels.items()] + [_toml("links", c["links"]),
+        _toml("lengths", c["lengths"])]
+    parts += [_toml("stack.prime-rl", prime), _toml("stack.megatron", megatron), _toml("engine.vllm", vllm),
+        _toml("engine.sglang", sglang), *(_toml(f"sync.{n}", t) for n, t in sync.items())]
     return "\n".join(parts)
 
 # %% ../../nbs/13_scale/08_calibrate.ipynb #ca8b3d7e
@@ -229,7 +261,9 @@ def signs(rows:list[dict])->dict[str,bool]:
     "Whether the model gets the published signs."
     by = {r["id"]: r for r in rows}
     wins = lambda on, off: predict(by[off]) < predict(by[on])
-    return dict(h100_async_wins=wins("30B 32 H100 on-policy", "30B 32 H100 1-off"), gb200_async_loses=not wins("30B 16 GB200 on-policy", "30B 16 GB200 1-off"), saturates=saturation()[0] > .4 and saturation()[1] < .05,
+    return dict(h100_async_wins=wins("30B 32 H100 on-policy", "30B 32 H100 1-off"),
+                gb200_async_loses=not wins("30B 16 GB200 on-policy", "30B 16 GB200 1-off"),
+                saturates=saturation()[0] > .4 and saturation()[1] < .05,
                 inc_refused=all(_refused(r) for r in rows if r["use"] == "INC"))
 
 def _refused(r):

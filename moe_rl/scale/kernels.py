@@ -98,5 +98,6 @@ def fit_attention(
     "The four numbers from measured shapes."
     s, h, _, d, forward, back = np.asarray(rows, float).T
     flops = (5 if backward else 2)*s*s*h*d
-    p, err = fit_logs(lambda p: attention_time(Attention(*p), peak, flops, s, d), [.7, 500, 20, 5e-5], flops/(back if backward else forward)/1e12)
+    p, err = fit_logs(lambda p: attention_time(Attention(*p), peak, flops, s, d), [.7, 500, 20, 5e-5],
+        flops/(back if backward else forward)/1e12)
     return Attention(*(float(v) for v in p)), err

@@ -124,13 +124,16 @@ class Loop:
 class Play:
     "A rollout at play: where it is and what is left of it."
     __slots__ = ("group", "index", "left", "context", "version", "solved")
-    def __init__(self, group:int, index:int, context:int, left:list, solved:bool): self.group, self.index, self.context, self.left, self.solved, self.version = group, index, context, left, solved, -1
+    def __init__(self, group:int, index:int, context:int, left:list, solved:bool):
+        self.group, self.index, self.context, self.left = group, index, context, left
+        self.solved, self.version = solved, -1
 
 def _draw(self):
     "Numbers of the next rollouts, as they are wanted: prompt tokens, turns from the last to the first, solved or not."
     w, n = self.p.workload, 4096
     new = w.new.draw(self.rng, n*w.turns).reshape(n, w.turns)[:,::-1].tolist()
-    if w.tool_seconds: new = [list(zip(a, b)) for a, b in zip(new, self.rng.exponential(w.tool_seconds, (n, w.turns)).tolist())]
+    if w.tool_seconds:
+        new = [list(zip(a, b)) for a, b in zip(new, self.rng.exponential(w.tool_seconds, (n, w.turns)).tolist())]
     else: new = [[(x, 0.) for x in a] for a in new]
     self.draws = list(zip(w.prompt.draw(self.rng, n).tolist(), new, (self.rng.random(n) < w.solved).tolist()))
 
@@ -139,7 +142,8 @@ def feed(self, t:float):
     p, touched = self.p, set()
     running, waiting = len(self.live), len(self.buffer.complete)
     left = (p.steps - self.started)*p.groups_per_step - running - waiting
-    for _ in range(max(0, min(room(min(self.version), self.started, running, waiting, p.groups_per_step, p.max_staleness), left))):
+    for _ in range(max(0, min(room(min(self.version), self.started, running, waiting, p.groups_per_step,
+            p.max_staleness), left))):
         group = self.next_group
         self.next_group += 1
         self.live[group] = p.group_size
@@ -171,14 +175,16 @@ def finished(self, t:float, r:int, request:Turn)->bool: # whether the batch may 
         self.later(t + wait, "turn", (play, cached))
         return False
     ghost, group, version = Ghost(), play.group, play.version
-    ghost.group, ghost.index, ghost.reward, ghost.length, ghost.stop_reason = group, play.index, float(play.solved), play.context, "stop"
+    ghost.group, ghost.index, ghost.reward = group, play.index, float(play.solved)
+    ghost.length, ghost.stop_reason = play.context, "stop"
     ghost.versions = self.since.get(version) or self.since.setdefault(version, Since(version))
     self.issued_tokens += ghost.length
     self.lengths[group][play.index] = ghost.length
     self.buffer.add(ghost)
     self.live[group] -= 1
     if not self.live[group]: del self.live[group]; return True
-    return version < self.step - self.p.max_staleness or group not in self.buffer.members # too old already: `ready` would drop it now
+    # too old already: `ready` would drop it now
+    return version < self.step - self.p.max_staleness or group not in self.buffer.members
 
 def changed(self, t:float):
     "What the orchestrator does when something changed: take a batch, or feed."
@@ -193,7 +199,8 @@ def changed(self, t:float):
     self.trained_tokens += tokens
     ages = [self.step - x.versions.version for x in rollouts]
     self.stale.update(ages)
-    self.steps.append(StepRecord(step, t, t + seconds, t - self.free, float(np.mean(ages)), tokens, sum(self.buffer.drops.values()) if len(self.steps) % 16 == 0 else -1))
+    self.steps.append(StepRecord(step, t, t + seconds, t - self.free, float(np.mean(ages)), tokens,
+        sum(self.buffer.drops.values()) if len(self.steps) % 16 == 0 else -1))
     self.training = True
     self.later(t + seconds + self.p.publish, "trained", None)
 
@@ -203,7 +210,8 @@ Loop.finished, Loop.changed = finished, changed
 def run(self)->list[StepRecord]:
     "All steps."
     collect = gc.isenabled()
-    gc.disable()                      # millions of small objects, none in a circle: looking for circles would take a third of the time
+    # millions of small objects, none in a circle: looking for circles would take a third of the time
+    gc.disable()
     try: return self.play()
     finally:
         if collect: gc.enable()
@@ -260,10 +268,13 @@ def timeline(
     loop.finished = watch
     loop.run()
     t, n = np.array([s[0] for s in samples]), np.array([s[1] for s in samples]).T
-    for r, row in enumerate(n): ax.pcolormesh(np.append(t, loop.now), [r - .45, r + .45], row[None], cmap="Blues", vmin=0, vmax=max(1, p.max_seqs if p.max_seqs < 4096 else n.max()), rasterized=True)
+    for r, row in enumerate(n):
+        ax.pcolormesh(np.append(t, loop.now), [r - .45, r + .45], row[None], cmap="Blues", vmin=0,
+            vmax=max(1, p.max_seqs if p.max_seqs < 4096 else n.max()), rasterized=True)
     ax.broken_barh([(s.begun, s.ended - s.begun) for s in loop.steps], (-1.6, .9), color="tab:orange")
     for s in loop.steps: ax.axvline(s.ended + p.publish, color="tab:orange", lw=.5)
-    ax.set(xlabel="seconds", yticks=[-1.15, (len(replicas)-1)/2], yticklabels=["trainer", f"{len(replicas)} engines"], xlim=(0, until or loop.now))
+    ax.set(xlabel="seconds", yticks=[-1.15, (len(replicas)-1)/2], yticklabels=["trainer", f"{len(replicas)} engines"],
+        xlim=(0, until or loop.now))
     return ax
 
 # %% ../../nbs/13_scale/06_loop.ipynb #6ef57a43

@@ -18,7 +18,8 @@ import numpy as np
 
 from ..errors import UserError
 from ..moe.families import Fields, depth, from_hf, read_sigmoid_moe
-from ..moe.spec import (BALANCE, EMBEDDING, EXPERTS, HEAD, MATRIX, NORM, ROUTER, TIED, Glu, Gqa, KvShape, Mla, ModelSpec, Mixture, Rope, TensorSpec,
+from ..moe.spec import (BALANCE, EMBEDDING, EXPERTS, HEAD, MATRIX, NORM, ROUTER, TIED, Glu, Gqa, KvShape, Mla,
+    ModelSpec, Mixture, Rope, TensorSpec,
     count_parameters, expert_parameters, linear, pairs)
 from ..moe.zoo import PRESETS as RUNNABLE
 
@@ -32,10 +33,13 @@ class Indexed(Mla):
     index_dim:int=128
     topk:int=2048
     def tensors(self, dim:int)->list[TensorSpec]:
-        return super().tensors(dim) + [*linear("indexer.wq_b", self.index_heads*self.index_dim, self.q_rank), *linear("indexer.wk", self.index_dim, dim),
-            vector("indexer.k_norm.weight", self.index_dim), vector("indexer.k_norm.bias", self.index_dim), *linear("indexer.weights_proj", self.index_heads, dim)]
+        return super().tensors(dim) + [*linear("indexer.wq_b", self.index_heads*self.index_dim, self.q_rank),
+            *linear("indexer.wk", self.index_dim, dim),
+            vector("indexer.k_norm.weight", self.index_dim), vector("indexer.k_norm.bias", self.index_dim),
+            *linear("indexer.weights_proj", self.index_heads, dim)]
     def attend(self, n): return 2.*self.index_heads*self.index_dim*pairs(n, None) + self.pair_flops*pairs(n, self.topk)
-    def keeps(self, n, size): return n*(self.kv.columns*size + self.index_dim*1 + 4) # the indexer's key in FP8 with a scale
+    # the indexer's key in FP8 with a scale
+    def keeps(self, n, size): return n*(self.kv.columns*size + self.index_dim*1 + 4)
 
 # %% ../../nbs/13_scale/02_models.ipynb #5ed1c3c1
 @dataclass(frozen=True)
@@ -59,9 +63,12 @@ class DeltaNet(Recurrent):
     def state_flops(self)->int: return 8*self.v_heads*self.k_dim*self.v_dim # decay, read, write, query of the state
     def tensors(self, dim:int)->list[TensorSpec]:
         k, v = self.k_heads*self.k_dim, self.v_heads*self.v_dim
-        return [*linear("in_proj_qkvz", 2*k + 2*v, dim), *linear("in_proj_ba", 2*self.v_heads, dim), vector("conv1d", self.conv*(2*k + v)), vector("A_log", self.v_heads), vector("dt_bias", self.v_heads),
+        return [*linear("in_proj_qkvz", 2*k + 2*v, dim), *linear("in_proj_ba", 2*self.v_heads, dim),
+                vector("conv1d", self.conv*(2*k + v)), vector("A_log", self.v_heads), vector("dt_bias", self.v_heads),
                 vector("norm", self.v_dim), *linear("out_proj", dim, v)]
-    def keeps(self, n, size): return self.v_heads*self.k_dim*self.v_dim*4 + (2*self.k_heads*self.k_dim + self.v_heads*self.v_dim)*self.conv*size
+    def keeps(self, n, size):
+        return self.v_heads*self.k_dim*self.v_dim*4 + (2*self.k_heads*self.k_dim
+            + self.v_heads*self.v_dim)*self.conv*size
 
 @dataclass(frozen=True)
 class Mamba2(Recurrent):
@@ -76,9 +83,12 @@ class Mamba2(Recurrent):
     def tensors(self, dim:int)->list[TensorSpec]:
         n = self.heads*self.head_dim
         c = n + 2*self.groups*self.state
-        return [*linear("in_proj", n + c + self.heads, dim), vector("conv1d", c*(self.conv+1)), vector("A_log", self.heads), vector("D", self.heads), vector("dt_bias", self.heads), vector("norm", n),
+        return [*linear("in_proj", n + c + self.heads, dim), vector("conv1d", c*(self.conv+1)),
+                vector("A_log", self.heads), vector("D", self.heads), vector("dt_bias", self.heads), vector("norm", n),
                 *linear("out_proj", dim, n)]
-    def keeps(self, n, size): return self.heads*self.head_dim*self.state*4 + (self.heads*self.head_dim + 2*self.groups*self.state)*self.conv*size
+    def keeps(self, n, size):
+        return self.heads*self.head_dim*self.state*4 + (self.heads*self.head_dim
+            + 2*self.groups*self.state)*self.conv*size
 
 # %% ../../nbs/13_scale/02_models.ipynb #5825b925
 @dataclass(frozen=True)
@@ -100,19 +110,27 @@ class Compressed:
     def kv(self)->KvShape: return KvShape(1, self.head_dim, self.head_dim, latent=True)
     def tensors(self, dim:int)->list[TensorSpec]:
         h, hd, i = self.heads, self.head_dim, self.index_dim
-        out = [*linear("q_a", self.q_rank, dim), vector("q_norm", self.q_rank), *linear("q_b", h*hd, self.q_rank), *linear("kv", hd, dim), vector("kv_norm", hd),
-               TensorSpec("o_a", (self.groups*self.o_rank, h*hd//self.groups), MATRIX, ("o_a",)), *linear("o_b", dim, self.groups*self.o_rank), vector("sinks", h)]
+        out = [*linear("q_a", self.q_rank, dim), vector("q_norm", self.q_rank), *linear("q_b", h*hd, self.q_rank),
+               *linear("kv", hd, dim), vector("kv_norm", hd),
+               TensorSpec("o_a", (self.groups*self.o_rank, h*hd//self.groups), MATRIX, ("o_a",)),
+               *linear("o_b", dim, self.groups*self.o_rank), vector("sinks", h)]
         wide = 2 if self.index_heads else 1
-        out += [*linear("compressor", 2*wide*hd, dim), vector("compressor.ape", self.rate*wide*hd), vector("compressor.norm", hd)]
-        if self.index_heads: out += [*linear("indexer.compressor", 4*i, dim), vector("indexer.ape", self.rate*2*i), vector("indexer.norm", i), *linear("indexer.q_b", self.index_heads*i, self.q_rank),
+        out += [*linear("compressor", 2*wide*hd, dim), vector("compressor.ape", self.rate*wide*hd),
+            vector("compressor.norm", hd)]
+        if self.index_heads:
+            out += [*linear("indexer.compressor", 4*i, dim), vector("indexer.ape", self.rate*2*i),
+                                     vector("indexer.norm", i), *linear("indexer.q_b", self.index_heads*i, self.q_rank),
                                      *linear("indexer.weights", self.index_heads, dim)]
         return out
     def attend(self, n):
         n = np.asarray(n, np.float64)
         entries = pairs(n, None)/self.rate
         seen = np.minimum(entries, n*self.topk) if self.index_heads else entries
-        return self.pair_flops*(pairs(n, self.window) + seen) + 2.*self.index_heads*self.index_dim*entries*bool(self.index_heads)
-    def keeps(self, n, size): return (self.head_dim + self.index_dim*bool(self.index_heads))*size*n/self.rate + min(n, self.window)*self.head_dim*size
+        return self.pair_flops*(pairs(n, self.window)
+            + seen) + 2.*self.index_heads*self.index_dim*entries*bool(self.index_heads)
+    def keeps(self, n, size):
+        return (self.head_dim + self.index_dim*bool(self.index_heads))*size*n/self.rate + min(n,
+            self.window)*self.head_dim*size
 
 # %% ../../nbs/13_scale/02_models.ipynb #76bf5dfe
 @dataclass(frozen=True)
@@ -129,10 +147,15 @@ class AnyMoe(Mixture):
         return self.matrices*self.width(dim)*self.hidden + self.biased*((self.matrices-1)*self.hidden + dim)
     def tensors(self, dim:int)->list[TensorSpec]:
         E, I, z = self.num_experts, self.hidden, self.width(dim)
-        out = [TensorSpec("router.weight", (E, dim), ROUTER, ("router",)), TensorSpec("experts.up", (E, (self.matrices-1)*I, z), EXPERTS, ("up",), E), TensorSpec("experts.down", (E, z, I), EXPERTS, ("down",), E)]
-        if self.biased: out += [vector("router.bias", E), TensorSpec("experts.bias", (E, (self.matrices-1)*I + dim), EXPERTS, ("bias",), E)]
+        out = [TensorSpec("router.weight", (E, dim), ROUTER, ("router",)),
+            TensorSpec("experts.up", (E, (self.matrices-1)*I, z), EXPERTS, ("up",), E),
+            TensorSpec("experts.down", (E, z, I), EXPERTS, ("down",), E)]
+        if self.biased:
+            out += [vector("router.bias", E), TensorSpec("experts.bias", (E, (self.matrices-1)*I + dim), EXPERTS,
+                ("bias",), E)]
         if self.latent: out += linear("latent_in", self.latent, dim) + linear("latent_out", dim, self.latent)
-        if self.shared: out += linear("shared.up", (self.matrices-1)*self.shared, dim) + linear("shared.down", dim, self.shared)
+        if self.shared:
+            out += linear("shared.up", (self.matrices-1)*self.shared, dim) + linear("shared.down", dim, self.shared)
         if self.shared_gate: out += linear("shared_gate", 1, dim)
         if self.bias: out.append(TensorSpec("bias", (E,), BALANCE, (), counted=self.bias_counted))
         return out + ([vector("per_expert_scale", E), vector("scale", dim)] if self.scales else [])
@@ -148,7 +171,8 @@ class AnyLayer:
     extra:int=0             # further numbers: hyper-connections, scalars of a layer
     def tensors(self, dim:int)->list[TensorSpec]:
         out = [t for part in (self.attention, self.ffn, self.beside) if part is not None for t in part.tensors(dim)]
-        return out + [vector(f"norm{i}", dim) for i in range(self.norms)] + ([vector("extra", self.extra)] if self.extra else [])
+        return out + [vector(f"norm{i}", dim) for i in range(self.norms)] + ([vector("extra", self.extra)]
+            if self.extra else [])
 
 @dataclass(frozen=True)
 class AnySpec(ModelSpec):
@@ -168,23 +192,28 @@ class AnySpec(ModelSpec):
 
 # %% ../../nbs/13_scale/02_models.ipynb #a2bcede6
 def _any(f:Fields, family:str, layers, **own)->AnySpec:
-    return AnySpec(family, f.count("vocab_size"), f.count("hidden_size"), tuple(layers), f.number("rms_norm_eps layer_norm_epsilon", 1e-6), f.count("max_position_embeddings"),
+    return AnySpec(family, f.count("vocab_size"), f.count("hidden_size"), tuple(layers),
+                   f.number("rms_norm_eps layer_norm_epsilon", 1e-6), f.count("max_position_embeddings"),
                    tied=f.flag("tie_word_embeddings", False), config=dict(f.config), **own)
 
 def indexed(f:Fields)->AnySpec:
     "DeepSeek-V3.2 and GLM-5."
     rope = Rope(1e4, f.count("qk_rope_head_dim", 64))
-    mla = Indexed(f.count("num_attention_heads"), f.count("q_lora_rank"), f.count("kv_lora_rank", 512), f.count("qk_nope_head_dim", 128), rope, f.count("v_head_dim", 128),
-                  index_heads=f.count("index_n_heads", 64), index_dim=f.count("index_head_dim", 128), topk=f.count("index_topk", 2048))
+    mla = Indexed(f.count("num_attention_heads"), f.count("q_lora_rank"), f.count("kv_lora_rank", 512),
+                  f.count("qk_nope_head_dim", 128), rope, f.count("v_head_dim", 128),
+                  index_heads=f.count("index_n_heads", 64), index_dim=f.count("index_head_dim", 128),
+                  topk=f.count("index_topk", 2048))
     dense, moe = f.count("first_k_dense_replace", 3, least=0), read_sigmoid_moe(f)
     layers = (AnyLayer(mla, Glu(f.count("intermediate_size")) if l < dense else moe) for l in range(depth(f)))
     return _any(f, f.config.get("model_type", "deepseek_v32"), layers)
 
 def gpt_oss(f:Fields)->AnySpec:
     "gpt-oss: windows in every other layer, sinks, biases everywhere."
-    full, local = (_Sinks(f.count("num_attention_heads"), f.count("num_key_value_heads"), f.count("head_dim"), None, window, bias=True, out_bias=True)
+    full, local = (_Sinks(f.count("num_attention_heads"), f.count("num_key_value_heads"), f.count("head_dim"), None,
+        window, bias=True, out_bias=True)
                    for window in (None, f.count("sliding_window", 128)))
-    moe = AnyMoe(f.count("num_local_experts"), f.count("num_experts_per_tok"), f.count("intermediate_size"), "softmax", biased=True)
+    moe = AnyMoe(f.count("num_local_experts"), f.count("num_experts_per_tok"), f.count("intermediate_size"), "softmax",
+        biased=True)
     return _any(f, "gpt_oss", (AnyLayer(full if l % 2 else local, moe) for l in range(depth(f))))
 
 @dataclass(frozen=True)
@@ -201,18 +230,23 @@ def qwen3_dense(f:Fields)->AnySpec:
 def qwen3_5(f:Fields)->AnySpec:
     "Qwen3.5: three gated delta nets, then full attention; a gate on the shared expert."
     if isinstance(f.config.get("text_config"), dict): f = Fields(f.config["text_config"])
-    full = Gqa(f.count("num_attention_heads"), f.count("num_key_value_heads"), f.count("head_dim"), None, qk_norm=True, gate=True)
-    delta = DeltaNet(k_heads=f.count("linear_num_key_heads"), v_heads=f.count("linear_num_value_heads"), k_dim=f.count("linear_key_head_dim", 128), v_dim=f.count("linear_value_head_dim", 128),
+    full = Gqa(f.count("num_attention_heads"), f.count("num_key_value_heads"), f.count("head_dim"), None, qk_norm=True,
+        gate=True)
+    delta = DeltaNet(k_heads=f.count("linear_num_key_heads"), v_heads=f.count("linear_num_value_heads"),
+                     k_dim=f.count("linear_key_head_dim", 128), v_dim=f.count("linear_value_head_dim", 128),
                      conv=f.count("linear_conv_kernel_dim", 4))
-    moe = AnyMoe(f.count("num_experts"), f.count("num_experts_per_tok"), f.count("moe_intermediate_size"), "softmax", shared=f.count("shared_expert_intermediate_size"), shared_gate=True)
+    moe = AnyMoe(f.count("num_experts"), f.count("num_experts_per_tok"), f.count("moe_intermediate_size"), "softmax",
+        shared=f.count("shared_expert_intermediate_size"), shared_gate=True)
     every = f.count("full_attention_interval", 4)
     return _any(f, "qwen3_5_moe", (AnyLayer(full if (l+1) % every == 0 else delta, moe) for l in range(depth(f))))
 
 def nemotron_h(f:Fields)->AnySpec:
     "Nemotron-H and 3: a pattern of M (Mamba-2), E (experts), * (attention) and - (dense), one branch a layer."
     attention = Gqa(f.count("num_attention_heads"), f.count("num_key_value_heads"), f.count("head_dim", 128), None)
-    mamba = Mamba2(heads=f.count("mamba_num_heads"), head_dim=f.count("mamba_head_dim", 64), groups=f.count("n_groups", 8), state=f.count("ssm_state_size", 128), conv=f.count("conv_kernel", 4))
-    moe = AnyMoe(f.count("n_routed_experts"), f.count("num_experts_per_tok"), f.count("moe_intermediate_size"), "sigmoid", shared=f.count("moe_shared_expert_intermediate_size"), bias=True, matrices=2,
+    mamba = Mamba2(heads=f.count("mamba_num_heads"), head_dim=f.count("mamba_head_dim", 64),
+        groups=f.count("n_groups", 8), state=f.count("ssm_state_size", 128), conv=f.count("conv_kernel", 4))
+    moe = AnyMoe(f.count("n_routed_experts"), f.count("num_experts_per_tok"), f.count("moe_intermediate_size"),
+                 "sigmoid", shared=f.count("moe_shared_expert_intermediate_size"), bias=True, matrices=2,
                  latent=f.count("moe_latent_size", 0, least=0))
     kinds = {"M": AnyLayer(mamba, None, 1), "E": AnyLayer(None, moe, 1), "*": AnyLayer(attention, None, 1)}
     pattern = f.get("hybrid_override_pattern", ..., str, "a string of M, E and *")
@@ -225,60 +259,96 @@ def gemma4(f:Fields)->AnySpec:
     if isinstance(f.config.get("text_config"), dict): f = Fields(f.config["text_config"])
     heads, dim = f.count("num_attention_heads"), f.count("head_dim")
     local = _Gemma(heads, f.count("num_key_value_heads"), dim, None, f.count("sliding_window"), qk_norm=True)
-    world = _Gemma(heads, f.count("num_global_key_value_heads"), f.count("global_head_dim"), None, qk_norm=True, shared_values=True)
-    moe = AnyMoe(f.count("num_experts"), f.count("top_k_experts num_experts_per_tok"), f.count("moe_intermediate_size"), "softmax", scales=1)
+    world = _Gemma(heads, f.count("num_global_key_value_heads"), f.count("global_head_dim"), None, qk_norm=True,
+        shared_values=True)
+    moe = AnyMoe(f.count("num_experts"), f.count("top_k_experts num_experts_per_tok"), f.count("moe_intermediate_size"),
+        "softmax", scales=1)
     glu, layers = Glu(f.count("intermediate_size")), depth(f)
-    kinds = f.get("layer_types", ["full_attention" if (l+1) % 6 == 0 else "sliding_attention" for l in range(layers)], list, "a list of layer types")
+    kinds = f.get("layer_types", ["full_attention" if (l+1) % 6 == 0 else "sliding_attention" for l in range(layers)],
+        list, "a list of layer types")
     return _any(f, "gemma4", (AnyLayer(world if k == "full_attention" else local, moe, 7, glu, extra=0) for k in kinds))
 
 @dataclass(frozen=True)
 class _Gemma(Gqa):
     "Gemma's attention; a global layer has no projection of values but stores both."
     shared_values:bool=False
-    def tensors(self, dim:int)->list[TensorSpec]: return [t for t in super().tensors(dim) if not (self.shared_values and t.name == "v_proj.weight")]
+    def tensors(self, dim:int)->list[TensorSpec]:
+        return [t for t in super().tensors(dim) if not (self.shared_values and t.name == "v_proj.weight")]
 
 def deepseek_v4(f:Fields)->AnySpec:
     "DeepSeek-V4: compressed attention of two kinds, four residual streams."
     rates = f.config.get("compress_rates") or dict(compressed_sparse_attention=4, heavily_compressed_attention=128)
-    make = lambda kind, **index: Compressed(f.count("num_attention_heads"), f.count("head_dim"), f.count("q_lora_rank"), f.count("o_lora_rank"), f.count("o_groups"), rates[kind], f.count("sliding_window", 128), **index)
-    kinds = dict(compressed_sparse_attention=make("compressed_sparse_attention", index_heads=f.count("index_n_heads", 64), index_dim=f.count("index_head_dim", 128), topk=f.count("index_topk", 512)),
+    make = lambda kind, **index: Compressed(f.count("num_attention_heads"), f.count("head_dim"), f.count("q_lora_rank"),
+        f.count("o_lora_rank"), f.count("o_groups"), rates[kind], f.count("sliding_window", 128), **index)
+    kinds = dict(compressed_sparse_attention=make("compressed_sparse_attention",
+        index_heads=f.count("index_n_heads", 64), index_dim=f.count("index_head_dim", 128),
+        topk=f.count("index_topk", 512)),
                  heavily_compressed_attention=make("heavily_compressed_attention"))
     shared = f.count("n_shared_experts", 1)*f.count("moe_intermediate_size")
-    moe, m, d = AnyMoe(f.count("n_routed_experts"), f.count("num_experts_per_tok"), f.count("moe_intermediate_size"), "sigmoid", shared=shared), f.count("hc_mult", 4), f.count("hidden_size")
+    moe = AnyMoe(f.count("n_routed_experts"), f.count("num_experts_per_tok"), f.count("moe_intermediate_size"),
+        "sigmoid", shared=shared)
+    m, d = f.count("hc_mult", 4), f.count("hidden_size")
     pattern = f.get("layer_types", _v4_pattern(depth(f)), list, "a list of layer types")
-    return _any(f, "deepseek_v4", (AnyLayer(kinds[k], moe, 2, extra=2*((2+m)*m*m*d + (2+m)*m + 3)) for k in pattern), extra=m*m*d + m + 1, note=f.config.get("note", ""))
+    return _any(f, "deepseek_v4", (AnyLayer(kinds[k], moe, 2, extra=2*((2+m)*m*m*d + (2+m)*m + 3)) for k in pattern),
+        extra=m*m*d + m + 1, note=f.config.get("note", ""))
 
-def _v4_pattern(layers:int)->list[str]: return ["compressed_sparse_attention" if l > 2 and l % 2 else "heavily_compressed_attention" for l in range(layers)]
+def _v4_pattern(layers:int)->list[str]:
+    return ["compressed_sparse_attention" if l > 2 and l % 2 else "heavily_compressed_attention" for l in range(layers)]
 
 # %% ../../nbs/13_scale/02_models.ipynb #74c53cd4
-_v3 = dict(hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61, q_lora_rank=1536, first_k_dense_replace=3, num_attention_heads=128, n_routed_experts=256, num_experts_per_tok=8,
+_v3 = dict(hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
+           q_lora_rank=1536, first_k_dense_replace=3, num_attention_heads=128, n_routed_experts=256,
+           num_experts_per_tok=8,
            n_group=8, topk_group=4, vocab_size=129280, max_position_embeddings=163840)
-_glm5 = dict(model_type="glm_moe_dsa", vocab_size=154880, hidden_size=6144, intermediate_size=12288, moe_intermediate_size=2048, num_hidden_layers=78, first_k_dense_replace=3, num_attention_heads=64, n_routed_experts=256,
-             num_experts_per_tok=8, q_lora_rank=2048, qk_nope_head_dim=192, v_head_dim=256, index_n_heads=32, index_topk=2048, max_position_embeddings=202752)
-_oss = dict(model_type="gpt_oss", vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_experts_per_tok=4, max_position_embeddings=131072)
-_q35 = dict(model_type="qwen3_5_moe_text", vocab_size=248320, num_key_value_heads=2, head_dim=256, linear_num_key_heads=16, max_position_embeddings=262144)
+_glm5 = dict(model_type="glm_moe_dsa", vocab_size=154880, hidden_size=6144, intermediate_size=12288,
+             moe_intermediate_size=2048, num_hidden_layers=78, first_k_dense_replace=3, num_attention_heads=64,
+             n_routed_experts=256,
+             num_experts_per_tok=8, q_lora_rank=2048, qk_nope_head_dim=192, v_head_dim=256, index_n_heads=32,
+             index_topk=2048, max_position_embeddings=202752)
+_oss = dict(model_type="gpt_oss", vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_attention_heads=64,
+    num_key_value_heads=8, head_dim=64, num_experts_per_tok=4, max_position_embeddings=131072)
+_q35 = dict(model_type="qwen3_5_moe_text", vocab_size=248320, num_key_value_heads=2, head_dim=256,
+    linear_num_key_heads=16, max_position_embeddings=262144)
 _q3 = dict(model_type="qwen3", vocab_size=151936, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960)
-_v4 = dict(model_type="deepseek_v4", vocab_size=129280, head_dim=512, num_experts_per_tok=6, max_position_embeddings=1048576)
+_v4 = dict(model_type="deepseek_v4", vocab_size=129280, head_dim=512, num_experts_per_tok=6,
+    max_position_embeddings=1048576)
 _nem = dict(model_type="nemotron_h", vocab_size=131072, num_key_value_heads=2, max_position_embeddings=262144)
 PLANNED = {
     "glm-5": _glm5, "glm-5.1": _glm5,
     "deepseek-v3.2": _v3 | dict(model_type="deepseek_v32"),
-    "deepseek-v4-flash": _v4 | dict(hidden_size=4096, moe_intermediate_size=2048, num_hidden_layers=43, num_attention_heads=64, q_lora_rank=1024, n_routed_experts=256, o_lora_rank=1024, o_groups=8, index_topk=512),
-    "deepseek-v4-pro": _v4 | dict(hidden_size=7168, moe_intermediate_size=3072, num_hidden_layers=61, num_attention_heads=128, q_lora_rank=1536, n_routed_experts=384, o_lora_rank=1024, o_groups=16, index_topk=1024,
-        note="pattern of layers assumed: that of the class in transformers; a published count differs by one layer's kind"),
+    "deepseek-v4-flash": _v4 | dict(hidden_size=4096, moe_intermediate_size=2048, num_hidden_layers=43,
+        num_attention_heads=64, q_lora_rank=1024, n_routed_experts=256, o_lora_rank=1024, o_groups=8, index_topk=512),
+    "deepseek-v4-pro": _v4 | dict(hidden_size=7168, moe_intermediate_size=3072, num_hidden_layers=61,
+        num_attention_heads=128, q_lora_rank=1536, n_routed_experts=384, o_lora_rank=1024, o_groups=16, index_topk=1024,
+        note="pattern of layers assumed: that of the class in transformers; a published count differs by one layer's "
+             "kind"),
     "kimi-k2.5": RUNNABLE["kimi-k2"],
-    "gpt-oss-20b": _oss | dict(num_hidden_layers=24, num_local_experts=32), "gpt-oss-120b": _oss | dict(num_hidden_layers=36, num_local_experts=128),
-    "qwen3.5-397b-a17b": _q35 | dict(hidden_size=4096, num_hidden_layers=60, num_attention_heads=32, linear_num_value_heads=64, num_experts=512, num_experts_per_tok=10, moe_intermediate_size=1024, shared_expert_intermediate_size=1024),
-    "qwen3.5-35b-a3b": _q35 | dict(hidden_size=2048, num_hidden_layers=40, num_attention_heads=16, linear_num_value_heads=32, num_experts=256, num_experts_per_tok=8, moe_intermediate_size=512, shared_expert_intermediate_size=512),
-    "qwen3-0.6b": _q3 | dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, tie_word_embeddings=True),
-    "qwen3-4b": _q3 | dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, tie_word_embeddings=True, max_position_embeddings=262144),
+    "gpt-oss-20b": _oss | dict(num_hidden_layers=24, num_local_experts=32),
+    "gpt-oss-120b": _oss | dict(num_hidden_layers=36, num_local_experts=128),
+    "qwen3.5-397b-a17b": _q35 | dict(hidden_size=4096, num_hidden_layers=60, num_attention_heads=32,
+        linear_num_value_heads=64, num_experts=512, num_experts_per_tok=10, moe_intermediate_size=1024,
+        shared_expert_intermediate_size=1024),
+    "qwen3.5-35b-a3b": _q35 | dict(hidden_size=2048, num_hidden_layers=40, num_attention_heads=16,
+        linear_num_value_heads=32, num_experts=256, num_experts_per_tok=8, moe_intermediate_size=512,
+        shared_expert_intermediate_size=512),
+    "qwen3-0.6b": _q3 | dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        tie_word_embeddings=True),
+    "qwen3-4b": _q3 | dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        tie_word_embeddings=True, max_position_embeddings=262144),
     "qwen3-32b": _q3 | dict(hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64),
-    "nemotron-3-ultra": _nem | dict(hidden_size=8192, num_attention_heads=64, mamba_num_heads=256, n_routed_experts=512, num_experts_per_tok=22, moe_intermediate_size=5120, moe_shared_expert_intermediate_size=10240, moe_latent_size=2048,
-        hybrid_override_pattern="MEMEMEME*"*12, note="48 Mamba, 48 expert and 12 attention layers assumed: no text gives the split; 10 to 15 attention layers fit the published size as well"),
-    "gemma-4-26b-a4b": dict(model_type="gemma4_text", vocab_size=262144, hidden_size=2816, intermediate_size=2112, num_hidden_layers=30, num_attention_heads=16, num_key_value_heads=8, head_dim=256, num_global_key_value_heads=2,
-        global_head_dim=512, num_experts=128, top_k_experts=8, moe_intermediate_size=704, sliding_window=1024, tie_word_embeddings=True, max_position_embeddings=262144),
+    "nemotron-3-ultra": _nem | dict(hidden_size=8192, num_attention_heads=64, mamba_num_heads=256, n_routed_experts=512,
+        num_experts_per_tok=22, moe_intermediate_size=5120, moe_shared_expert_intermediate_size=10240,
+        moe_latent_size=2048,
+        hybrid_override_pattern="MEMEMEME*"*12, note="48 Mamba, 48 expert and 12 attention layers assumed: no text "
+                                                     "gives the split; 10 to 15 attention layers fit the published "
+                                                     "size as well"),
+    "gemma-4-26b-a4b": dict(model_type="gemma4_text", vocab_size=262144, hidden_size=2816, intermediate_size=2112,
+        num_hidden_layers=30, num_attention_heads=16, num_key_value_heads=8, head_dim=256, num_global_key_value_heads=2,
+        global_head_dim=512, num_experts=128, top_k_experts=8, moe_intermediate_size=704, sliding_window=1024,
+        tie_word_embeddings=True, max_position_embeddings=262144),
 }
-FOREIGN = dict(glm_moe_dsa=indexed, deepseek_v32=indexed, gpt_oss=gpt_oss, qwen3=qwen3_dense, qwen3_5_moe=qwen3_5, qwen3_5_moe_text=qwen3_5, nemotron_h=nemotron_h, gemma4=gemma4, gemma4_text=gemma4, deepseek_v4=deepseek_v4)
+FOREIGN = dict(glm_moe_dsa=indexed, deepseek_v32=indexed, gpt_oss=gpt_oss, qwen3=qwen3_dense, qwen3_5_moe=qwen3_5,
+    qwen3_5_moe_text=qwen3_5, nemotron_h=nemotron_h, gemma4=gemma4, gemma4_text=gemma4, deepseek_v4=deepseek_v4)
 
 # %% ../../nbs/13_scale/02_models.ipynb #973c8664
 @lru_cache(maxsize=64)
@@ -291,7 +361,9 @@ def load_model(
     else:
         path = Path(name)
         path = path/"config.json" if path.is_dir() else path
-        if not path.is_file(): raise UserError(f"model {name!r} is unknown: give the path of a config.json, or one of {', '.join(sorted(configs))}")
+        if not path.is_file():
+            raise UserError(f"model {name!r} is unknown: give the path of a config.json, or one of "
+                            f"{', '.join(sorted(configs))}")
         try: config = json.loads(path.read_text())
         except ValueError as e: raise UserError(f"{path}: not JSON: {e}") from e
     try:
@@ -334,7 +406,8 @@ def products(spec)->tuple[Work,...]:
     for layer in spec.layers: kinds[layer] = kinds.get(layer, 0) + 1
     for layer, times in kinds.items():
         for t in layer.tensors(spec.hidden_size):
-            if t.role is EXPERTS and len(t.shape) == 3: key = ("experts", t.shape[1], t.shape[2], layer.ffn.per_token, t.shape[0])
+            if t.role is EXPERTS and len(t.shape) == 3:
+                key = ("experts", t.shape[1], t.shape[2], layer.ffn.per_token, t.shape[0])
             elif t.role in (MATRIX, ROUTER) and len(t.shape) == 2: key = ("dense", *t.shape, 1, 1)
             else: continue
             out[key] = out.get(key, 0) + times
@@ -365,7 +438,8 @@ def attention_flops(
 )->np.ndarray: # [...] forward FLOPs of the whole text
     "What queries and keys cost, and states where there are some."
     n = np.asarray(n, np.float64)
-    return sum(times*(a.attend(n) if hasattr(a, "attend") else a.pair_flops*pairs(n, a.window)) for a, times in mixers(spec))
+    return sum(times*(a.attend(n) if hasattr(a, "attend") else a.pair_flops*pairs(n, a.window))
+        for a, times in mixers(spec))
 
 def cache_bytes(
     spec:ModelSpec,
@@ -374,7 +448,8 @@ def cache_bytes(
 )->float:
     "Bytes that a cache keeps of a text: windows keep no more than they see, states do not grow."
     kept = lambda a: min(n, a.window) if a.window else n
-    return float(sum(times*(a.keeps(n, size) if hasattr(a, "keeps") else a.kv.columns*size*kept(a)) for a, times in mixers(spec)))
+    return float(sum(times*(a.keeps(n, size) if hasattr(a, "keeps") else a.kv.columns*size*kept(a))
+        for a, times in mixers(spec)))
 
 def cache_rate(
     spec:ModelSpec,

@@ -114,13 +114,20 @@ def read_setup(
         what, _, where = str(e).partition(" - at `$")
         raise UserError(f"{name}: {where.strip('`.') or 'top'}: {what[:1].lower() + what[1:]}") from e
     try:
-        c = cluster(s.hardware.gpu, s.hardware.nodes, s.hardware.gpus_per_node, s.hardware.nic_gbps, s.hardware.price, s.hardware.domain)
+        c = cluster(s.hardware.gpu, s.hardware.nodes, s.hardware.gpus_per_node, s.hardware.nic_gbps, s.hardware.price,
+            s.hardware.domain)
         stack(s.trainer.stack), serve_stack(s.engines.stack), transport(s.engines.transport)
     except ValueError as e: raise UserError(f"{name}: {e}") from e
     spec, r = load_model(s.model), s.rollouts
-    if r.longest > spec.max_position_embeddings: raise UserError(f"{name}: rollouts.longest is {r.longest}, but {s.model} was made for {spec.max_position_embeddings} tokens: lower it")
-    if r.prompt + r.mean + (r.turns-1)*r.tool_tokens > r.longest: raise UserError(f"{name}: prompts of {r.prompt:.0f}, {r.mean:.0f} sampled and {(r.turns-1)*r.tool_tokens:.0f} tokens of tools are more than rollouts.longest = {r.longest}")
-    if s.trainer.gpus and not s.loop.colocated and s.trainer.gpus >= c.gpus: raise UserError(f"{name}: trainer.gpus = {s.trainer.gpus} leaves no engine among {c.gpus} GPUs: give fewer, or loop.colocated = true")
+    if r.longest > spec.max_position_embeddings:
+        raise UserError(f"{name}: rollouts.longest is {r.longest}, but {s.model} was made for "
+                        f"{spec.max_position_embeddings} tokens: lower it")
+    if r.prompt + r.mean + (r.turns-1)*r.tool_tokens > r.longest:
+        raise UserError(f"{name}: prompts of {r.prompt:.0f}, {r.mean:.0f} sampled and {(r.turns-1)*r.tool_tokens:.0f} "
+                        f"tokens of tools are more than rollouts.longest = {r.longest}")
+    if s.trainer.gpus and not s.loop.colocated and s.trainer.gpus >= c.gpus:
+        raise UserError(f"{name}: trainer.gpus = {s.trainer.gpus} leaves no engine among {c.gpus} GPUs: give fewer, "
+                        "or loop.colocated = true")
     return s
 
 def load_setup(path:str|Path)->Setup:
@@ -192,12 +199,15 @@ def best_trainer(s:Setup, spec:ModelSpec, c:Cluster, gpus:int)->tuple[Choice|Non
         if m.total*MARGIN > c.gpu.hbm: continue
         p = trainer_step(spec, l, c, st, tokens, micro, pair, imbalance=s.trainer.imbalance)
         seconds = p.seconds + st.step_seconds
-        if s.loop.logprobs: seconds += trainer_step(spec, l, c, st, tokens, micro, pair, imbalance=s.trainer.imbalance, training=False).seconds
+        if s.loop.logprobs:
+            seconds += trainer_step(spec, l, c, st, tokens, micro, pair, imbalance=s.trainer.imbalance,
+                training=False).seconds
         if best is None or seconds < best.seconds: best = Choice(l, seconds, m.total, p)
     if best: return best, ""
     if least[2] is None: return None, f"no layout divides {gpus} GPUs"
     big = max(least[2], key=lambda t: t.value)
-    return None, f"{gpus} GPUs: at least {least[0]*MARGIN/GIB:.0f} GiB a GPU of {c.gpu.hbm/GIB:.0f}, of which {big.name} {big.value/GIB:.0f} GiB ({big.formula})"
+    return None, (f"{gpus} GPUs: at least {least[0]*MARGIN/GIB:.0f} GiB a GPU of {c.gpu.hbm/GIB:.0f}, of which "
+                  f"{big.name} {big.value/GIB:.0f} GiB ({big.formula})")
 
 # %% ../../nbs/13_scale/07_plan.ipynb #658705ce
 def prompt_tokens(s:Setup)->float: # of a rollout, all turns
@@ -230,16 +240,20 @@ def fleets(s:Setup, spec:ModelSpec, c:Cluster, gpus:int)->tuple[list[Fleet],str]
         if tp > gpus: continue
         for wide in ([e.wide] if e.wide is not None else [False, True] if spec.num_experts and tp >= 8 else [False]):
             if wide and spec.num_experts % tp: continue
-            en = Engine(tp, wide, wide, e.precision, float(e.kv_bytes), e.utilisation, min(4096, e.max_seqs*(tp//8 if wide and tp > 8 else 1)), e.mtp, e.stack)
+            en = Engine(tp, wide, wide, e.precision, float(e.kv_bytes), e.utilisation,
+                min(4096, e.max_seqs*(tp//8 if wide and tp > 8 else 1)), e.mtp, e.stack)
             kv, terms = engine_memory(spec, en, c.gpu, r.longest)
             if kv < r.longest*1.05:
-                why = f"an engine of {tp} GPUs: weights {weight_size(spec, e.precision)/GIB:.0f} of {tp*c.gpu.hbm*e.utilisation/GIB:.0f} GiB leave {max(0, kv)} tokens of cache, {r.longest} are the longest conversation"
+                why = (f"an engine of {tp} GPUs: weights {weight_size(spec, e.precision)/GIB:.0f} of "
+                       f"{tp*c.gpu.hbm*e.utilisation/GIB:.0f} GiB leave {max(0, kv)} tokens of cache, {r.longest} are "
+                       "the longest conversation")
                 continue
             n = gpus//tp
             ahead = batch*max(1, s.loop.max_staleness)/n
             pace = engine_pace(spec, en, c, r.prompt)
             b = max(1e-9, min(ahead, en.max_seqs, kv/mean))
-            out.append(Fleet(en, n, kv, b, batch*rollout_seconds(s, pace, max(1., b))/(n*max(1., b))*max(1., 1/b if b < 1 else 1.), pace))
+            out.append(Fleet(en, n, kv, b, batch*rollout_seconds(s, pace, max(1., b))/(n*max(1., b))*max(1.,
+                1/b if b < 1 else 1.), pace))
     return sorted(out, key=lambda f: f.seconds), why
 
 # %% ../../nbs/13_scale/07_plan.ipynb #2d69b029
@@ -295,7 +309,8 @@ def step_of(s:Setup, t:Choice, f:Fleet, sync:float)->float:
     r, one = s.rollouts, rollout_seconds(s, f.pace, max(1., f.at_once/2))
     if s.loop.colocated or s.loop.max_staleness == 0:
         return max(f.seconds, _tail(s, r.groups_per_step*r.group_size)*one) + t.seconds + sync
-    group = _tail(s, r.group_size)*one                 # a group is done when its longest member is; by Little's law so many are in play
+    # a group is done when its longest member is; by Little's law so many are in play
+    group = _tail(s, r.group_size)*one
     return max(t.seconds, f.seconds, group/(s.loop.max_staleness + .7))*1.02 + (sync if f.seconds >= t.seconds else 0.)
 
 def _tail(s:Setup, n:int)->float:
@@ -311,15 +326,20 @@ def loop_plan(s:Setup, t:Choice, f:Fleet, sync:float, steps:int=6, seed:int=0)->
     "The simulation of a chosen split."
     r = s.rollouts
     per_turn, cap = r.mean/r.turns, max(1, int((r.longest - r.prompt - (r.turns-1)*r.tool_tokens)/r.turns))
-    w = Workload(Lengths(per_turn, max(cap, ceil(per_turn)), _spread(s)), Lengths(r.prompt, max(int(r.prompt*4), int(r.prompt)+1), .3), r.turns, r.tool_tokens, r.tool_seconds, r.prefix_hit)
+    w = Workload(Lengths(per_turn, max(cap, ceil(per_turn)), _spread(s)),
+        Lengths(r.prompt, max(int(r.prompt*4), int(r.prompt)+1), .3), r.turns, r.tool_tokens, r.tool_seconds,
+        r.prefix_hit)
     mean, _ = text_tokens(s)
     tokens, micro, ranks = r.groups_per_step*r.group_size*mean, micro_tokens(s), t.layout.dp
-    def train(lengths):                                 # the rounds of the run; the plan's seconds are those of rounds that are full to 95 %
+    # the rounds of the run; the plan's seconds are those of rounds that are full to 95 %
+    def train(lengths):
         n = np.minimum(np.asarray(lengths), micro)
         rounds = plan_rounds(n, n, micro, ranks)
-        return t.seconds*.95*ranks/tokens*step_time([[np.array(b, int) for b in bins] for bins in rounds], n.astype(float))
+        return t.seconds*.95*ranks/tokens*step_time([[np.array(b, int) for b in bins] for bins in rounds],
+            n.astype(float))
     together = s.loop.colocated or s.loop.max_staleness == 0
-    return LoopPlan(f.pace, f.replicas, f.engine.max_seqs, f.kv_tokens, w, r.groups_per_step, r.group_size, 0 if s.loop.colocated else s.loop.max_staleness, steps, train, sync if together else sync, seed=seed)
+    return LoopPlan(f.pace, f.replicas, f.engine.max_seqs, f.kv_tokens, w, r.groups_per_step, r.group_size,
+        0 if s.loop.colocated else s.loop.max_staleness, steps, train, sync if together else sync, seed=seed)
 
 def simulated(s:Setup, t:Choice, f:Fleet, sync:float, steps:int=0, seed:int=0)->tuple[float,float,float,Loop]:
     "Seconds of a step after the run has settled, staleness, share of the time that the trainer waited."
@@ -332,7 +352,8 @@ def simulated(s:Setup, t:Choice, f:Fleet, sync:float, steps:int=0, seed:int=0)->
     return span, float(np.mean([x.staleness for x in late])), float(sum(x.waited for x in late)/(span*len(late))), loop
 
 # %% ../../nbs/13_scale/07_plan.ipynb #260db26f
-def find(s:Setup, spec:ModelSpec, c:Cluster)->tuple[list,list[str],int]: # (step, trainer, fleet, sync) best first; what was rejected; options looked at
+# (step, trainer, fleet, sync) best first; what was rejected; options looked at
+def find(s:Setup, spec:ModelSpec, c:Cluster)->tuple[list,list[str],int]:
     "Every split, its best trainer, its engines."
     found, rejected, looked = [], [], 0
     for gpus in splits(s, c):
@@ -364,15 +385,19 @@ def bottleneck(s:Setup, spec:ModelSpec, c:Cluster, t:Choice, f:Fleet)->str:
     side = max(t.step.terms, key=lambda x: x.value)
     d = decode_terms(spec, f.engine, c, max(1, round(f.at_once)), s.rollouts.prompt + s.rollouts.mean/2)
     inside = max(d, key=lambda x: x.value)
-    if s.loop.colocated or s.loop.max_staleness == 0: return f"{'generation' if gen > train else 'training'}, {max(gen, train)/(gen+train):.0%} of a synchronous step: {inside.name if gen > train else side.name} first"
-    if abs(train-gen) < .1*max(train, gen): return f"none: trainer and engines are within 10 %; {side.name} and {inside.name} are their largest terms"
+    if s.loop.colocated or s.loop.max_staleness == 0:
+        return (f"{'generation' if gen > train else 'training'}, {max(gen, train)/(gen+train):.0%} of a synchronous "
+                f"step: {inside.name if gen > train else side.name} first")
+    if abs(train-gen) < .1*max(train, gen):
+        return f"none: trainer and engines are within 10 %; {side.name} and {inside.name} are their largest terms"
     return f"the trainer ({side.name} is {side.value/train:.0%} of it)" if train > gen else f"the engines ({inside.name} is {inside.value/d.total:.0%} of a step with {f.at_once:.0f} at once)"
 
 # %% ../../nbs/13_scale/07_plan.ipynb #ac9f7d62
 def more_nodes(s:Setup, spec:ModelSpec, c:Cluster, t:Choice, f:Fleet, sync:float)->dict[str,float]: # seconds of a step
     "What one more node of each kind would buy, with the layouts searched anew."
     if s.loop.colocated: return {}
-    free = msgspec.structs.replace(s, trainer=msgspec.structs.replace(s.trainer, gpus=None), hardware=msgspec.structs.replace(s.hardware, nodes=s.hardware.nodes+1))
+    free = msgspec.structs.replace(s, trainer=msgspec.structs.replace(s.trainer, gpus=None),
+        hardware=msgspec.structs.replace(s.hardware, nodes=s.hardware.nodes+1))
     big = setup_cluster(free)
     out = {}
     t2, _ = best_trainer(free, spec, big, t.layout.gpus + c.per_node)
@@ -384,28 +409,39 @@ def more_nodes(s:Setup, spec:ModelSpec, c:Cluster, t:Choice, f:Fleet, sync:float
 def plan(s:Setup)->PlanResult:
     "The answer. `UserError` when nothing fits, with the nearest miss."
     spec, c = load_model(s.model), setup_cluster(s)
-    if c.gpus < 2 and not s.loop.colocated: raise UserError("one GPU can't be trainer and engine at once: loop.colocated = true, or another GPU")
+    if c.gpus < 2 and not s.loop.colocated:
+        raise UserError("one GPU can't be trainer and engine at once: loop.colocated = true, or another GPU")
     found, rejected, looked = find(s, spec, c)
-    if not found: raise UserError(f"{s.model} does not fit {c.gpus} x {c.gpu.name}: " + (rejected[0] if rejected else "no split") + "; " + advice(s, spec, c))
+    if not found:
+        raise UserError(f"{s.model} does not fit {c.gpus} x {c.gpu.name}: " + (rejected[0] if rejected else "no split")
+            + "; " + advice(s, spec, c))
     quick, t, f, sync = found[0]
     seconds, stale, waits, _ = simulated(s, t, f, sync)
     if s.loop.colocated: stale = 0.
     low, high = interval(s, seconds, t.seconds, f.seconds)
     r, engine_gpus = s.rollouts, f.replicas*f.engine.tp
     away = (r.turns-1)*r.tool_seconds
-    notes = [n for n in (getattr(spec, "note", ""), "" if c.gpu.generation in ("hopper", "ampere") else f"{c.gpu.name}: kernel shares extrapolated from an H100", f"price ${c.price:.2f} per GPU-hour ({'yours' if s.hardware.price is not None else 'default of ' + PRICE_DATE})") if n]
-    terms = {"training": [tuple(x) for x in t.step.terms], "memory of the trainer": [tuple(x) for x in trainer_memory(spec, t.layout, micro_tokens(s), stack(s.trainer.stack))],
-             "decode step": [tuple(x) for x in decode_terms(spec, f.engine, c, max(1, round(f.at_once)), r.prompt + r.mean/2)], "memory of an engine": [tuple(x) for x in engine_memory(spec, f.engine, c.gpu, r.longest)[1]]}
+    notes = [n for n in (getattr(spec, "note", ""), "" if c.gpu.generation in ("hopper", "ampere")
+        else f"{c.gpu.name}: kernel shares extrapolated from an H100",
+        f"price ${c.price:.2f} per GPU-hour ({'yours' if s.hardware.price is not None else 'default of ' + PRICE_DATE})") if n]
+    terms = {"training": [tuple(x) for x in t.step.terms], "memory of the trainer": [tuple(x)
+        for x in trainer_memory(spec, t.layout, micro_tokens(s), stack(s.trainer.stack))],
+             "decode step": [tuple(x) for x in decode_terms(spec, f.engine, c, max(1, round(f.at_once)),
+                 r.prompt + r.mean/2)], "memory of an engine": [tuple(x)
+                 for x in engine_memory(spec, f.engine, c.gpu, r.longest)[1]]}
     more = {k: quick - v for k, v in more_nodes(s, spec, c, t, f, sync).items()}
-    return PlanResult(s.model, repr(c), t.layout.gpus, engine_gpus, t.layout, f.engine, f.replicas, seconds, low, high, t.seconds, f.seconds, sync, stale, waits, t.memory/GIB, f.kv_tokens, f.at_once,
-        f.at_once*f.replicas*(away/max(1e-9, rollout_seconds(s, f.pace, f.at_once))) if away else 0., t.step.ep_share, s.steps*seconds*c.dollars_per_second, bottleneck(s, spec, c, t, f), more,
+    return PlanResult(s.model, repr(c), t.layout.gpus, engine_gpus, t.layout, f.engine, f.replicas, seconds, low, high,
+        t.seconds, f.seconds, sync, stale, waits, t.memory/GIB, f.kv_tokens, f.at_once,
+        f.at_once*f.replicas*(away/max(1e-9, rollout_seconds(s, f.pace, f.at_once))) if away else 0., t.step.ep_share,
+        s.steps*seconds*c.dollars_per_second, bottleneck(s, spec, c, t, f), more,
         batch_token_budget(engine_gpus, f.kv_tokens//f.engine.tp), notes, rejected, terms, looked)
 
 # %% ../../nbs/13_scale/07_plan.ipynb #57813a26
 def advice(s:Setup, spec:ModelSpec, c:Cluster)->str:
     "The smallest number of nodes that fits, or what to change."
     for nodes in [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 48, 64, 96, 128, 256) if n > c.nodes]:
-        bigger = msgspec.structs.replace(s, hardware=msgspec.structs.replace(s.hardware, nodes=nodes), trainer=msgspec.structs.replace(s.trainer, gpus=None))
+        bigger = msgspec.structs.replace(s, hardware=msgspec.structs.replace(s.hardware, nodes=nodes),
+            trainer=msgspec.structs.replace(s.trainer, gpus=None))
         if find(bigger, spec, setup_cluster(bigger))[0]: return f"{nodes} nodes would do"
     return "shorten rollouts, offload the optimizer (trainer.optimiser = 'offload'), train LoRA, or serve in fp8"
 
@@ -413,15 +449,25 @@ def show_plan(p:PlanResult, why:bool=False)->str:
     "The answer as text."
     l, e = p.layout, p.engine
     rows = [f"{p.model} on {p.cluster}", "",
-        f"a step      {p.step_seconds:.1f} s, 80 % between {p.low:.1f} and {p.high:.1f}; {len(p.rejected)} kinds of split do not fit, {p.options} were compared",
-        f"trainer     {p.trainer_gpus} GPUs, tp {l.tp} cp {l.cp} pp {l.pp} ep {l.ep}, {l.replicas} replica{'s'*(l.replicas > 1)}: {p.train_seconds:.1f} s, {p.memory_gib:.0f} GiB a GPU, waits {p.trainer_waits:.0%} of the time",
-        f"engines     {p.replicas} x {e.tp} GPUs{', wide EP' if e.ep else ''}, {e.precision}: {p.generate_seconds:.1f} s for a step's rollouts, {p.at_once:.0f} at once in each, cache of {p.kv_tokens} tokens",
+        f"a step      {p.step_seconds:.1f} s, 80 % between {p.low:.1f} and {p.high:.1f}; {len(p.rejected)} kinds of "
+        f"split do not fit, {p.options} were compared",
+        f"trainer     {p.trainer_gpus} GPUs, tp {l.tp} cp {l.cp} pp {l.pp} ep {l.ep}, {l.replicas} "
+        f"replica{'s'*(l.replicas > 1)}: {p.train_seconds:.1f} s, {p.memory_gib:.0f} GiB a GPU, waits "
+        f"{p.trainer_waits:.0%} of the time",
+        f"engines     {p.replicas} x {e.tp} GPUs{', wide EP' if e.ep else ''}, {e.precision}: "
+        f"{p.generate_seconds:.1f} s for a step's rollouts, {p.at_once:.0f} at once in each, cache of {p.kv_tokens} "
+        "tokens",
         f"staleness   {p.staleness:.2f} versions on average; new weights take {p.sync_seconds:.1f} s",
-        f"experts     {p.ep_share:.1%} of the trainer's step is their traffic" if p.ep_share else "", f"sandboxes   {p.sandboxes:.0f} in use on average" if p.sandboxes else "",
-        f"bottleneck  {p.bottleneck}", *(f"one more node for the {k} saves {v:.1f} s a step" for k, v in p.more.items()),
-        f"budget      {p.budget} tokens of rollouts fit the engines at once (85 % of their cache)", f"cost        ${p.dollars:,.0f} for the run", *(f"note        {n}" for n in p.notes), *(f"not         {x}" for x in p.rejected[:4])]
+        f"experts     {p.ep_share:.1%} of the trainer's step is their traffic" if p.ep_share else "",
+        f"sandboxes   {p.sandboxes:.0f} in use on average" if p.sandboxes else "",
+        f"bottleneck  {p.bottleneck}", *(f"one more node for the {k} saves {v:.1f} s a step"
+            for k, v in p.more.items()),
+        f"budget      {p.budget} tokens of rollouts fit the engines at once (85 % of their cache)",
+        f"cost        ${p.dollars:,.0f} for the run", *(f"note        {n}" for n in p.notes),
+        *(f"not         {x}" for x in p.rejected[:4])]
     if why:
-        for title, terms in p.terms.items(): rows += ["", title] + [f"  {n:28s}{v:12.4g}  {fm}  [{src}]" for n, v, fm, src in terms]
+        for title, terms in p.terms.items():
+            rows += ["", title] + [f"  {n:28s}{v:12.4g}  {fm}  [{src}]" for n, v, fm, src in terms]
     return "\n".join(x for i, x in enumerate(rows) if x or i == 1)
 
 # %% ../../nbs/13_scale/07_plan.ipynb #5e8b52d4
@@ -429,13 +475,19 @@ def simulate(s:Setup, steps:int=0, seed:int=0)->dict:
     "A longer simulation of the plan's split, as numbers."
     spec, c = load_model(s.model), setup_cluster(s)
     found, rejected, _ = find(s, spec, c)
-    if not found: raise UserError(f"{s.model} does not fit {c.gpus} x {c.gpu.name}: " + (rejected[0] if rejected else "no split") + "; " + advice(s, spec, c))
+    if not found:
+        raise UserError(f"{s.model} does not fit {c.gpus} x {c.gpu.name}: " + (rejected[0] if rejected else "no split")
+            + "; " + advice(s, spec, c))
     _, t, f, sync = found[0]
     seconds, stale, waits, loop = simulated(s, t, f, sync, steps or min(s.steps, 40), seed)
     ages = sum(loop.stale.values())
     busy = sum(r.busy for r in loop.replicas)/(loop.now*len(loop.replicas))
-    return dict(step_seconds=seconds, mean_staleness=stale, trainer_waits=waits, engines_busy=busy, rollouts=len(loop.tokens_of), dropped=dict(loop.buffer.drops), preempted=sum(r.preempted for r in loop.replicas),
-                staleness={str(k): v/ages for k, v in sorted(loop.stale.items())}, steps=[dict(step=x.step, begun=x.begun, ended=x.ended, waited=x.waited, staleness=x.staleness, tokens=x.tokens) for x in loop.steps])
+    return dict(step_seconds=seconds, mean_staleness=stale, trainer_waits=waits, engines_busy=busy,
+                rollouts=len(loop.tokens_of), dropped=dict(loop.buffer.drops),
+                preempted=sum(r.preempted for r in loop.replicas),
+                staleness={str(k): v/ages for k, v in sorted(loop.stale.items())},
+                steps=[dict(step=x.step, begun=x.begun, ended=x.ended, waited=x.waited, staleness=x.staleness,
+                    tokens=x.tokens) for x in loop.steps])
 
 def draw_setup(s:Setup, path:str, steps:int=6)->None:
     "The picture of who waits for whom."
@@ -459,10 +511,14 @@ def against_run(
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     if len(rows) < 4: raise UserError(f"{path}: {len(rows)} steps are too few to compare; four are the least")
     late, p = rows[len(rows)//2:], plan(s)
-    mean = lambda key: float(np.mean([r[key] for r in late if key in r])) if any(key in r for r in late) else float("nan")
+    mean = lambda key: float(np.mean([r[key] for r in late if key in r])) if any(key in r
+        for r in late) else float("nan")
     mean_tokens, batch = text_tokens(s)[0], s.rollouts.groups_per_step*s.rollouts.group_size
-    return [("seconds of a step", p.step_seconds, (late[-1]["seconds"] - late[0]["seconds"])/(len(late)-1)), ("seconds of the trainer", p.train_seconds, mean("step_seconds")), ("share that the trainer waits", p.trainer_waits, mean("trainer_waits")),
-            ("staleness", p.staleness, mean("staleness")), ("rollouts of a step", float(batch), mean("rollouts")), ("tokens of a step", batch*mean_tokens, mean("tokens"))]
+    return [("seconds of a step", p.step_seconds, (late[-1]["seconds"] - late[0]["seconds"])/(len(late)-1)),
+            ("seconds of the trainer", p.train_seconds, mean("step_seconds")),
+            ("share that the trainer waits", p.trainer_waits, mean("trainer_waits")),
+            ("staleness", p.staleness, mean("staleness")), ("rollouts of a step", float(batch), mean("rollouts")),
+            ("tokens of a step", batch*mean_tokens, mean("tokens"))]
 
 # %% ../../nbs/13_scale/07_plan.ipynb #6a31992c
 def flags(args:list[str], usage:str, switches:tuple=(), values:tuple=())->tuple[str,dict]:
@@ -487,10 +543,13 @@ def plan_command(args:list[str])->str:
     path, given = flags(args, "moe-rl " + PLAN, ("--why", "--json"), ("--run",))
     if "--run" in given:
         table = against_run(load_setup(path), given["--run"])
-        if "--json" in given: return json.dumps([dict(term=n, planned=float(a), measured=float(b)) for n, a, b in table])
-        return "\n".join(f"{n:30s} planned {a:12.4g}  measured {b:12.4g}  x{b/a if a else inf:.2f}" for n, a, b in table)
+        if "--json" in given:
+            return json.dumps([dict(term=n, planned=float(a), measured=float(b)) for n, a, b in table])
+        return "\n".join(f"{n:30s} planned {a:12.4g}  measured {b:12.4g}  x{b/a if a else inf:.2f}"
+            for n, a, b in table)
     result = plan(load_setup(path))
-    return json.dumps(msgspec.to_builtins(result, enc_hook=float)) if "--json" in given else show_plan(result, "--why" in given)
+    return json.dumps(msgspec.to_builtins(result, enc_hook=float)) if "--json" in given else show_plan(result,
+        "--why" in given)
 
 def simulate_command(args:list[str])->str:
     "What `moe-rl simulate` prints."
@@ -501,6 +560,8 @@ def simulate_command(args:list[str])->str:
     if "--picture" in given: draw_setup(s, given["--picture"])
     r = simulate(s, int(given.get("--steps", 0)), int(given.get("--seed", 0)))
     if "--json" in given: return json.dumps(r)
-    lines = [f"a step {r['step_seconds']:.1f} s, trainer waits {r['trainer_waits']:.0%}, engines busy {r['engines_busy']:.0%}, staleness {r['mean_staleness']:.2f} on average",
-             "staleness  " + "  ".join(f"{k}: {v:.0%}" for k, v in r["staleness"].items()), f"{r['rollouts']} rollouts, dropped {r['dropped'] or 'none'}, {r['preempted']} preempted"]
+    lines = [f"a step {r['step_seconds']:.1f} s, trainer waits {r['trainer_waits']:.0%}, engines busy "
+             f"{r['engines_busy']:.0%}, staleness {r['mean_staleness']:.2f} on average",
+             "staleness  " + "  ".join(f"{k}: {v:.0%}" for k, v in r["staleness"].items()),
+             f"{r['rollouts']} rollouts, dropped {r['dropped'] or 'none'}, {r['preempted']} preempted"]
     return "\n".join(lines + ([f"picture in {given['--picture']}"] if "--picture" in given else []))

@@ -58,11 +58,14 @@ def by_token(
 # %% ../../nbs/13_scale/05_rollouts.ipynb #b9bf1b04
 class Replica:
     "One engine under a clock of its own; `due` is when its next event happens."
-    __slots__ = ("pace", "base", "ctx", "max_seqs", "kv", "now", "v", "n", "held", "heap", "waiting", "stack", "order", "k", "due", "version", "busy", "tokens", "preempted", "prefilled", "at", "later")
+    __slots__ = ("pace", "base", "ctx", "max_seqs", "kv", "now", "v", "n", "held", "heap", "waiting", "stack", "order",
+        "k", "due", "version", "busy", "tokens", "preempted", "prefilled", "at", "later")
     def __init__(self, pace:Pace, max_seqs:int, kv_tokens:int):
-        if len(pace.base) <= max_seqs: raise ValueError(f"pace knows {len(pace.base)-1} sequences, the engine takes {max_seqs}")
+        if len(pace.base) <= max_seqs:
+            raise ValueError(f"pace knows {len(pace.base)-1} sequences, the engine takes {max_seqs}")
         self.pace, self.base, self.ctx, self.max_seqs, self.kv = pace, pace.base, pace.context, max_seqs, kv_tokens
-        self.now, self.v, self.n, self.held, self.k, self.due = 0., 0, 0, 0, 0, inf # n: active, held: tokens of their contexts
+        # n: active, held: tokens of their contexts
+        self.now, self.v, self.n, self.held, self.k, self.due = 0., 0, 0, 0, 0, inf
         self.heap, self.waiting, self.stack, self.order, self.version = [], deque(), [], 0, 0
         self.busy, self.tokens, self.preempted, self.prefilled, self.at, self.later = 0., 0, 0, 0, 0., []
 
@@ -118,14 +121,17 @@ def _look(self):
     while heap and heap[0][2].order != heap[0][1]: heapq.heappop(heap)
     if not self.n: self.due = inf; return
     self.k = min(heap[0][0] - self.v, (self.kv - self.held)//self.n)
-    self.due = self.now + (self.span(self.k) if self.k > 0 else 1e-9) # arrivals at this boundary come before a preemption
+    # arrivals at this boundary come before a preemption
+    self.due = self.now + (self.span(self.k) if self.k > 0 else 1e-9)
 
 Replica._admit, Replica._preempt, Replica._look = _admit, _preempt, _look
 
 # %% ../../nbs/13_scale/05_rollouts.ipynb #759fea96
 def submit(self, t:float, turn:Turn):
     "A request arrives at time `t`. `ValueError` if it could never fit."
-    if turn.prompt + turn.new > self.kv: raise ValueError(f"a conversation of {turn.prompt + turn.new} tokens does not fit a cache of {self.kv}: shorten it or give engines more memory")
+    if turn.prompt + turn.new > self.kv:
+        raise ValueError(f"a conversation of {turn.prompt + turn.new} tokens does not fit a cache of {self.kv}: "
+                         "shorten it or give engines more memory")
     self.waiting.append(turn)
     if self.n < self.max_seqs and self.held + self.waiting[0].prompt + 1 <= self.kv and self.reach(t):
         self._admit()
@@ -181,7 +187,9 @@ class Lengths:
     sigma:float=.8     # of the logarithm; 0: all alike
     trace:tuple=()     # lengths of a run of your own; drawn with replacement
     def __post_init__(self):
-        if not self.trace and not 0 < self.mean <= self.longest: raise ValueError(f"a mean length of {self.mean:g} tokens needs a longest of at least as much, not {self.longest}")
+        if not self.trace and not 0 < self.mean <= self.longest:
+            raise ValueError(f"a mean length of {self.mean:g} tokens needs a longest of at least as much, not "
+                             f"{self.longest}")
 
     def median(self)->float:
         "Of the lognormal before the cut, so that the mean after it is `mean`."
@@ -196,7 +204,8 @@ class Lengths:
         "Lengths from 1 to the longest."
         if self.trace: return rng.choice(np.asarray(self.trace, np.int64), n)
         if self.sigma == 0: return np.full(n, max(1, round(self.mean)), np.int64)
-        return np.clip(np.rint(self.median()*np.exp(self.sigma*rng.standard_normal(n))), 1, self.longest).astype(np.int64)
+        return np.clip(np.rint(self.median()*np.exp(self.sigma*rng.standard_normal(n))), 1,
+            self.longest).astype(np.int64)
 
 # %% ../../nbs/13_scale/05_rollouts.ipynb #1f049352
 def generate(

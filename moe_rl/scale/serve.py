@@ -82,7 +82,8 @@ def weight_size(spec:ModelSpec, precision:str)->float: # bytes
 def cache_copies(spec:ModelSpec, e:Engine)->float:
     "How often a token's cache is kept in a replica."
     if e.dp_attention or e.tp == 1: return 1.
-    heads = max((1 if isinstance(a, Mla) or not hasattr(a, "kv_heads") else a.kv_heads) for a, _ in mixers(spec) if a.kv.columns) if any(a.kv.columns for a, _ in mixers(spec)) else e.tp
+    heads = max((1 if isinstance(a, Mla) or not hasattr(a, "kv_heads") else a.kv_heads) for a, _ in mixers(spec)
+        if a.kv.columns) if any(a.kv.columns for a, _ in mixers(spec)) else e.tp
     return max(1., e.tp/heads)
 
 def engine_memory(
@@ -96,15 +97,20 @@ def engine_memory(
     rate, fixed = cache_rate(spec, 65536, e.kv_bytes)
     per = (rate + fixed/length)*cache_copies(spec, e)
     left = all_ - w - st.buffers*e.tp
-    return int(left//per), Terms((Term("memory", all_, f"{e.utilisation}*{gpu.hbm/1e9:.0f} GB*{e.tp}", "utilisation is a setting"), Term("weights", -w, f"{counts(spec)[0]/1e9:.1f}e9 parameters, {e.precision}", "counted"),
-        Term("buffers", -st.buffers*e.tp, "graphs, workspaces", f"{st.name} {st.release}"), Term("per token of cache", -per, f"({rate:.0f} + {fixed:.3g}/{length}) B*{cache_copies(spec, e):g} copies", "counted")))
+    return int(left//per), Terms((Term("memory", all_, f"{e.utilisation}*{gpu.hbm/1e9:.0f} GB*{e.tp}",
+        "utilisation is a setting"), Term("weights", -w, f"{counts(spec)[0]/1e9:.1f}e9 parameters, {e.precision}",
+        "counted"),
+        Term("buffers", -st.buffers*e.tp, "graphs, workspaces", f"{st.name} {st.release}"),
+        Term("per token of cache", -per, f"({rate:.0f} + {fixed:.3g}/{length}) B*{cache_copies(spec, e):g} copies",
+            "counted")))
 
 # %% ../../nbs/13_scale/04_serve.ipynb #6733af1b
 def touched(spec:ModelSpec, e:Engine, batch:int)->float: # bytes
     "Weights that a step of `batch` sequences reads."
     size = 1.01 if e.precision == "fp8" else 2.
     P, Pe = counts(spec)
-    seen = sum(n*m.num_experts*(1 - (1 - m.per_token/m.num_experts)**batch)*m.expert(spec.hidden_size) for m, n in mixtures(spec))
+    seen = sum(n*m.num_experts*(1 - (1 - m.per_token/m.num_experts)**batch)*m.expert(spec.hidden_size)
+        for m, n in mixtures(spec))
     return (P - Pe - spec.vocab_size*spec.hidden_size*(0 if spec.tied else 1) + seen)*size
 
 def read_bytes(
@@ -116,7 +122,10 @@ def read_bytes(
     out = 0.
     for a, times in mixers(spec):
         width = a.kv.columns*size
-        if isinstance(a, Compressed): out += times*(min(context, a.window)*a.head_dim*size + (min(context/a.rate, a.topk) if a.index_heads else context/a.rate)*a.head_dim*size + context/a.rate*a.index_dim*size*bool(a.index_heads))
+        if isinstance(a, Compressed):
+            out += times*(min(context, a.window)*a.head_dim*size
+                + (min(context/a.rate, a.topk) if a.index_heads else context/a.rate)*a.head_dim*size
+                + context/a.rate*a.index_dim*size*bool(a.index_heads))
         elif isinstance(a, Indexed): out += times*(min(context, a.topk)*width + context*(a.index_dim + 4))
         elif isinstance(a, Recurrent): out += times*2*a.keeps(1, size)
         else: out += times*min(context, a.window or context)*width
@@ -137,7 +146,8 @@ def exchange_seconds(spec:ModelSpec, e:Engine, c:Cluster, batch:int)->float: # o
     if not e.ep or not mixtures(spec) or e.tp == 1: return 0.
     moe, layers = mixtures(spec)[0]
     volume = low_latency_bytes(max(1, batch/e.tp), getattr(moe, "latent", 0) or spec.hidden_size, moe.per_token)
-    return layers*1e-6*sum(low_latency_time(e.tp, v, l, c.domain) for v, l in zip(volume, low_latency(c.gpu.name, c.nic, c.domain)))
+    return layers*1e-6*sum(low_latency_time(e.tp, v, l, c.domain)
+        for v, l in zip(volume, low_latency(c.gpu.name, c.nic, c.domain)))
 
 # %% ../../nbs/13_scale/04_serve.ipynb #eaa82813
 def decode_terms(
@@ -153,14 +163,21 @@ def decode_terms(
     kv = read_bytes(spec, context, e.kv_bytes)*batch*cache_copies(spec, e)
     L = len(spec.layers)
     swap = exchange_seconds(spec, e, c, batch)*(1 - st.overlap)
-    gpu_terms = (Term("launches and waits", L*(st.layer_seconds + hop), f"{L} layers*({st.layer_seconds*1e6:.0f} + {hop*1e6:.0f} us)", f"fitted, {st.name} {st.release}"),
-        Term("weights", w/(G*gpu.bandwidth*st.weights), f"{w/1e9:.1f} GB touched/({G}*{gpu.bandwidth/1e12:.2f}e12*{st.weights:.2f})", "experts hit: E(1-(1-k/E)^B)"),
-        Term("arithmetic", f*batch/(G*peak*st.products), f"{f/1e9:.1f} GFLOP*{batch}/({G}*{peak/1e12:.0f}e12*{st.products:.2f})", "two per active parameter"),
-        Term("cache", kv/(G*gpu.bandwidth*st.cache), f"{kv/1e9:.2f} GB/({G}*{gpu.bandwidth/1e12:.2f}e12*{st.cache:.2f})", "keys and values of all contexts"),
-        Term("experts' rows, exposed", swap, f"EP{G}, {st.overlap:.0%} hidden under another batch" if e.ep else "none", "DeepEP low latency, fitted on its table"))
+    gpu_terms = (Term("launches and waits", L*(st.layer_seconds + hop),
+        f"{L} layers*({st.layer_seconds*1e6:.0f} + {hop*1e6:.0f} us)", f"fitted, {st.name} {st.release}"),
+        Term("weights", w/(G*gpu.bandwidth*st.weights), f"{w/1e9:.1f} GB "
+                                                        f"touched/({G}*{gpu.bandwidth/1e12:.2f}e12*{st.weights:.2f})",
+                                                        "experts hit: E(1-(1-k/E)^B)"),
+        Term("arithmetic", f*batch/(G*peak*st.products),
+            f"{f/1e9:.1f} GFLOP*{batch}/({G}*{peak/1e12:.0f}e12*{st.products:.2f})", "two per active parameter"),
+        Term("cache", kv/(G*gpu.bandwidth*st.cache),
+            f"{kv/1e9:.2f} GB/({G}*{gpu.bandwidth/1e12:.2f}e12*{st.cache:.2f})", "keys and values of all contexts"),
+        Term("experts' rows, exposed", swap, f"EP{G}, {st.overlap:.0%} hidden under another batch" if e.ep else "none",
+            "DeepEP low latency, fitted on its table"))
     each = st.seq_seconds.get(gpu.generation, 0.)
     host = max(0., batch*each - sum(t.value for t in gpu_terms))
-    return Terms((*gpu_terms, Term("host, exposed", host, f"{batch} sequences*{each*1e6:.0f} us, less what the GPU takes", f"fitted, {st.name} {st.release}")))
+    return Terms((*gpu_terms, Term("host, exposed", host, f"{batch} sequences*{each*1e6:.0f} us, less what the GPU "
+                                                          "takes", f"fitted, {st.name} {st.release}")))
 
 # %% ../../nbs/13_scale/04_serve.ipynb #eb4b5997
 class Pace(NamedTuple):
@@ -188,4 +205,5 @@ def engine_pace(
     near, far = (decode_terms(spec, e, c, 1, n, st)["cache"]/speed for n in (8192., 40960.))
     slope = (far - near)/32768
     base = [decode_terms(spec, e, c, max(b, 1), 0., st).total/speed + b*max(0., near - 8192*slope) for b in grid]
-    return Pace(tuple(np.interp(np.arange(e.max_seqs+1), grid, base).tolist()), slope, prefill_seconds(spec, e, c, prompt, st))
+    return Pace(tuple(np.interp(np.arange(e.max_seqs+1), grid, base).tolist()), slope,
+        prefill_seconds(spec, e, c, prompt, st))

@@ -33,7 +33,8 @@ class Terms(tuple):
     "Summands; their sum is the answer."
     @property
     def total(self)->float: return sum(t.value for t in self)
-    def __getitem__(self, name): return next(t.value for t in self if t.name == name) if isinstance(name, str) else super().__getitem__(name)
+    def __getitem__(self, name):
+        return next(t.value for t in self if t.name == name) if isinstance(name, str) else super().__getitem__(name)
     def __repr__(self): return "\n".join(f"{t.name:28s}{t.value:12.4g}  {t.formula}" for t in self)
 
 # %% ../../nbs/13_scale/03_train.ipynb #b86e8a3c
@@ -43,7 +44,9 @@ class Stack:
     name:str
     release:str
     date:str
-    passes:float          # times that every activation of attention and dense nets moves through memory, per token and layer, forward and backward
+    # times that every activation of attention and dense nets moves through memory, per token and layer, forward and
+    # backward
+    passes:float
     moe_passes:float      # the same of what is routed
     head_passes:float     # passes over the float32 logits, in RL
     sft_passes:float      # the same in supervised training
@@ -59,7 +62,8 @@ class Stack:
     in_flight:float       # layers whose gathered weights exist at once
     sigma:float           # of the logarithm of a step's time
     step_seconds:float=0. # of a step of RL that no formula explains: data, hand-over, start of phases
-    fsdp:bool=True        # weights in shards, gathered for every micro-batch; False: whole on every rank, only moments in shards
+    # weights in shards, gathered for every micro-batch; False: whole on every rank, only moments in shards
+    fsdp:bool=True
 
 @lru_cache(maxsize=4)
 def constants(path:str|None=None)->dict:
@@ -102,10 +106,12 @@ class Layout:
     def expert_shard(self)->int: return max(1, self.shard*self.tp//self.ep)
     def check(self, spec:ModelSpec)->str: # empty if all is well
         "What does not divide."
-        if self.gpus % (self.tp*self.cp*self.pp): return f"{self.gpus} GPUs are no multiple of tp*cp*pp = {self.tp*self.cp*self.pp}"
+        if self.gpus % (self.tp*self.cp*self.pp):
+            return f"{self.gpus} GPUs are no multiple of tp*cp*pp = {self.tp*self.cp*self.pp}"
         if self.dp % self.replicas: return f"{self.replicas} replicas do not divide {self.dp} data-parallel ranks"
         if (E := spec.num_experts) and E % self.ep: return f"ep={self.ep} does not divide {E} experts"
-        if self.gpus//self.pp//self.replicas % self.ep: return f"ep={self.ep} does not divide the {self.gpus//self.pp//self.replicas} ranks of a shard group"
+        if self.gpus//self.pp//self.replicas % self.ep:
+            return f"ep={self.ep} does not divide the {self.gpus//self.pp//self.replicas} ranks of a shard group"
         if not spec.num_experts and self.ep > 1: return "ep > 1 for a model without experts"
         if self.pp > len(spec.layers): return f"pp={self.pp} is more than {len(spec.layers)} layers"
         return ""
@@ -156,15 +162,24 @@ def trainer_memory(
     each = 4 if layout.lora else _STATE[layout.optimiser]
     dense, routed = (w/len(spec.layers) for w in widths(spec))
     layer_d, layer_e = biggest_layer(spec)
-    kept = mine*d*2*L if layout.recompute == "full" else 0. if layout.recompute == "offload" else mine*2*L*(dense + routed)
+    kept = mine*d*2*L if layout.recompute == "full" else 0. if layout.recompute == "offload" else mine*2*L*(dense
+        + routed)
     work = mine*2*(st.live*dense + st.live_moe*routed)
     state = each*((P-Pe)/layout.shard/layout.tp + Pe/(layout.ep*layout.expert_shard))/layout.pp
     if not st.fsdp: state = state*(each-6)/each + 6*((P-Pe)/layout.tp + Pe/layout.ep)/layout.pp
-    out = [Term("weights, gradients, moments", state, f"{each} B*({(P-Pe)/1e9:.1f}e9/{layout.shard*layout.tp} + {Pe/1e9:.1f}e9/{layout.ep*layout.expert_shard})/pp {layout.pp}", "FSDP2 in float32; AdamW 16, Muon 12, moments on the host 8, LoRA 4"),
-           Term("gathered layers", st.in_flight*2*(layer_d/layout.tp + layer_e/layout.ep), f"{st.in_flight:.1f}*2 B*({layer_d/1e6:.0f}e6/tp {layout.tp} + {layer_e/1e6:.0f}e6/ep {layout.ep})", f"fitted, {st.name} {st.release}"),
-           Term("residuals", kept, f"{mine:.0f} tokens*{d}*2 B*{L:.0f} layers" if kept else "on the host", "one per layer with full recomputation"),
-           Term("working set of a layer", work, f"{mine:.0f}*2 B*({st.live:.2f}*{dense:.0f} + {st.live_moe:.2f}*{routed:.0f})", f"fitted, {st.name} {st.release}"),
-           Term("logits", 4*mine*spec.vocab_size*4. if sft else 0., f"4 copies*{mine:.0f}*{spec.vocab_size}*4 B" if sft else "in chunks", "float32"),
+    out = [Term("weights, gradients, moments", state, f"{each} B*({(P-Pe)/1e9:.1f}e9/{layout.shard*layout.tp} + "
+                                                      f"{Pe/1e9:.1f}e9/{layout.ep*layout.expert_shard})/pp {layout.pp}",
+                                                      "FSDP2 in float32; AdamW 16, Muon 12, moments on the host 8, "
+                                                      "LoRA 4"),
+           Term("gathered layers", st.in_flight*2*(layer_d/layout.tp + layer_e/layout.ep),
+               f"{st.in_flight:.1f}*2 B*({layer_d/1e6:.0f}e6/tp {layout.tp} + {layer_e/1e6:.0f}e6/ep {layout.ep})",
+               f"fitted, {st.name} {st.release}"),
+           Term("residuals", kept, f"{mine:.0f} tokens*{d}*2 B*{L:.0f} layers" if kept else "on the host",
+               "one per layer with full recomputation"),
+           Term("working set of a layer", work, f"{mine:.0f}*2 B*({st.live:.2f}*{dense:.0f} + "
+                                                f"{st.live_moe:.2f}*{routed:.0f})", f"fitted, {st.name} {st.release}"),
+           Term("logits", 4*mine*spec.vocab_size*4. if sft else 0.,
+               f"4 copies*{mine:.0f}*{spec.vocab_size}*4 B" if sft else "in chunks", "float32"),
            Term("process", st.base, "CUDA, NCCL, buffers", f"fitted, {st.name} {st.release}")]
     return Terms(out)
 
@@ -229,8 +244,10 @@ def compute_terms(
     for w in products(spec):
         if w.kind == "experts":
             rows = mine*layout.ep/layout.tp*w.rows/w.groups
-            t = product_time(kernel("grouped"), gpu.fp8*.8 if fp8 else gpu.bf16, gpu.bandwidth, rows, w.n, w.k, max(1, w.groups/layout.ep), 1. if fp8 else 2.)*imbalance
-        elif fp8 and w.kind == "dense": t = product_time(kernel("fp8"), gpu.fp8, gpu.bandwidth, mine, w.n/layout.tp, w.k, 1, 1.)
+            t = product_time(kernel("grouped"), gpu.fp8*.8 if fp8 else gpu.bf16, gpu.bandwidth, rows, w.n, w.k,
+                max(1, w.groups/layout.ep), 1. if fp8 else 2.)*imbalance
+        elif fp8 and w.kind == "dense":
+            t = product_time(kernel("fp8"), gpu.fp8, gpu.bandwidth, mine, w.n/layout.tp, w.k, 1, 1.)
         else: t = product_time(kernel("dense"), gpu.bf16, gpu.bandwidth, mine, w.n/layout.tp, w.k)
         sums[w.kind] += float(t)*w.count
     times = 1 if not training else 3 + again
@@ -242,11 +259,19 @@ def compute_terms(
     issue = st.issue*(1 if gpu.generation in ("hopper", "ampere") else 1.6)
     rate, part = 1/(1/gpu.bandwidth + 1/issue), 1. if training else .25
     level, here = st.level.get(gpu.name, st.level.get(gpu.generation, st.level.get("hopper", 1.))), mine/layout.tp
-    out = [("dense products", sums["dense"]*times, f"{times} passes at M={mine:.0f}, shares by shape", src), ("expert products", sums["experts"]*times, f"{times} passes, M={rows:.0f} rows a group, x{imbalance:.2f} imbalance", src),
-           ("head", sums["head"]*(3 if training else 1), f"V={spec.vocab_size}", src), ("attention", att*st.attention, f"{f:.3g} FLOP forward at {pair_tokens:.0f} tokens, x{st.attention:.2f}", src),
-           ("passes over memory", part*2*here*(st.passes*dense + st.moe_passes*routed)/rate, f"{here:.0f} tokens*2 B*({st.passes:.1f}*{dense:.3g} + {st.moe_passes:.1f}*{routed:.3g})/{rate/1e12:.2f}e12", f"fitted, {st.name} {st.release}"),
-           ("passes over logits", part*4*here*st.head_passes*spec.vocab_size*4/rate/4, f"{st.head_passes:.1f}*{here:.0f}*{spec.vocab_size}*4 B", f"fitted, {st.name} {st.release}"),
-           ("adapters", st.lora_seconds*len(spec.layers)*layout.lora, "LoRA" if layout.lora else "none", f"fitted, {st.name} {st.release}")]
+    out = [("dense products", sums["dense"]*times, f"{times} passes at M={mine:.0f}, shares by shape", src),
+           ("expert products", sums["experts"]*times, f"{times} passes, M={rows:.0f} rows a group, x{imbalance:.2f} "
+                                                      "imbalance", src),
+           ("head", sums["head"]*(3 if training else 1), f"V={spec.vocab_size}", src),
+           ("attention", att*st.attention, f"{f:.3g} FLOP forward at {pair_tokens:.0f} tokens, x{st.attention:.2f}",
+               src),
+           ("passes over memory", part*2*here*(st.passes*dense + st.moe_passes*routed)/rate,
+               f"{here:.0f} tokens*2 B*({st.passes:.1f}*{dense:.3g} + "
+               f"{st.moe_passes:.1f}*{routed:.3g})/{rate/1e12:.2f}e12", f"fitted, {st.name} {st.release}"),
+           ("passes over logits", part*4*here*st.head_passes*spec.vocab_size*4/rate/4,
+               f"{st.head_passes:.1f}*{here:.0f}*{spec.vocab_size}*4 B", f"fitted, {st.name} {st.release}"),
+           ("adapters", st.lora_seconds*len(spec.layers)*layout.lora, "LoRA" if layout.lora else "none",
+               f"fitted, {st.name} {st.release}")]
     return Terms(Term(n, v*level, fm, s) for n, v, fm, s in out)
 
 # %% ../../nbs/13_scale/03_train.ipynb #020c7af4
@@ -256,21 +281,29 @@ def traffic_terms(
 )->Terms: # exposed seconds
     "What of the traffic is not hidden under compute."
     lv, d, mine = links(c), spec.hidden_size, tokens/(layout.cp*layout.tp)
-    moe, n_moe = next(((l.ffn, sum(isinstance(x.ffn, Mixture) for x in spec.layers)) for l in spec.layers if isinstance(l.ffn, Mixture)), (None, 0))
+    moe, n_moe = next(((l.ffn, sum(isinstance(x.ffn, Mixture) for x in spec.layers)) for l in spec.layers
+        if isinstance(l.ffn, Mixture)), (None, 0))
     again = training and layout.recompute != "none"
     ep = (0., 0., 0.)
     if moe is not None and layout.ep > 1:
         wide = getattr(moe, "latent", 0) or d
-        there, back = (exchange(lv, layout.ep, mine, moe.num_experts, moe.per_token, row, limit) for row in ((wide if layout.precision == "fp8" else 2*wide) + 8*moe.per_token, 2*wide))
+        there, back = (exchange(lv, layout.ep, mine, moe.num_experts, moe.per_token, row, limit)
+            for row in ((wide if layout.precision == "fp8" else 2*wide) + 8*moe.per_token, 2*wide))
         ep = tuple((a+b)*n_moe*((2 + again) if training else 1) for a, b in zip(there, back))
     P, Pe = counts(spec)
-    gather = ring(lv, layout.shard, 2*(P-Pe)/layout.tp/layout.pp) + ring(lv, layout.expert_shard, 2*Pe/layout.ep/layout.pp, layout.ep)
-    passes = (2 if again else 1) + (2 if not layout.lora else 0) if training else 1   # gradients are float32: twice the bytes
+    gather = ring(lv, layout.shard, 2*(P-Pe)/layout.tp/layout.pp) + ring(lv, layout.expert_shard,
+        2*Pe/layout.ep/layout.pp, layout.ep)
+    # gradients are float32: twice the bytes
+    passes = (2 if again else 1) + (2 if not layout.lora else 0) if training else 1
     fsdp = gather*passes*st.fsdp
     tp = ring(lv, layout.tp, tokens/layout.cp*d*2)*2*len(spec.layers)*(3 + again if training else 1)
     hidden = lambda t, share: max(0., t - share*compute)
-    return Terms((Term("experts' rows, exposed", hidden(ep[0], st.ep_overlap), f"{ep[0]:.3g} s of {ep[1]/1e9:.2f} GB on NVLink and {ep[2]/1e9:.2f} GB on the fabric, less {st.ep_overlap:.2f}*{compute:.3g} s of compute", "bytes: DeepEP's; speeds: links of constants.toml"),
-                  Term("weights, exposed", hidden(fsdp, st.overlap), f"{passes*st.fsdp} passes of {gather:.3g} s, less {st.overlap:.2f}*{compute:.3g} s of compute", "FSDP: two gathers and a scatter a micro-batch"),
+    return Terms((Term("experts' rows, exposed", hidden(ep[0], st.ep_overlap),
+        f"{ep[0]:.3g} s of {ep[1]/1e9:.2f} GB on NVLink and {ep[2]/1e9:.2f} GB on the fabric, less "
+        f"{st.ep_overlap:.2f}*{compute:.3g} s of compute", "bytes: DeepEP's; speeds: links of constants.toml"),
+                  Term("weights, exposed", hidden(fsdp, st.overlap),
+                      f"{passes*st.fsdp} passes of {gather:.3g} s, less {st.overlap:.2f}*{compute:.3g} s of compute",
+                      "FSDP: two gathers and a scatter a micro-batch"),
                   Term("tensor parallel", tp, f"tp={layout.tp}", "all-gather and reduce-scatter, four a layer")))
 
 # %% ../../nbs/13_scale/03_train.ipynb #8dffed9b
@@ -294,7 +327,8 @@ def trainer_step(
 )->StepPlan:
     "Seconds of a step."
     m = max(1, ceil(tokens/(layout.dp*micro*fill)))
-    comp = compute_terms(spec, layout, c.gpu, st, micro*min(1., tokens/(layout.dp*m*micro)/fill), pair_tokens or micro, imbalance, training)
+    comp = compute_terms(spec, layout, c.gpu, st, micro*min(1., tokens/(layout.dp*m*micro)/fill), pair_tokens or micro,
+        imbalance, training)
     moved = traffic_terms(spec, layout, c, st, micro, comp.total, training)
     one = comp.total + moved.total
     bubble = (layout.pp-1)/layout.virtual*one/layout.pp
@@ -303,17 +337,25 @@ def trainer_step(
     update = 28*state/c.gpu.bandwidth if training and not layout.lora else 0.
     if layout.optimiser == "offload": update = 28*state/40e9
     sync = ring(links(c), layout.replicas, 4*state, layout.shard) if training else 0.
-    if not st.fsdp and training: sync = ring(links(c), layout.shard, 6*(P-Pe)/layout.tp/layout.pp) + ring(links(c), layout.expert_shard, 6*Pe/layout.ep/layout.pp, layout.ep)
-    terms = [Term(t.name, t.value*m/layout.pp, f"{m} x {t.value/layout.pp:.4g} s: {t.formula}", t.source) for t in (*comp, *moved)]
-    terms += [Term("pipeline bubble", bubble, f"(pp {layout.pp} - 1)/{layout.virtual} of a micro-batch", "1F1B"), Term("optimizer", update, f"28 B*{state/1e9:.2f}e9 / memory", "AdamW reads and writes master, gradient, moments"),
-              Term("replicas", sync, f"all-reduce over {layout.replicas}" if st.fsdp else "gradients scattered, weights gathered, once", "HSDP" if st.fsdp else "distributed optimizer")]
+    if not st.fsdp and training:
+        sync = ring(links(c), layout.shard, 6*(P-Pe)/layout.tp/layout.pp) + ring(links(c), layout.expert_shard,
+            6*Pe/layout.ep/layout.pp, layout.ep)
+    terms = [Term(t.name, t.value*m/layout.pp, f"{m} x {t.value/layout.pp:.4g} s: {t.formula}", t.source)
+        for t in (*comp, *moved)]
+    terms += [Term("pipeline bubble", bubble, f"(pp {layout.pp} - 1)/{layout.virtual} of a micro-batch", "1F1B"),
+              Term("optimizer", update, f"28 B*{state/1e9:.2f}e9 / memory",
+                  "AdamW reads and writes master, gradient, moments"),
+              Term("replicas", sync, f"all-reduce over {layout.replicas}" if st.fsdp
+                  else "gradients scattered, weights gathered, once", "HSDP" if st.fsdp else "distributed optimizer")]
     whole = Terms(terms)
     again = training and layout.recompute != "none"
-    return StepPlan(whole, m, tokens, _ep_seconds(spec, layout, c, micro, training, again)*m/layout.pp/max(whole.total, 1e-12))
+    return StepPlan(whole, m, tokens, _ep_seconds(spec, layout, c, micro, training, again)*m/layout.pp/max(whole.total,
+        1e-12))
 
 def _ep_seconds(spec, layout, c, tokens, training, again):
     "Traffic of experts of a micro-batch, as if nothing hid it."
     moe = [l.ffn for l in spec.layers if isinstance(l.ffn, Mixture)]
     if not moe or layout.ep == 1: return 0.
     wide, mine = getattr(moe[0], "latent", 0) or spec.hidden_size, tokens/(layout.cp*layout.tp)
-    return sum(exchange(links(c), layout.ep, mine, moe[0].num_experts, moe[0].per_token, row)[0] for row in (wide if layout.precision == "fp8" else 2*wide, 2*wide))*len(moe)*((2 + again) if training else 1)
+    return sum(exchange(links(c), layout.ep, mine, moe[0].num_experts, moe[0].per_token, row)[0]
+        for row in (wide if layout.precision == "fp8" else 2*wide, 2*wide))*len(moe)*((2 + again) if training else 1)

@@ -55,8 +55,10 @@ def load_state(
 ):
     "Read what `save_state` wrote as a `type`. `CheckpointError` when it is absent or something else."
     try: return decode(type, Path(path).read_bytes())
-    except FileNotFoundError as e: raise CheckpointError(f'{path} does not exist: this checkpoint was made without it, take another') from e
-    except ValueError as e: raise CheckpointError(f'{path} is truncated or of another version ({e}): take an older checkpoint') from e
+    except FileNotFoundError as e:
+        raise CheckpointError(f'{path} does not exist: this checkpoint was made without it, take another') from e
+    except ValueError as e:
+        raise CheckpointError(f'{path} is truncated or of another version ({e}): take an older checkpoint') from e
 
 # %% ../../nbs/03_train/03_checkpoint.ipynb #675fa3ae
 def step_path(run_dir:str|Path, step:int)->Path:
@@ -100,8 +102,11 @@ def commit(
     `CheckpointError` when a part is missing or the step is committed already; `StorageError` when the disk refuses."""
     tmp,target = _stage_path(run_dir, step),step_path(run_dir, step)
     missing = [p for p in parts if not (tmp/p).is_file()]
-    if missing: raise CheckpointError(f'step {step} is not committed: {", ".join(missing)} missing in {tmp}; every component must write its part first')
-    if is_committed(target): raise CheckpointError(f'{target} is committed already: resume from it, or remove it to train this step again')
+    if missing:
+        raise CheckpointError(f'step {step} is not committed: {", ".join(missing)} missing in {tmp}; every component '
+                              'must write its part first')
+    if is_committed(target):
+        raise CheckpointError(f'{target} is committed already: resume from it, or remove it to train this step again')
     try:
         files = _sync_tree(tmp)
         if target.exists(): shutil.rmtree(target)
@@ -144,14 +149,19 @@ def verify(
 )->Commit:
     "Compare every file of a checkpoint with its marker; `CheckpointError` names the one that is missing or differs."
     folder = Path(folder)
-    if not is_committed(folder): raise CheckpointError(f'{folder} is no finished checkpoint (it has no {MARKER}): resume from another, or start a new run')
+    if not is_committed(folder):
+        raise CheckpointError(f'{folder} is no finished checkpoint (it has no {MARKER}): resume from another, or '
+                              'start a new run')
     try: mark = msgspec.json.decode((folder/MARKER).read_bytes(), type=Commit)
-    except msgspec.DecodeError as e: raise CheckpointError(f'{folder/MARKER} was not written by this program ({e}): give a folder that was') from e
+    except msgspec.DecodeError as e:
+        raise CheckpointError(f'{folder/MARKER} was not written by this program ({e}): give a folder that was') from e
     for name,want in mark.files.items():
         path,again = folder/name,'copy the checkpoint again, or take an older one'
-        if Path(name).is_absolute() or '..' in Path(name).parts or '\0' in name: raise CheckpointError(f'{folder/MARKER} names {name!r:.80}, which is no file of this folder: {again}')
+        if Path(name).is_absolute() or '..' in Path(name).parts or '\0' in name:
+            raise CheckpointError(f'{folder/MARKER} names {name!r:.80}, which is no file of this folder: {again}')
         if not path.is_file(): raise CheckpointError(f'{folder} lacks {name}: {again}')
-        if (size := path.stat().st_size) != want.size: raise CheckpointError(f'{path} has {size} of {want.size} bytes: {again}')
+        if (size := path.stat().st_size) != want.size:
+            raise CheckpointError(f'{path} has {size} of {want.size} bytes: {again}')
         if file_info(path) != want: raise CheckpointError(f'{path} was altered after the commit: {again}')
     return mark
 

@@ -50,7 +50,8 @@ def describe(
     contents:bool=True,     # False: names, shapes and dtypes only, checksums 0
 )->Manifest:
     "The manifest of `state`."
-    infos = {n: TensorInfo(tuple(t.shape), str(t.dtype).removeprefix('torch.'), checksum(t) if contents else 0) for n,t in state.items()}
+    infos = {n: TensorInfo(tuple(t.shape), str(t.dtype).removeprefix('torch.'), checksum(t) if contents else 0)
+        for n,t in state.items()}
     return Manifest(version, infos, _digest(infos))
 
 def fingerprint(
@@ -113,7 +114,8 @@ def load_tensors(
     try: return load_file(path, device=str(device))
     except FileNotFoundError as e: raise StorageError(f'{path} does not exist: give a folder that holds it') from e
     except (OSError, SafetensorError) as e:
-        raise StorageError(f'{path} is truncated or no safetensors file ({e}): copy it again, or take an older one') from e
+        raise StorageError(
+            f'{path} is truncated or no safetensors file ({e}): copy it again, or take an older one') from e
 
 # %% ../../nbs/03_train/02_weights.ipynb #8d5c32d1
 def version_path(folder:str|Path, version:int)->Path:
@@ -135,7 +137,9 @@ def publish(
 
     `WeightError` names tensors that are not finite; `StorageError` when the disk refuses. Either leaves the folder as it was."""
     bad = [n for n,t in state.items() if t.is_floating_point() and not t.isfinite().all()]
-    if bad: raise WeightError(f'weights v{version} are not published: {", ".join(bad[:3])} hold nan or inf; resume from a checkpoint with a lower learning rate')
+    if bad:
+        raise WeightError(f'weights v{version} are not published: {", ".join(bad[:3])} hold nan or inf; resume from a '
+                          'checkpoint with a lower learning rate')
     manifest,target = describe(state, version),version_path(folder, version)
     tmp,old = target.with_name(f'.v{version}.tmp'),target.with_name(f'.v{version}.old')
     try:
@@ -158,7 +162,8 @@ def read_manifest(folder:str|Path, version:int)->Manifest:
     path = version_path(folder, version)/'manifest.json'
     try: m = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except FileNotFoundError as e:
-        raise WeightsGone(f'weights v{version} are not in {folder}, which has {versions(folder) or "none"}: wait for them, or keep more versions') from e
+        raise WeightsGone(f'weights v{version} are not in {folder}, which has {versions(folder) or "none"}: wait for '
+                          'them, or keep more versions') from e
     except msgspec.DecodeError as e: raise WeightError(f'{path} is no manifest ({e}): publish v{version} again') from e
     if m.version != version or m.fingerprint != _digest(m.tensors):
         raise WeightError(f'{path} says v{m.version} and does not match its own fingerprint: publish v{version} again')
@@ -174,7 +179,8 @@ def load_version(
     try: tensors = load_tensors(path/'model.safetensors', device)
     except StorageError:
         if path.exists(): raise
-        raise WeightsGone(f'weights v{version} were removed from {folder} while they were read: ask for a newer version') from None
+        raise WeightsGone(
+            f'weights v{version} were removed from {folder} while they were read: ask for a newer version') from None
     require_same(differences(manifest, describe(tensors)), f'weights v{version} in {folder}', 'publish them again')
     return tensors,manifest
 
@@ -192,7 +198,8 @@ def apply_weights(
     untouched; one after it says that the model must not be used."""
     what,live = f'weights v{manifest.version}',model.state_dict()
     require_same(differences(manifest, describe(tensors)), what, 'nothing was loaded: send them again')
-    require_same(differences(describe(live, contents=False), manifest, dtypes=not cast, contents=False), f'{what} do not fit the model',
+    require_same(differences(describe(live, contents=False), manifest, dtypes=not cast, contents=False),
+                 f'{what} do not fit the model',
                  'nothing was loaded: publish from a model of the same config')
     want = describe({n: t.to(live[n].dtype) for n,t in tensors.items()}, manifest.version) if cast else manifest
     for n,t in live.items(): t.copy_(tensors[n])
