@@ -1,5 +1,6 @@
-"""Runs of the program as a user starts them, watched from outside: time, memory, figures of their files."""
-import signal, subprocess, sys, threading, time
+"""Runs of the program as a user starts them, watched from outside: time, memory, figures of their files. And several side by side, each on cores of its own."""
+import argparse, json, os, queue, signal, subprocess, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import psutil
 from moe_rl.rl.log import read_lines
@@ -76,3 +77,35 @@ def folders(root: Path, name: str) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
+
+
+class Lanes(ThreadPoolExecutor):
+    "So many threads, each on cores of its own where there are enough; what a thread starts stays on them."
+    def __init__(self, jobs: int, cores: int = 2):
+        mine, sets = sorted(os.sched_getaffinity(0)), queue.SimpleQueue()
+        for i in range(jobs): sets.put(mine[i*cores:(i + 1)*cores] if jobs*cores <= len(mine) else mine)
+        super().__init__(jobs, initializer=lambda: os.sched_setaffinity(0, sets.get()))
+
+
+def jobs_option(p: argparse.ArgumentParser, what: str):
+    "The option of a bench that can do several things side by side."
+    p.add_argument('--jobs', type=int, default=1, help=f'{what} side by side, each on two cores of its own')
+
+
+def parts(name: str, each: list[list[str]], jobs: int, cores: int = 2) -> list[dict]:
+    "The records of `moe-rl bench NAME` with each of these arguments, side by side; their other lines are shown as they come. Raises `RuntimeError` for one that fails."
+    def one(args):
+        p = subprocess.Popen([sys.executable, '-m', 'moe_rl.cli', 'bench', name, *args], stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True)
+        last = ''
+        for line in p.stdout:
+            if last: print(last, flush=True)
+            last = line.rstrip()
+        if p.wait(): raise RuntimeError(f'bench {name} {" ".join(args)} ended with code {p.returncode}: {last}')
+        return json.loads(last)
+    with Lanes(jobs, cores) as pool: return list(pool.map(one, each))
+
+
+def summed(records: list[dict], keys: tuple[str, ...]) -> dict:
+    "Figures that add up over parts."
+    return {k: sum(r['figures'][k] for r in records) for k in keys}

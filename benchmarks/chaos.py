@@ -1,9 +1,8 @@
 """Runs under SIGKILL, SIGTERM and SIGSTOP in every phase, one or two processes at a time: each is resumed to its end, and its ledger and weights are whole."""
 import argparse, os, random, signal, subprocess, sys, threading, time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import psutil
-from _runs import folders
+from _runs import Lanes, folders
 from moe_rl.bench import repository
 from moe_rl.records import decode
 from moe_rl.rl.buffer import BufferState
@@ -200,7 +199,7 @@ def measure(args):
     (out / 'letters_task.py').write_text(ENV)
     stories = [Story(out / f'run_{i}', PLANS[i % len(PLANS)], 1000*a.seed + i, a.loading, a.patience)
         for i in range(a.runs or (14 if a.full else 3))]
-    with ThreadPoolExecutor(a.beside) as pool: done = list(pool.map(Story.live, stories))
+    with Lanes(a.beside) as pool: done = list(pool.map(Story.live, stories))
     lost = duplicated = 0
     for s in done:
         if not finished(s.folder): continue

@@ -3,7 +3,7 @@ import argparse, asyncio, base64, collections, os, random, shutil, signal, socke
 from pathlib import Path
 import psutil
 from _hostile_env import FINE, KINDS, MAY
-from _runs import folders
+from _runs import folders, jobs_option, parts, summed
 from moe_rl.bench import repository
 from moe_rl.rl.log import read_lines
 from moe_rl.rollout.guard import EnvError, Guard, open_envs
@@ -213,35 +213,55 @@ RUNS = dict(rewards=('score', ['nan', 'huge', 'huge_int', 'text', 'true', 'nothi
             replies=('reply', ['error', 'some_int', 'raw', 'endless_text', 'surrogate', 'leave', 'never']))
 
 
+FIGURES = ('cases', 'contained', 'ended_wrongly', 'hangs', 'executed')
+DRAWS = ['error', 'system_exit', 'interrupt', 'text', 'nothing', 'int_prompt', 'int_answer', 'half_emoji',
+    'endless_prompt', 'sleep', 'regex', 'power', 'leave', 'segfault', 'kill_itself', 'recursion']
+
+def rate(name, where): return .06 if name in ('hangs', 'ends') else .1 if where != 'problem' else .01
+
+def piece(what, names, folder):
+    "One part of the whole, in a process of its own."
+    count, cpu, began = Count(), {}, time.monotonic()
+    match what:
+        case 'kinds': asyncio.run(kinds(count, names, [str(folder)]))
+        case 'draws': draws(count, names, [str(folder)])
+        case 'answers': asyncio.run(answers(count, names))
+        case 'refused': refused(count)
+        case 'runs':
+            for name in names:
+                where, bad = RUNS.get(name, ('score', []))
+                cpu[name] = whole(count, folder, name, where, rate(name, where) if bad else 0., bad)
+    print(f'{what} {", ".join(names)}: {count.contained} of {count.cases} contained, {time.monotonic() - began:.0f} s')
+    return dict(figures={k: getattr(count, k) for k in FIGURES}, cpu=cpu)
+
+def plan(rng, full):
+    "The parts: what, and which names."
+    some = lambda names, n: sorted(names) if full else rng.sample(sorted(names), n)
+    pieces = lambda what, names, n: [(what, names[i:i + n]) for i in range(0, len(names), n)]
+    out = pieces('runs', ['clean', *some(RUNS, 3)], 1)      # the longest first
+    if isolation(): print('no isolation: the tasks that execute are refused, and not tried')
+    else: out += pieces('answers', some(STOCK, 3), 1)
+    if shutil.which('unshare'): out += [('refused', [])]
+    return out + pieces('kinds', some(KINDS, 24), 6) + pieces('draws', some(DRAWS, 5), 3)
+
+
 def measure(args):
     p = argparse.ArgumentParser(prog='moe-rl bench hostile')
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--full', action='store_true', help='every kind in every phase; otherwise a part chosen by the seed')
+    p.add_argument('--only', default='', help='one part: WHAT:NAME,NAME, with kinds, draws, answers, refused or runs')
+    jobs_option(p, 'parts')
     a = p.parse_args(args)
-    rng, root, count = random.Random(a.seed), repository(), Count()
-    folder = folders(root, 'hostile')
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f'isolation: {isolation() or "namespaces"}')
-    some = lambda names, n: list(names) if a.full else rng.sample(sorted(names), n)
+    if a.only:
+        what, _, names = a.only.partition(':')
+        return piece(what, [n for n in names.split(',') if n],
+            folders(repository(), f'hostile_parts/{what}_{names.split(",")[0]}'))
     began = time.monotonic()
-    stamp = lambda what: print(f'{what}: {count.cases} cases, {count.contained} contained, '
-                               f'{time.monotonic() - began:.0f} s', flush=True)
-    asyncio.run(kinds(count, some(KINDS, 24), [str(folder)]))
-    stamp('kinds of score')
-    draws(count, some(['error', 'system_exit', 'interrupt', 'text', 'nothing', 'int_prompt', 'int_answer', 'half_emoji',
-        'endless_prompt', 'sleep', 'regex', 'power', 'leave', 'segfault', 'kill_itself', 'recursion'], 5),
-        [str(folder)])
-    stamp('kinds of problem')
-    if isolation(): print('no isolation: the tasks that execute are refused, and not tried')
-    else: asyncio.run(answers(count, some(STOCK, 3)))
-    if shutil.which('unshare'): refused(count)
-    stamp('answers')
-    clean = whole(count, folder, 'clean', 'score', 0., [])
-    cpu = {name: whole(count, folder, name, where, .06 if name in ('hangs', 'ends') else .1 if where != 'problem'
-        else .01, names) for name, (where, names) in RUNS.items() if a.full or name in rng.sample(sorted(RUNS), 3)}
-    stamp('runs')
-    worst = max(cpu.values(), default=clean)/clean
-    print(f'CPU seconds of the orchestrator: {clean:.1f} clean, at most {worst:.2f} times that')
-    return dict(figures=dict(cases=count.cases, contained=count.contained, ended_wrongly=count.ended_wrongly,
-        hangs=count.hangs, executed=count.executed, orchestrator_cpu=worst, kinds=len(KINDS),
-        seconds=time.monotonic() - began))
+    print(f'isolation: {isolation() or "namespaces"}', flush=True)
+    done = parts('hostile', [['--only', f'{what}:{",".join(names)}']
+        for what, names in plan(random.Random(a.seed), a.full)], a.jobs)
+    cpu = {k: v for r in done for k, v in r['cpu'].items()}
+    worst = max(v/cpu['clean'] for v in cpu.values())
+    print(f'CPU seconds of the orchestrator: {cpu["clean"]:.1f} clean, at most {worst:.2f} times that')
+    return dict(figures=summed(done, FIGURES) | dict(orchestrator_cpu=worst, kinds=len(KINDS),
+        isolated=not isolation(), seconds=time.monotonic() - began), cpu=cpu)

@@ -1,8 +1,9 @@
 """Broken settings, models, tokenizers and run folders: one clear line and exit code 2, nothing written, no file outside the folder read.
 
-Mutants are drawn by a seed and go through the commands themselves, many in one process. `--seed N`, `--configs N` and `--folders N` choose; `--only I` shows one case."""
-import contextlib, hashlib, io, json, os, random, shutil, signal, struct, sys, tempfile, time, traceback
+Mutants are drawn by a seed and go through the commands themselves, many in one process. `--seed N`, `--configs N` and `--folders N` choose; `--only I` shows one case, `--part I/N` every N-th from the I-th on."""
+import argparse, contextlib, hashlib, io, json, os, random, shutil, signal, struct, sys, tempfile, time, traceback
 from pathlib import Path
+from _runs import jobs_option, parts, summed
 
 TINY = '''dir = "runs/new"
 env = "calculator"
@@ -210,12 +211,12 @@ class Tally:
         if code == 2 and os.environ.get('MUTANTS_SHOW'): print(f'  {what}: {said[0][:300]}')
         return code
 
-def configs(tally:Tally, here:Path, rng:random.Random, n:int, only:int|None):
+def configs(tally:Tally, here:Path, rng:random.Random, n:int, mine):
     "Settings and command lines that are wrong."
     for i in range(n):
         one = random.Random(rng.randrange(2**62))
         words, data = mutate_config(one)
-        if only is not None and i != only: continue
+        if not mine(i): continue
         file = here/'settings.toml'
         file.write_bytes(data)
         before = tree_of(here)
@@ -225,7 +226,7 @@ def configs(tally:Tally, here:Path, rng:random.Random, n:int, only:int|None):
         tally.accepted += code == 0
         if tree_of(here) != before: tally.bad('overwritten', f'config {i}', str(words))
 
-def folders(tally:Tally, here:Path, models:list[Path], run:Path, rng:random.Random, n:int, only:int|None):
+def folders(tally:Tally, here:Path, models:list[Path], run:Path, rng:random.Random, n:int, mine):
     "Checkpoints, tokenizers and folders of runs that are damaged."
     outside = here/'elsewhere'
     outside.mkdir(exist_ok=True)
@@ -234,7 +235,7 @@ def folders(tally:Tally, here:Path, models:list[Path], run:Path, rng:random.Rand
     for i in range(n):
         one = random.Random(rng.randrange(2**62))
         source = one.choice([*models, run])
-        if only is not None and i != only: one.random(); continue
+        if not mine(i): continue
         folder = here/'deep'/'er'/'mutant'
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(source, folder)
@@ -279,17 +280,17 @@ def sources(here:Path) -> tuple[list[Path], Path]: # model folders, a run that c
     save_pretrained(build_model(s, tokenizer.vocab_size), parts, extra_files=tokenizer.save, shard_bytes=40_000)
     return [whole, parts], run
 
-def measure(args:list[str]) -> dict:
-    given = dict(zip(args[::2], args[1::2]))
-    seed, n, m = int(given.get('--seed', 0)), int(given.get('--configs', 1000)), int(given.get('--folders', 200))
-    only = int(given['--only']) if '--only' in given else None
+FIGURES = ('cases', 'refused', 'accepted', 'tracebacks', 'unclear', 'overwritten', 'outside', 'hangs')
+
+def part(seed:int, n:int, m:int, mine) -> dict: # mine(i): whether a case is ours
+    "The cases of one process."
     began, old, tally = time.monotonic(), os.getcwd(), Tally()
     with tempfile.TemporaryDirectory() as d:
         os.chdir(d)
         try:
             here = Path(d)/'configs'
             (here/'runs').mkdir(parents=True)
-            configs(tally, here, random.Random(seed), n, only)
+            configs(tally, here, random.Random(seed), n, mine)
             print(f'{tally.cases} settings: {tally.refused} refused, {tally.accepted} accepted, '
                   f'{time.monotonic() - began:.0f} s', flush=True)
             if m:
@@ -298,9 +299,26 @@ def measure(args:list[str]) -> dict:
                 models, run = sources(there)
                 work = Path(d)/'work'
                 work.mkdir()
-                folders(tally, work, models, run, random.Random(seed + 1), m, only)
+                folders(tally, work, models, run, random.Random(seed + 1), m, mine)
         finally: os.chdir(old)
-    names = ('cases', 'refused', 'accepted', 'tracebacks', 'unclear', 'overwritten', 'outside', 'hangs')
-    figures = {k: getattr(tally, k) for k in names} | dict(seconds=round(time.monotonic() - began))
+    print(f'{tally.cases} cases in {time.monotonic() - began:.0f} s', flush=True)
+    return dict(figures={k: getattr(tally, k) for k in FIGURES})
+
+def measure(args:list[str]) -> dict:
+    p = argparse.ArgumentParser(prog='moe-rl bench mutants')
+    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--configs', type=int, default=1000)
+    p.add_argument('--folders', type=int, default=200)
+    p.add_argument('--only', type=int, help='one case')
+    p.add_argument('--part', default='', help='I/N: every N-th case from the I-th on')
+    jobs_option(p, 'parts')
+    a = p.parse_args(args)
+    if a.only is not None: return part(a.seed, a.configs, a.folders, lambda i: i == a.only)
+    if a.part:
+        first, every = map(int, a.part.split('/'))
+        return part(a.seed, a.configs, a.folders, lambda i: i % every == first)
+    began, words = time.monotonic(), [f'--{k}={getattr(a, k)}' for k in ('seed', 'configs', 'folders')]
+    done = parts('mutants', [[*words, f'--part={i}/{a.jobs}'] for i in range(a.jobs)], a.jobs, 1)
+    figures = summed(done, FIGURES) | dict(seconds=round(time.monotonic() - began))
     print(figures)
     return dict(figures=figures)

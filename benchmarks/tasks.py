@@ -1,8 +1,7 @@
 "Any stock task of reasoning-gym by `--env NAME` alone: which of them reach a first step, and what twelve drawn ones learn in three minutes of RL; who learns nothing says why."
 import argparse, random, resource, subprocess, sys, threading, time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from _runs import folders
+from _runs import Lanes, folders, jobs_option
 from moe_rl.bench import repository
 from moe_rl.rl.log import read_lines
 
@@ -72,7 +71,8 @@ def measure(args):
     p.add_argument("--seed", type=int, default=0, help="draws the tasks that are to be learned")
     p.add_argument("--count", type=int, default=12)
     p.add_argument("--seconds", type=float, default=180, help="of RL")
-    p.add_argument("--jobs", type=int, default=2, help="first steps side by side")
+    p.add_argument("--cores", type=int, default=2, help="of each")
+    jobs_option(p, "tasks")
     a = p.parse_args(args)
     root = repository()
     out, config = folders(root, "tasks"), str(root / "configs" / "main_job.toml")
@@ -80,8 +80,7 @@ def measure(args):
     figures, rows = {}, {}
     if a.only in ("", "start"):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        with ThreadPoolExecutor(a.jobs) as pool:
-            rows["start"] = list(pool.map(lambda n: first_step(n, out, config), names))
+        with Lanes(a.jobs, a.cores) as pool: rows["start"] = list(pool.map(lambda n: first_step(n, out, config), names))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         figures |= dict(startable=sum(r["started"] for r in rows["start"]), stock=len(names),
@@ -89,7 +88,8 @@ def measure(args):
     if a.only in ("", "learn"):
         drawn = names if a.tasks else random.Random(a.seed).sample(names, a.count)
         print(f"seed {a.seed}: {', '.join(drawn)}", flush=True)
-        rows["learn"] = [learn(n, out, config, a.seconds) for n in drawn]
+        with Lanes(a.jobs, a.cores) as pool:
+            rows["learn"] = list(pool.map(lambda n: learn(n, out, config, a.seconds), drawn))
         failed = [r for r in rows["learn"] if not r["learned"]]
         figures |= dict(tried=len(drawn), learned=len(drawn) - len(failed), named=sum(r["named"] for r in failed),
                         tracebacks=sum(r["traceback"] for r in rows["learn"]),

@@ -169,6 +169,14 @@ def test_a_preempted_request_keeps_the_routes_it_sampled_with(monkeypatch):
     monkeypatch.setattr(engine_module, 'replayed', lambda *a: None)
     assert not all((a == b).all() for a,b in preempted())
 
+def test_without_records_a_preempted_request_goes_on():
+    "As in the probe of a warm start: who records no routes has none to take again."
+    reqs = requests(6, 5, group=4)
+    engine, short = serve(reqs, kv_tokens=80, block_size=4, max_seqs=24, record_routes=False)
+    assert engine.stats()['preemptions'] > 5 and not engine.ledger.replays
+    ample = serve(reqs, kv_tokens=4096, max_seqs=24, record_routes=False)[1]
+    assert all(short[r.id].token_ids == ample[r.id].token_ids and short[r.id].routes is None for r in reqs)
+
 def test_bfloat16_is_near_the_full_forward():
     low = lower_precision(fresh(), torch.bfloat16)
     engine = Engine(fresh(), 80, block_size=4, max_seqs=24, dtype=torch.bfloat16)

@@ -18,7 +18,7 @@ def test_broken_settings_are_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'here' / 'runs').mkdir(parents=True)
     tally = mutants.Tally()
-    mutants.configs(tally, tmp_path / 'here', random.Random(7), 24, None)
+    mutants.configs(tally, tmp_path / 'here', random.Random(7), 24, lambda i: True)
     assert not tally.shown and tally.cases == 24 and tally.refused > 12
 
 

@@ -121,7 +121,8 @@ class Ledger:
         self.stops[row] = -1
         self.stops[row,:len(r.stop_ids)] = r.stop_ids
         if known is not None: self.logprobs[row,:len(known)], self.versions[row,:len(known)] = known, live.versions
-        if live.routes is not None and live.routes_version == version: self.replays[row] = live.routes
+        recorded = live.routes is not None and live.routes.size # an engine that records none has none to take again
+        if recorded and live.routes_version == version: self.replays[row] = live.routes
 
     def farewell(self, seq:Sequence, row:int, length:int, routes:np.ndarray, version:int):
         "`seq` leaves its seat with `length` tokens, of which `routes` are those whose KV is made."
