@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Natural', 'Positive', 'Countable', 'Depth', 'Share', 'NotNegative', 'Size', 'Seconds', 'Part', 'Folder',
-           'NOTHING', 'ADVANTAGES', 'LOSSES', 'REWARDS', 'OPEN', 'Section', 'or_auto', 'as_path', 'ModelSection',
-           'mapped', 'without_none', 'with_none', 'in_order', 'storable', 'TokenizerSection', 'EnvSection',
-           'WarmStartSection', 'OptimSection', 'BalanceSection', 'EngineSection', 'one_of', 'RLSection', 'EvalSection',
-           'ScheduleSection', 'CheckpointSection', 'Settings', 'parse_env', 'env_sections', 'all_keys', 'meant',
-           'source_of', 'explain', 'literal', 'from_text', 'one_environment', 'set_key', 'read_toml', 'leaves', 'merge',
-           'load_settings', 'to_toml']
+           'NOTHING', 'STEPS', 'ADVANTAGES', 'LOSSES', 'REWARDS', 'OPEN', 'Section', 'or_auto', 'as_path', 'one_of',
+           'ModelSection', 'mapped', 'without_none', 'with_none', 'in_order', 'storable', 'TokenizerSection',
+           'EnvSection', 'WarmStartSection', 'OptimSection', 'BalanceSection', 'EngineSection', 'RLSection',
+           'EvalSection', 'ScheduleSection', 'CheckpointSection', 'Settings', 'parse_env', 'env_sections', 'all_keys',
+           'meant', 'source_of', 'explain', 'literal', 'from_text', 'one_environment', 'set_key', 'read_toml', 'leaves',
+           'merge', 'load_settings', 'to_toml']
 
 # %% ../nbs/00_start/03_config.ipynb #053aa9f9
 import ast, datetime, difflib, json, re, tomllib
@@ -51,6 +51,16 @@ def as_path(value:Any)->Any: # a text as pydantic wants it, or what it was
     except RuntimeError: raise ValueError(f"{value}: there is no such home folder") from None
 
 Folder = Annotated[str, BeforeValidator(as_path)]
+
+# %% ../nbs/00_start/03_config.ipynb #0e0f0002
+def one_of(names:tuple[str, ...])->BeforeValidator:
+    "A validator: one of `names`, or an import path."
+    def check(value):
+        if not isinstance(value, str) or value in names or re.fullmatch(r"[^:\s]+:[^:\s]+", value): return value
+        near = difflib.get_close_matches(value, names, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f'{value!r}, expected one of {", ".join(names)} or "module:attribute"{meant}')
+    return BeforeValidator(check)
 
 # %% ../nbs/00_start/03_config.ipynb #19ce6b7a
 class ModelSection(Section):
@@ -175,6 +185,8 @@ class BalanceSection(Section):
     head_z_coef: NotNegative = Field(1e-6, description="weight of the LM head's z-loss")
 
 # %% ../nbs/00_start/03_config.ipynb #bc7391b7
+STEPS = ("auto", "plain", "graphs")
+
 class EngineSection(Section):
     "The rollout engines and how they sample."
     replicas: Positive = Field(1, description="engine processes")
@@ -190,20 +202,13 @@ class EngineSection(Section):
     kv: Literal["keep", "recompute"] = Field("keep", description="what a running request does with its KV when new "
         "weights arrive")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the engine's weights and cache")
+    step: Annotated[str, one_of(STEPS)] = Field("auto", description="plain: any device; graphs: a GPU's steps recorded "
+        "and replayed; auto: graphs on a GPU, for a model that keeps keys and values; or \"module:attribute\"")
 
 # %% ../nbs/00_start/03_config.ipynb #3b0b5f69
 ADVANTAGES = ("grpo", "grpo_std", "rloo", "maxrl")
 LOSSES = ("dppo", "ipo", "icepop", "tis", "cispo", "gspo", "grpo")
 REWARDS = ("auto", "score", "exact")
-
-def one_of(names:tuple[str, ...])->BeforeValidator:
-    "A validator: one of `names`, or an import path."
-    def check(value):
-        if not isinstance(value, str) or value in names or re.fullmatch(r"[^:\s]+:[^:\s]+", value): return value
-        near = difflib.get_close_matches(value, names, n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f'{value!r}, expected one of {", ".join(names)} or "module:attribute"{meant}')
-    return BeforeValidator(check)
 
 # %% ../nbs/00_start/03_config.ipynb #91387a25
 class RLSection(Section):
