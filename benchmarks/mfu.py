@@ -6,13 +6,13 @@ A micro-batch is one sequence of 16384 tokens; no activation checkpointing. Part
     titan, a   all layers fully causal with RoPE, no gates, no post-norms (torchtitan's Qwen3 decoder), bf16 parameters without masters, AdamW; both sides with the same weights
     b          AFMoE: three layers of window 2048 to one of all keys, gates, sandwich norms, SMEBU, AdamW with float32 masters
     muon       the same, Muon for hidden matrices, four sequences a step
-    fp8        as b, experts in FP8
-    fp8_linear as fp8, and the products of attention, dense block and shared expert in FP8 too
+    fp8        as b, experts in FP8, routed and shared; AdamW leaves the casts of their weights behind
+    fp8_linear as fp8, and the products of attention and of the dense block in FP8 too
     stream     as b, residual stream in float32: what that cast costs
     check      fused pieces against the plain ones on this GPU, and no waiting for the device
 
 12 layers on an 80 GB card, 16 on more; b, muon and fp8 8 layers on an 80 GB card (masters and moments of 12 and what the backward pass keeps do not fit), 12 on more. Before anything is timed the model trains 200 steps on a made-up
-language, so that its router has learnt something; nothing forces balance. MFU counts 6 operations per active parameter (embedding left out, head included) and token, and the scores
+language, so that its router has learnt something; nothing forces balance. The parts fp8, fp8_linear and stream go on from the weights that b has trained, if b is asked for too, so that their routes are b's. MFU counts 6 operations per active parameter (embedding left out, head included) and token, and the scores
 that attention really computes, over 989 TFLOPS.
 
     moe-rl bench mfu [PART ...]        all parts unless said otherwise
@@ -181,6 +181,7 @@ def profile(step, cfg, steps=2):
 def fused(part, layers, folder, attention="flash4", experts=None):
     "One of our parts: build, train the router, measure."
     from functools import partial
+    from moe_rl.fp8.adamw import CastingAdamW
     from moe_rl.fp8.experts import Fp8Experts
     from moe_rl.fp8.linear import KeptCasts, fp8_linear
     from moe_rl.gpu.fused import fused_experts
@@ -189,21 +190,29 @@ def fused(part, layers, folder, attention="flash4", experts=None):
     from moe_rl.train.optim import lr_schedule
     afmoe, masters, count = part != "a", part != "a", 4 if part == "muon" else 1
     model = build(layers, afmoe, masters)
+    linear, eight = partial(fp8_linear, keep=KeptCasts()), part.startswith("fp8")
+    experts = experts or (Fp8Experts() if eight else fused_experts)
+    shared_weights, trained = part in ("fp8", "fp8_linear", "stream"), Path(folder)/"b.pt"
+    go_on = shared_weights and trained.exists()
+    if go_on: model.load_state_dict(torch.load(trained, mmap=True))
+    kind = dict(adamw=partial(CastingAdamW, casts=experts.keep)) if eight else {}
     opt = fused_optimizers(model, "muon" if part == "muon" else "adamw", muon_lr=2e-3, adamw_lr=1e-3, masters=masters,
-        products="quack")
-    how = dict(linear=partial(fp8_linear, keep=KeptCasts())) if part == "fp8_linear" else {}
-    fused = FusedModel(model, experts or (Fp8Experts() if part.startswith("fp8") else fused_experts), attention,
-        torch.float32 if part == "stream" else None, **how)
-    step = FusedStep(fused, opt, RATE)
+        products="quack", **kind)
+    how = dict(shared=linear) if part == "fp8" else dict(linear=linear) if eight else {}
+    fused = FusedModel(model, experts, attention, torch.float32 if part == "stream" else None, **how)
+    step = FusedStep(fused, opt, RATE*.02)
+    opt.set_lr_scale(.01)
     began, losses = time.time(), []
-    for i, batch in enumerate(batches(model, ROUTER_STEPS, SHORT, 1)):
+    for i, batch in enumerate([] if go_on else batches(model, ROUTER_STEPS, SHORT, 1)):
         scale = lr_schedule(i, warmup=20, total=ROUTER_STEPS, floor=.01)
         opt.set_lr_scale(scale)
         step.balance = RATE*max(scale, .02)
         losses.append(step([batch]))
-    losses = torch.stack(losses).tolist()
-    print(f"{part}: {ROUTER_STEPS} steps of {SHORT} tokens in {time.time()-began:.1f} s, loss {losses[0]:.3f} -> "
-          f"{losses[-1]:.3f}", flush=True)
+    if losses:
+        losses = torch.stack(losses).tolist()
+        print(f"{part}: {ROUTER_STEPS} steps of {SHORT} tokens in {time.time()-began:.1f} s, loss {losses[0]:.3f} -> "
+              f"{losses[-1]:.3f}", flush=True)
+    else: print(f"{part}: goes on from b's weights", flush=True)
     work = batches(model, count, T, count, seed=1000)
     with torch.no_grad():
         out = step.fused.loss(*work[0])
@@ -212,7 +221,7 @@ def fused(part, layers, folder, attention="flash4", experts=None):
     loss = float(out.loss*count)
     del out
     print(f"{part}: loss on the batch {loss:.4f}; MaxVio of the layers {min(vio):.2f} to {max(vio):.2f}", flush=True)
-    if part == "a": torch.save({n: p.detach().cpu() for n, p in model.state_dict().items()}, Path(folder)/"weights.pt")
+    if part in "ab": torch.save({n: p.detach().cpu() for n, p in model.state_dict().items()}, Path(folder)/f"{part}.pt")
     result = timed(lambda: step(work), repeats=12 if count == 1 else 5, settle=4 if count == 1 else 2)
     optimizer = timed_optimizer(step, work)
     tokens, cost = T*count, flops(sizes(model.spec), afmoe)
@@ -311,7 +320,7 @@ def titan(layers, folder):
     for m in model.modules():
         if hasattr(m, "_precompute_cache"):
             with torch.device("cuda"): m.cache = m._precompute_cache()
-    titan_load(model, torch.load(Path(folder)/"weights.pt", mmap=True), cfg)
+    titan_load(model, torch.load(Path(folder)/"a.pt", mmap=True), cfg)
     torch._dynamo.config.capture_scalar_outputs = True
     for block in model.layers.values(): block.compile(fullgraph=True)
     loss_of = torch.compile(lambda logits, labels: F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(0, 1),
@@ -357,6 +366,7 @@ def check():
     want = dict(zip((n for n, _ in full.named_parameters()), torch.autograd.grad(-lp.mean(), list(full.parameters()))))
     logits = out.hidden.detach()@full.lm_head.weight.detach().T
     result = dict(ok=True)
+    check_casts()
     for attention in ("torch", "flash4"):
         for stream in (BF16, torch.float32):
             fused = FusedModel(half, attention=attention, stream=stream)
@@ -385,6 +395,33 @@ def check():
         print(f"check {optimizer}: no waiting; loss {first:.4f} -> {loss.item():.4f}", flush=True)
         if not loss.item() < first: raise AssertionError("the fused step does not learn")
     return result
+
+
+def check_casts():
+    "The optimizer's casts against a step followed by a cast, bit by bit."
+    from functools import partial
+    from moe_rl.fp8.adamw import CastingAdamW
+    from moe_rl.fp8.kernels import cast_blocks
+    from moe_rl.fp8.linear import KeptCasts
+    from moe_rl.gpu.optimizers import AdamW
+    casts, results = KeptCasts(), []
+    for make in (AdamW, partial(CastingAdamW, casts=casts)):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(8, 768, 512, device="cuda").bfloat16())
+        blocks = lambda w: cast_blocks(w, transpose=True)
+        if make is not AdamW: casts(p, blocks)
+        opt = make([p], 1e-2)
+        for _ in range(3):
+            p.grad = torch.randn(p.shape, device="cuda").bfloat16()
+            opt.step()
+        results.append([p.detach(), *opt.state[p].values()])
+    same = [torch.equal(x, y) for x, y in zip(*results)]
+    kept = [t for c in casts.kept[p][1] for t in (c.q.view(torch.uint8), c.scale)]
+    anew = [t for c in blocks(p.detach()) for t in (c.q.view(torch.uint8), c.scale)]
+    right = all(map(torch.equal, kept, anew))
+    print(f"check casts: as cast_blocks {right}, weights and moments bit-equal {same}", flush=True)
+    if not right or (results[0][0].float()-results[1][0].float()).abs().max() > 2e-2:
+        raise AssertionError("the optimizer's casts are not those of cast_blocks")
 
 
 def run_part(part, layers, folder):

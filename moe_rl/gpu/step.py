@@ -220,6 +220,7 @@ class FusedModel:
         stream:torch.dtype|None=None, # of the residual stream; None: the dtype of the embedding
         # the products of attention, dense block and shared expert: `F.linear`, or `fp8_linear` of the next folder
         linear:Callable=F.linear,
+        shared:Callable|None=None, # the products of the shared expert; None: as `linear`
     ):
         if model.spec.family != "afmoe":
             raise ValueError(f"FusedModel: its pieces are AFMoE's, and this model is {model.spec.family}; use the "
@@ -228,6 +229,7 @@ class FusedModel:
             raise ValueError(f"FusedModel: the router's kernel knows no groups of experts, and this model has {n}; "
                              "use the plain model")
         self.model, self.experts, self.attend, self.linear = model, experts, attention_of(attention), linear
+        self.shared = shared or linear
         self.dtype = model.embed_tokens.weight.dtype
         self.stream = stream or self.dtype
 
@@ -249,7 +251,7 @@ class FusedModel:
                 getattr(layer, "post_attention_layernorm", None), layer.pre_mlp_layernorm)
             if isinstance(layer.mlp, MoE):
                 parts, routing = moe_block(layer.mlp, h, self.experts,
-                    None if replay is None else replay[:,len(routings)], token_mask, self.linear)
+                    None if replay is None else replay[:,len(routings)], token_mask, self.shared)
                 routings.append(routing)
             else: parts = (swiglu_block(layer.mlp, h, self.linear),)
             x, h = norm(x, parts, getattr(layer, "post_mlp_layernorm", None), after)

@@ -114,7 +114,8 @@ def grouped_experts(
     rows = x.index_select(0, tok).where(live, 0.)
     out = grouped_mm(swiglu(grouped_mm(rows, gate_up, offsets)), down, offsets).where(live, 0.)
     out = out*weights.reshape(-1,1).index_select(0, order)
-    return torch.zeros(x.shape, dtype=out.dtype, device=x.device).index_add_(0, tok, out).to(x.dtype)
+    # every pair in its own place, then a sum in their order: adding up on a GPU takes any order
+    return torch.empty_like(out).index_copy_(0, order, out).view(T, k, x.shape[1]).sum(1).to(x.dtype)
 
 # %% ../../nbs/01_moe/02_experts.ipynb #bc37e6af
 def small_experts(
@@ -251,7 +252,9 @@ def choose_experts(
 )->ExpertsFn:
     "The fastest expert computation for this many tokens, on the device and in the dtype of the weights."
     _, inner2, D = gate_up.shape
-    if gate_up.device.type != "cpu" or gate_up.dtype != torch.float32: return grouped_experts
+    if gate_up.dtype != torch.float32: return grouped_experts
+    if gate_up.device.type != "cpu":
+        return small_experts if tokens <= 1024 and tokens*inner2*len(gate_up) <= 2**28 else grouped_experts
     if max(tokens, 8)*gate_up.numel() <= 2**22: return small_experts
     if tokens*k*(D+inner2) <= 2**20 and D % 4 == 0 and inner2 % 8 == 0: return sorted_experts
     return inplace_experts
