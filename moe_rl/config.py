@@ -218,7 +218,7 @@ class RLSection(Section):
     stop_at: Share = Field(0.0, description="when > 0: stop once the held-out evaluation reaches this")
     stop_solved: Share = Field(0.0, description="when > 0: stop once the answers played in the last 5 steps are exact "
                                                 "to this share")
-    groups_per_step: Size = Field("auto", description="problems of one step; auto: 4 to 32, a step of some 4000 tokens")
+    groups_per_step: Size = Field("auto", description="problems of one step; auto: 8 to 32, a step of some 8000 tokens")
     group_size: int = Field(8, gt=1, le=LARGEST, description="answers G to each problem; they are compared with one "
         "another")
     max_staleness: Natural = Field(

@@ -77,7 +77,7 @@ def test_long_answers_and_prompts_get_room():
     s, p, size = fitted(Numbers(answer='7'*100))
     assert s.engine.max_tokens >= 101 and warnings(s, p, size, 2048) == []
     s, p, size = fitted(Numbers(supply=10**18, length=200))
-    assert s.model.max_position_embeddings > 2048 and s.rl.tokens_per_batch >= size.prompts.max() + s.engine.max_tokens - 1 and s.rl.groups_per_step == 4
+    assert s.model.max_position_embeddings > 2048 and s.rl.tokens_per_batch >= size.prompts.max() + s.engine.max_tokens - 1 and s.rl.groups_per_step == 8
     assert s.engine.kv_tokens >= size.prompts.max() + s.engine.max_tokens
 
 

@@ -170,7 +170,7 @@ def best_constant(tasks:list[Task])->tuple[str, float]: # an answer, the share o
     return (lambda a, n: (a, n/len(tasks)))(*answers.most_common(1)[0]) if answers else ('', 0.)
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f00023
-LONGEST_ANSWER, LONGEST_PROMPT, STEP_TOKENS = 1024, 4096, 4096  # ceilings of what is chosen, not of what may be given
+LONGEST_ANSWER, LONGEST_PROMPT, STEP_TOKENS = 1024, 4096, 8192  # ceilings of what is chosen, not of what may be given
 
 def up(x:float, multiple:int)->int: return multiple*math.ceil(x/multiple)
 
@@ -182,8 +182,8 @@ def answer_limit(answers:np.ndarray, conversation:bool=False)->int: # [n] tokens
     return min(LONGEST_ANSWER, max(limit, 64) if conversation else limit)
 
 def groups_for(mean:float, group_size:int)->int: # mean: tokens of a conversation
-    "Groups of a step of some `STEP_TOKENS` tokens: a power of two from 4 to 32."
-    return int(min(32, max(4, 2**math.floor(math.log2(STEP_TOKENS/(mean*group_size) + 1e-9)))))
+    "Groups of a step of some `STEP_TOKENS` tokens: a power of two from 8 to 32. Fewer say too little about a direction in which the weights then move by a fixed distance."
+    return int(min(32, max(8, 2**math.floor(math.log2(STEP_TOKENS/(mean*group_size) + 1e-9)))))
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f00027
 def _share(x:float)->str: return f'{100*x:.0f} %' if .01 <= x <= .99 or x in (0, 1) else f'{100*x:.2g} %'
