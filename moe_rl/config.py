@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Natural', 'Positive', 'Countable', 'Depth', 'Share', 'NotNegative', 'Size', 'Seconds', 'Part', 'Folder',
-           'NOTHING', 'STEPS', 'ADVANTAGES', 'LOSSES', 'REWARDS', 'OPEN', 'Section', 'or_auto', 'as_path', 'one_of',
-           'ModelSection', 'mapped', 'without_none', 'with_none', 'in_order', 'storable', 'TokenizerSection',
+           'NOTHING', 'STEPS', 'ADVANTAGES', 'LOSSES', 'REWARDS', 'LAUNCHERS', 'OPEN', 'Section', 'or_auto', 'as_path',
+           'one_of', 'ModelSection', 'mapped', 'without_none', 'with_none', 'in_order', 'storable', 'TokenizerSection',
            'EnvSection', 'WarmStartSection', 'OptimSection', 'BalanceSection', 'EngineSection', 'RLSection',
-           'EvalSection', 'ScheduleSection', 'CheckpointSection', 'Settings', 'parse_env', 'env_sections', 'all_keys',
-           'meant', 'source_of', 'explain', 'literal', 'from_text', 'one_environment', 'set_key', 'read_toml', 'leaves',
-           'merge', 'load_settings', 'to_toml']
+           'EvalSection', 'ScheduleSection', 'LaunchSection', 'CheckpointSection', 'Settings', 'parse_env',
+           'env_sections', 'all_keys', 'meant', 'source_of', 'explain', 'literal', 'from_text', 'one_environment',
+           'set_key', 'read_toml', 'leaves', 'merge', 'load_settings', 'to_toml']
 
 # %% ../nbs/00_start/03_config.ipynb #053aa9f9
 import ast, datetime, difflib, json, re, tomllib
@@ -273,7 +273,19 @@ class ScheduleSection(Section):
                                                          "reply that has worked before")
     engine_restarts: Natural = Field(5, description="dead engines started again in one run")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
-    port: int = Field(0, ge=0, lt=65536, description="where the orchestrator listens on 127.0.0.1; 0: any free port")
+
+LAUNCHERS = ("local",)
+
+class LaunchSection(Section):
+    "Where processes are started, and where they find the run."
+    kind: Annotated[str, one_of(LAUNCHERS)] = Field("local", description="local: on this machine; or "
+        '"module:attribute"')
+    bind: str = Field("127.0.0.1", min_length=1, description="address on which the run listens; 0.0.0.0: all of "
+        "this machine's")
+    host: str = Field("auto", min_length=1, description="name by which processes find the run; auto: that of the "
+        "address, or of the machine")
+    port: int = Field(0, ge=0, lt=65536, description="on which the run listens; 0: any free one")
+    params: Annotated[dict[str, Any], BeforeValidator(storable)] = Field({}, description="the launcher's own settings")
 
 class CheckpointSection(Section):
     "Committed states from which `--resume` goes on."
@@ -296,6 +308,7 @@ class Settings(Section):
     rl: RLSection = RLSection()
     eval: EvalSection = EvalSection()
     schedule: ScheduleSection = ScheduleSection()
+    launch: LaunchSection = LaunchSection()
     checkpoint: CheckpointSection = CheckpointSection()
 
     @field_validator("env", mode="before")

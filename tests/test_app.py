@@ -234,7 +234,8 @@ def test_sft(home, capsys):
     (['--env', '[{"name": "my_task:Letters", "params": {"bad": "one text"}}]'], '1 different prompts'),
     (['--env', '[{"name": "my_task:Letters", "params": {"size": 3}}]'], 'params refused'),
     (['--schedule.device', 'tpu'], 'schedule.device'),
-    (['--schedule.port', '99999'], 'schedule.port'),
+    (['--launch.port', '99999'], 'launch.port'),
+    (['--launch.kind', 'slrum'], 'launch.kind: \'slrum\', expected one of local'),
     (['stray'], "expected --key value, got 'stray'"),
 ])
 def test_bad_settings(home, capsys, args, words):

@@ -42,6 +42,7 @@ class Alive:
     "The handle of a process that lives."
     def poll(self): return None
     def kill(self): pass
+    def cpu_seconds(self): return 0.0
 
 
 class Puppet:

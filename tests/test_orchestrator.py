@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from moe_rl.config import load_settings
 from moe_rl.errors import UserError
+from moe_rl.launch import LocalHandle
 from moe_rl.data.tokens import byte_tokenizer
 from moe_rl.moe.model import Model, init_weights
 from moe_rl.records import Finished, Request, decode
@@ -150,6 +151,7 @@ class Alive:
     "The handle of a process that lives."
     def poll(self): return None
     def kill(self): pass
+    def cpu_seconds(self): return 0.0
 
 class Wire:
     "A server that keeps what is sent, and gives what the test puts in."
@@ -371,7 +373,7 @@ def test_known_failure_29_stop_ends_those_who_do_not_listen(bug):
                                                    'signal.SIG_IGN); print(flush=True); time.sleep(60)'],
                                                    stdout=subprocess.PIPE)
     deaf.stdout.readline()
-    worker = Worker('engine-0.0', deaf)
+    worker = Worker('engine-0.0', LocalHandle('engine-0.0', deaf))
     worker.ready.set()
     async def polite(server, workers):
         for w in workers: await server.send(w.name, Stop())

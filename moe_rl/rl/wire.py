@@ -88,8 +88,12 @@ Message = Hello | Beat | Failure | Generate | Abort | Generated | Update | Missi
 LARGEST = 256 << 20 # bytes of one message to the orchestrator
 
 class Server:
-    "The orchestrator's end: one encrypted ROUTER socket on loopback. `key` is what a worker must know to be heard. Raises `UserError` when the port is taken."
-    def __init__(self, host:str='127.0.0.1', port:int=0): # 0: any free port
+    "The orchestrator's end: one encrypted ROUTER socket. `endpoint` is where a worker finds it, `key` what it must know to be heard. `UserError` when the port is taken."
+    def __init__(self,
+        bind:str='127.0.0.1', # address on which to listen
+        port:int=0,           # 0: any free one
+        host:str=''           # name by which workers find it; empty: the address
+    ):
         key, secret = zmq.curve_keypair()
         self.key, self.refused = key.decode(), 0
         self.context = zmq.asyncio.Context()
@@ -98,11 +102,12 @@ class Server:
             LARGEST)
         for option, value in (*options, (zmq.ROUTER_MANDATORY, 1), (zmq.SNDHWM, 0), (zmq.RCVHWM, 0), (zmq.LINGER, 500)):
             self.socket.setsockopt(option, value)
-        try: self.socket.bind(f'tcp://{host}:{port or "*"}')
+        try: self.socket.bind(f'tcp://{bind}:{port or "*"}')
         except zmq.ZMQError as e:
             self.context.destroy(linger=0)  # one that is left to the garbage collector may block for ever
-            raise UserError(f'port {port} on {host} is in use or not allowed ({e}): choose another or 0') from None
-        self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+            raise UserError(f'port {port} on {bind} is in use or not allowed ({e}): choose another launch.port, or '
+                            '0') from None
+        self.endpoint = f'tcp://{host or bind}:{self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2]}'
 
     async def receive(self) -> tuple[str, Message]: # worker's name, message
         "The next message. `UserError` names a worker whose message can't be read."
@@ -194,7 +199,8 @@ def serve(name:str, work:Callable[[Client], None]):
     die_with_parent()
     # they reach every process of a terminal or a job; the orchestrator decides what follows
     for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(s, signal.SIG_IGN)
-    client = Client(os.environ['MOE_RL_ENDPOINT'], name, sys.stdin.readline().strip(), int(os.environ['MOE_RL_PARENT']))
+    client = Client(os.environ['MOE_RL_ENDPOINT'], name, sys.stdin.readline().strip(),
+        int(os.environ.get('MOE_RL_PARENT', 0)))      # 0: a launcher of another machine sees to it
     code = 0
     try: work(client)
     except UserError as e: client.send(Failure(f'{name}: {e}', traceback.format_exc(), final=True)); code = 1

@@ -8,11 +8,12 @@ __all__ = ['PASSED', 'FIXED', 'RolloutLost', 'EnvError', 'HereDesk', 'Here', 'Re
            'DrawnProxy', 'OwnProxy', 'Proxies', 'open_envs']
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000003
-import asyncio, copy, itertools, os, signal, socket, struct, subprocess, sys, threading, time, weakref
+import asyncio, copy, itertools, os, signal, socket, struct, sys, threading, time, weakref
 from collections import Counter
 from collections.abc import Callable
 import msgspec
 from ..errors import UserError
+from ..launch import Job, LocalHandle, Local as LocalLauncher
 from ..plugins import load_attribute
 from .apart import FRAME, Desk, Facts, Parcel, Setup, facts_of, framed, sealed, section_of, stock
 from .calls import Caller
@@ -156,7 +157,7 @@ class Prints:
         os.close(self.fd)
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000013
-def kill(process:subprocess.Popen, inside:list[int]):
+def kill(process:LocalHandle, inside:list[int]):
     "End a nursery and everything in it."
     for pid in inside:
         try: os.kill(pid, signal.SIGKILL)
@@ -172,9 +173,8 @@ class Nurse:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control.setblocking(False)
         out, into = os.pipe()
-        self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.rollout.apart', str(theirs.fileno())],
-                                        pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=into, stderr=into,
-                                        env=variables(open_), start_new_session=True, cwd='/')
+        job = Job('environments', 'moe_rl.rollout.apart', (str(theirs.fileno()),), 'environments', variables(open_), False)
+        self.process = LocalLauncher().start(job, into, (theirs.fileno(),), apart=True)
         theirs.close(), os.close(into)
         self.prints, self.end = Prints(out, log), weakref.finalize(self, kill, self.process, self.inside)
     async def open(self):
