@@ -173,7 +173,8 @@ class Nurse:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control.setblocking(False)
         out, into = os.pipe()
-        job = Job('environments', 'moe_rl.rollout.apart', (str(theirs.fileno()),), 'environments', variables(open_), False)
+        job = Job('environments', 'moe_rl.rollout.apart', (str(theirs.fileno()),), 'environments', variables(open_),
+            inherits=False)
         self.process = LocalLauncher().start(job, into, (theirs.fileno(),), apart=True)
         theirs.close(), os.close(into)
         self.prints, self.end = Prints(out, log), weakref.finalize(self, kill, self.process, self.inside)
