@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OWN', 'RUN', 'SFT', 'EVAL', 'COMMANDS', 'SETTINGS', 'start_again', 'check_names', 'check_folder', 'say', 'run_folder',
            'run_settings', 'rehearse', 'cmd_run', 'cmd_sft', 'cmd_eval', 'cmd_report', 'cmd_doctor', 'cmd_bench',
-           'cmd_completion', 'cmd_upcycle', 'cmd_plan', 'cmd_simulate', 'usage', 'help_of', 'obey', 'main', 'entry']
+           'cmd_completion', 'cmd_upcycle', 'cmd_gguf', 'cmd_plan', 'cmd_simulate', 'usage', 'help_of', 'obey', 'main',
+           'entry']
 
 # %% ../nbs/06_app/04_cli.ipynb #0c74f87e
 import json, os, re, subprocess, sys
@@ -198,6 +199,10 @@ def cmd_upcycle(args:list[str]) -> int:
     say(load_attribute("moe_rl.moe.upcycle:upcycle_command")(args))
     return 0
 
+def cmd_gguf(args:list[str]) -> int:
+    say(load_attribute("moe_rl.moe.gguf:gguf_command")(args))
+    return 0
+
 def cmd_plan(args:list[str]) -> int:
     say(load_attribute("moe_rl.scale.plan:plan_command")(args))
     return 0
@@ -215,6 +220,8 @@ COMMANDS = dict(run=(cmd_run, RUN, "warm start, asynchronous RL, evaluation, rep
                 upcycle=(cmd_upcycle, "upcycle FOLDER [--experts 8] [--top-k 2] [--out FOLDER] [--noise 3e-7] [--seed "
                                       "0]",
                                       "a Mixtral of a dense Llama-type checkpoint, with the same answers at first"),
+                gguf=(cmd_gguf, "gguf [FILE.gguf] [--out FOLDER]", "a Hugging Face folder of a GGUF file; without one, of "
+                                                                   "SmolLM2-135M-Instruct"),
                 plan=(cmd_plan, "plan SETUP.toml [--why] [--json] [--run FOLDER]",
                     "nodes, split, layouts, seconds and dollars of a run, before you rent"),
                 simulate=(cmd_simulate, "simulate SETUP.toml [--steps N] [--seed N] [--picture FILE.png] [--json]",

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SHORT', 'LARGEST', 'LONGEST', 'EXECUTING', 'GOLDEN', 'brief', 'complaint', 'usable_text', 'Unusable', 'usable_reward',
            'Task', 'exact_match', 'text_hash', 'is_held_out', 'mix', 'made', 'Environment', 'HeldOut', 'held_out_tasks',
-           'solved', 'solved_examples', 'training_task', 'seeded', 'ReasoningGym', 'make_dataset', 'executes',
-           'calculate', 'Calculator', 'load_env', 'choose', 'Mixture', 'labelled', 'labels', 'portions', 'load_envs']
+           'solved', 'solved_examples', 'training_task', 'seeded', 'last_number', 'ReasoningGym', 'make_dataset',
+           'executes', 'calculate', 'Calculator', 'load_env', 'choose', 'Mixture', 'labelled', 'labels', 'portions',
+           'load_envs']
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #bddaeb8e
 import ast, copy, difflib, hashlib, inspect, math, numbers, random, re, reprlib, textwrap, threading, time
@@ -226,15 +227,22 @@ def seeded(key:int):
     try: yield
     finally: random.setstate(state)
 
+# %% ../../nbs/04_rollout/03_environments.ipynb #8193a718
+def last_number(text:str)->str|None: # without separators of thousands
+    "The last number in a text."
+    found = re.findall(r'-?\d[\d,]*(?:\.\d+)?', text)
+    return found[-1].replace(',', '') if found else None
+
 # %% ../../nbs/04_rollout/03_environments.ipynb #a0e48594
 class ReasoningGym(Environment):
     """Task `name` of the suite reasoning-gym with generator settings `params`.
 
-    With `answer_tag='answer'` only the text inside the last `<answer>...</answer>` is scored; by default all of it, stripped."""
+    With `answer_tag='answer'` only the text inside the last `<answer>...</answer>` is scored, with `last_number=True` the last
+    number of the answer, in whatever words; by default all of it, stripped."""
     SIZE = 1<<14
-    def __init__(self, name:str, answer_tag:str|None=None, **params):
-        self.name, self.answer_tag = name, answer_tag
-        self.recipe = [dict(name=name, params=dict(answer_tag=answer_tag,
+    def __init__(self, name:str, answer_tag:str|None=None, last_number:bool=False, **params):
+        self.name, self.answer_tag, self.last_number = name, answer_tag, last_number
+        self.recipe = [dict(name=name, params=dict(answer_tag=answer_tag, last_number=last_number,
             **params))] if type(self) is ReasoningGym else ()
         self.dataset, self.lock = make_dataset(name, params | dict(seed=0, size=self.SIZE)), threading.Lock()
     def problem(self, key):
@@ -245,9 +253,11 @@ class ReasoningGym(Environment):
         answer = item['answer']
         return Task(env=self.name, prompt=item['question'], answer=answer if answer is None else str(answer), data=item)
     async def score(self, task, turns):
-        return float(self.dataset.score_answer(self.extract(turns[-1]), task.data))
+        said = self.extract(turns[-1])
+        return float(said == task.answer if self.last_number else self.dataset.score_answer(said, task.data))
     def extract(self, text:str)->str|None:
         "The part of `text` that is scored."
+        if self.last_number: return last_number(text)
         if not self.answer_tag: return text.strip()
         from reasoning_gym.utils import extract_answer
         return extract_answer(text, self.answer_tag)
