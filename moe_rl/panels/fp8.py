@@ -56,7 +56,7 @@ def draw_cast(c:Cast):
         steps.plot(c.row[order], after[order], "--" if name == "per tensor" else "-", color=COLOURS[name], drawstyle="steps-mid",
             linewidth=2.4 if name == "128x128" else 1.3, zorder=3 if name == "1x128" else 2, label=name)
     steps.set(title="numbers of the row below the outlier", xlabel="before", ylabel="after")
-    at, n = np.arange(len(PLACES)), len(SCHEMES)
+    at = np.arange(len(PLACES))
     for i, (name, errors) in enumerate(c.error.items()):
         shown = bars.bar(at + (i - 1)*.28, [errors[p] for p in PLACES], width=.26, color=COLOURS[name])
         bars.bar_label(shown, [f"{errors[p]:.0%}" if errors[p] > .095 else f"{errors[p]:.1%}" for p in PLACES], fontsize=7, padding=1)

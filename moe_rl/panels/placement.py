@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..ep.eplb import Placement, balance, draw_routes, eplb, evenly, gpu_loads, gumbel, nodes_per_token, zipf
-from ..ep.placement import company, moved, place, rebalance, weigh
+from ..ep.eplb import balance, draw_routes, eplb, evenly, gpu_loads, gumbel, nodes_per_token, zipf
+from ..ep.placement import company, moved, place, rebalance
 from .base import Panel, Slide, canvas
 from ..report import BLUE, GREY, ORANGE
 

@@ -20,7 +20,6 @@ from ..moe.balance import max_vio, smebu_update
 from ..moe.families import new_afmoe
 from ..moe.model import Model, ModelOutput, init_weights, moe_modules
 from .base import Panel, Slide, Tick, Write, canvas
-from ..report import BLUE, GREY, ORANGE
 from ..rl.replay import disagreement
 
 # %% ../../nbs/14_panels/01_routing.ipynb #421294eb
