@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Natural', 'Positive', 'Countable', 'Depth', 'Share', 'NotNegative', 'Size', 'Seconds', 'Part', 'Folder',
-           'NOTHING', 'STEPS', 'ADVANTAGES', 'LOSSES', 'REWARDS', 'LAUNCHERS', 'OPEN', 'Section', 'or_auto', 'as_path',
-           'one_of', 'ModelSection', 'mapped', 'without_none', 'with_none', 'in_order', 'storable', 'TokenizerSection',
-           'EnvSection', 'WarmStartSection', 'OptimSection', 'BalanceSection', 'EngineSection', 'RLSection',
-           'EvalSection', 'ScheduleSection', 'LaunchSection', 'CheckpointSection', 'Settings', 'parse_env',
-           'env_sections', 'all_keys', 'meant', 'source_of', 'explain', 'literal', 'from_text', 'one_environment',
-           'set_key', 'read_toml', 'leaves', 'merge', 'load_settings', 'to_toml']
+           'EXPERTS', 'NOTHING', 'STEPS', 'ADVANTAGES', 'LOSSES', 'REWARDS', 'LAUNCHERS', 'OPEN', 'Section', 'or_auto',
+           'as_path', 'one_of', 'ModelSection', 'mapped', 'without_none', 'with_none', 'in_order', 'storable',
+           'TokenizerSection', 'EnvSection', 'WarmStartSection', 'OptimSection', 'BalanceSection', 'TrainSection',
+           'EngineSection', 'RLSection', 'EvalSection', 'ScheduleSection', 'LaunchSection', 'CheckpointSection',
+           'Settings', 'parse_env', 'env_sections', 'all_keys', 'meant', 'source_of', 'explain', 'literal', 'from_text',
+           'one_environment', 'set_key', 'read_toml', 'leaves', 'merge', 'load_settings', 'to_toml']
 
 # %% ../nbs/00_start/03_config.ipynb #053aa9f9
 import ast, datetime, difflib, json, re, tomllib
@@ -63,6 +63,8 @@ def one_of(names:tuple[str, ...])->BeforeValidator:
     return BeforeValidator(check)
 
 # %% ../nbs/00_start/03_config.ipynb #19ce6b7a
+EXPERTS = ("auto", "grouped", "gpu", "fused")
+
 class ModelSection(Section):
     "Architecture (AFMoE) of a new model. Ignored when `checkpoint` names a folder, whose config.json then rules."
     checkpoint: Folder = Field("", description="Hugging Face folder to start from; empty: a new model")
@@ -84,6 +86,10 @@ class ModelSection(Section):
     sliding_window: Positive = Field(64, description="positions that the other layers see")
     max_position_embeddings: Size = Field("auto", description="longest conversation in tokens; auto: as the prompts "
         "need, at least 2048")
+
+    experts: Annotated[str, one_of(EXPERTS)] = Field("auto", description="how the trainer computes the routed experts. "
+        "grouped: torch; gpu: Triton around torch's grouped products; fused: Hopper GPUs; auto: the fastest that is there; "
+        "or \"module:attribute\"")
 
     @model_validator(mode="after")
     def _fits(self):
@@ -183,6 +189,14 @@ class BalanceSection(Section):
     aux_coef: NotNegative = Field(1e-4, description="weight of the sequence-wise auxiliary loss")
     z_coef: NotNegative = Field(0.0, description="weight of the router's z-loss")
     head_z_coef: NotNegative = Field(1e-6, description="weight of the LM head's z-loss")
+
+# %% ../nbs/00_start/03_config.ipynb #7a1e0002
+class TrainSection(Section):
+    "How warm start and RL compute; weights, gradients and moments are float32 throughout."
+    precision: Literal["float32", "bf16", "fp8"] = Field("float32", description="of forward and backward pass. bf16: norms, "
+        "routers, head and residual stream stay float32; fp8: experts in FP8, all else as bf16 (Hopper)")
+    forward: Literal["auto", "plain", "fused"] = Field("auto", description="plain: the model as it is; fused: AFMoE out "
+        "of fused pieces, on Hopper, in 16 or 8 bits; auto: fused where that can be")
 
 # %% ../nbs/00_start/03_config.ipynb #bc7391b7
 STEPS = ("auto", "plain", "graphs")
@@ -302,6 +316,7 @@ class Settings(Section):
     model: ModelSection = ModelSection()
     tokenizer: TokenizerSection = TokenizerSection()
     warm_start: WarmStartSection = WarmStartSection()
+    train: TrainSection = TrainSection()
     optim: OptimSection = OptimSection()
     balance: BalanceSection = BalanceSection()
     engine: EngineSection = EngineSection()

@@ -26,8 +26,8 @@ from .loss import loss_means, loss_sums, policy_loss, resolve
 from .replay import replay_of, watch_routes
 from ..train.checkpoint import load_tensors, save_tensors
 from ..train.mesh import Mesh
-from ..train.objective import token_logprobs
 from ..train.optim import build_optimizer, lr_schedule
+from ..train.precision import Working, logprobs_of
 from ..train.step import LossParts, Outcomes, StepReport, optimizer_step, regularisers
 
 # %% ../../nbs/05_rl/05_trainer.ipynb #74e93d77
@@ -35,7 +35,7 @@ def model_config(settings:Settings, vocab_size:int) -> ModelSpec:
     """The architecture that the settings ask for, with the tokenizer's vocabulary.
 
     Raises `UserError` for sizes that do not fit together."""
-    sizes = settings.model.model_dump(exclude={'checkpoint'})
+    sizes = settings.model.model_dump(exclude={'checkpoint', 'experts'})
     if sizes['max_position_embeddings'] == 'auto': # nothing was measured: a model outside a run
         sizes['max_position_embeddings'] = 2048
     try: return new_afmoe(vocab_size=vocab_size, **sizes)
@@ -74,7 +74,7 @@ def target_logprobs(
     s:Sampling
 )->tuple[Tensor, Tensor, Tensor]: # [n] each
     "Log-probabilities, entropies and log-sum-exps of the trained tokens, of the distribution that was sampled from."
-    return token_logprobs(hidden[at], model.lm_head.weight, b.targets[at], s.temperature, s.top_k, s.top_p)
+    return logprobs_of(model)(hidden[at], model.lm_head.weight, b.targets[at], s.temperature, s.top_k, s.top_p)
 
 def reference_logprobs(how:Recipe, b:TensorBatch, at:Tensor)->Tensor|None: # [n] of the trained tokens
     "What the frozen reference says, or None without one."
@@ -146,10 +146,12 @@ class Trainer:
         balance:BalanceSection,
         sampling:Sampling,          # of the engine
         reference:Model|None=None,  # where `rl.kl_coef` is measured from
-        mesh:Mesh=Mesh()
+        mesh:Mesh=Mesh(),
+        work:Model|Working|None=None # what is called in the model's place, see `working`; None: the model
     ):
         self.model, self.rl, self.optim, self.mesh, self.counted = model, rl, optim, mesh, Outcomes()
         self.how = Recipe(resolve(rl.loss, **rl.loss_params), sampling, balance, rl.replay, rl.kl_coef, reference)
+        self.work = model if work is None else work
         self.optimizers = build_optimizer(model, optim.muon_lr, optim.adamw_lr, optim.weight_decay)
 
     @property
@@ -164,7 +166,7 @@ class Trainer:
         Raises `UserError` after three steps in a row that were not finite, or for routes that cannot be right."""
         started, number = time.perf_counter(), self.step_number + 1
         first = iter([True])
-        def loss(model, b): return rl_loss(model, b, self.how, watch=next(first, False))
+        def loss(model, b): return rl_loss(self.work, b, self.how, watch=next(first, False))
         self.optimizers.set_lr_scale(lr_schedule(number - 1, self.optim.warmup_steps))
         def tell(doing): alive(f'step {number}, {doing}')
         report = optimizer_step(self.model, self.optimizers, batches, loss, self.how.balance, self.optim.clip,

@@ -26,6 +26,7 @@ from ..rollout.environments import Environment, Task
 from ..rollout.guard import open_envs
 from ..train.checkpoint import stage
 from ..train.optim import build_optimizer
+from ..train.precision import Working, working
 from ..train.sft import example, majority, run_sft, skill
 from ..train.weights import WeightsGone, fingerprint, load_version, prune, publish
 
@@ -144,8 +145,8 @@ class Examples:
 # %% ../../nbs/05_rl/07_workers.ipynb #be558973
 HOPE = .8 # of what a probe is to find: below it none is made
 
-def warm_start(model:Model, tokenizer:Tokenizer, env:Environment, s:Settings, alive=lambda doing: None) -> dict[str,
-        float]:
+def warm_start(model:Model, tokenizer:Tokenizer, env:Environment, s:Settings, alive=lambda doing: None,
+        work:Working|None=None) -> dict[str, float]:
     "Supervised steps on worked examples until the clock, the step count or the probes say enough; nothing where no environment has reference answers."
     w, started, idle = s.warm_start, time.monotonic(), dict(sft_steps=0, sft_seconds=0.0)
     if not (w.seconds or w.steps): return idle
@@ -176,7 +177,7 @@ def warm_start(model:Model, tokenizer:Tokenizer, env:Environment, s:Settings, al
                          batch=batch, budget=max(w.tokens_per_step, *map(len, examples.rows)), steps=w.steps,
                          seconds=0 if w.steps else max(1.0, w.seconds - (time.monotonic() - started)),
                          stop_when=None if w.steps else enough, probe_every=w.probe_every,
-                         seed=s.seed, balance=s.balance, on_step=on_step)
+                         seed=s.seed, balance=s.balance, work=work, on_step=on_step)
     finally: torch.set_num_threads(threads)
     return dict(sft_steps=len(report.steps), sft_seconds=time.monotonic() - started,
         sft_loss=report.loss) | probes.report()
@@ -188,13 +189,14 @@ def train_worker(folder:Path, checkpoint:str, client:Client):
     s = load_settings(folder/'config.toml')
     device, tokenizer = prepare(s), load_tokenizer(folder/'tokenizer')
     model, metrics = build_model(s, tokenizer.vocab_size).to(device), {}
+    work = working(model, s.train.precision, s.train.forward, s.model.experts)
     if not checkpoint:
         env = open_envs([e.model_dump() for e in s.env], s.seed, limit=s.schedule.env_timeout,
             hides=[s.dir]) if s.warm_start.seconds or s.warm_start.steps else None
-        metrics = warm_start(model, tokenizer, env, s, client.beat)
+        metrics = warm_start(model, tokenizer, env, s, client.beat, work)
         if env: env.host.close()
     reference = reference_model(model, folder, checkpoint) if s.rl.kl_coef else None
-    trainer = Trainer(model, s.rl, s.optim, s.balance, sampling_of(s.engine), reference)
+    trainer = Trainer(model, s.rl, s.optim, s.balance, sampling_of(s.engine), reference, work=work)
     client.beat(f'loading {checkpoint}' if checkpoint else 'saving the warm start')
     if checkpoint: trainer.load(Path(checkpoint))
     else: trainer.save(stage(folder, 0))

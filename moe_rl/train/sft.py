@@ -17,8 +17,9 @@ from ..records import Example
 from ..data.batch import TensorBatch, packed_batches
 from ..moe.attention import packed_attend
 from ..moe.model import Model
-from .objective import global_mean, token_logprobs
+from .objective import global_mean
 from .optim import Optimizers, lr_schedule
+from .precision import Working, logprobs_of
 from .step import LossParts, Outcomes, StepReport, optimizer_step, regularisers
 
 # %% ../../nbs/03_train/06_sft.ipynb #6819b72b
@@ -54,7 +55,7 @@ def sft_loss(
     "Cross-entropy of the trained targets, plus the small parts."
     out = model(batch.token_ids, batch.positions, packed_attend(batch.cu_seqlens), token_mask=batch.token_mask)
     rows = batch.loss_mask.nonzero()[:,0]
-    logp,_,lse = token_logprobs(out.hidden[rows], model.lm_head.weight, batch.targets[rows])
+    logp,_,lse = logprobs_of(model)(out.hidden[rows], model.lm_head.weight, batch.targets[rows])
     answers = global_mean(-logp, torch.ones_like(rows, dtype=torch.bool), max(1, batch.step.loss_tokens))
     parts = dict(answers=answers, **regularisers(out, lse, batch, balance))
     return LossParts(parts, out.counts(), batch.loss_tokens, dict(likely=likely(logp.detach(), rows, batch)))
@@ -98,6 +99,7 @@ def run_sft(
     seed:int=0,                       # of the order of the examples
     balance:BalanceSection=BalanceSection(),        # rule and weights of the small parts
     on_step:Callable[[int,StepReport],None]|None=None, # called after every step, before a probe
+    work:Working|None=None, # what is called in the model's place; None: the model
 )->SFTReport:
     """Train on `examples` until `seconds`, `steps` or `stop_when` says enough; with `steps` alone the result is a
     function of the seed.
@@ -114,10 +116,11 @@ def run_sft(
         if steps and len(done) >= steps: return 'steps'
         if seconds and time.monotonic()-start >= seconds: return 'seconds'
         if stop_when and done and len(done) % probe_every == 0 and stop_when(model, len(done)): return 'probe'
+    called = model if work is None else work
     while not (why := enough()):
         batches = packed_batches([examples[i] for i in next(order)], budget)
         optim.set_lr_scale(lr_schedule(len(done), warmup))
-        done.append(optimizer_step(model, optim, batches, lambda m,b: sft_loss(m, b, balance), balance, clip))
+        done.append(optimizer_step(model, optim, batches, lambda _,b: sft_loss(called, b, balance), balance, clip))
         counted.add(done[-1], 'warm start: lower its learning rates or look at the examples')
         if on_step: on_step(len(done), done[-1])
     return SFTReport(done, time.monotonic()-start, why)
