@@ -73,7 +73,7 @@ def apart(bench, folder:Path, family:str, config:dict) -> float:
     # all of a head turns
     ("glm4_moe", GLM | ROPE, families, "read_gqa", "int(head_dim*rotated)", "head_dim"),
     # gates not scaled
-    ("glm4_moe", GLM | ROPE, model_module.MoE, "forward", "m.norm, m.scale", "m.norm, 1."),
+    ("glm4_moe", GLM | ROPE, model_module.MoE, "forward", "m.scale, replay", "1., replay"),
     ("qwen3_moe", ROPE | dict(num_experts=4, head_dim=16, norm_topk_prob=False), families, "qwen3_moe",
         'f.flag("norm_topk_prob", False)', "True"), # gates normed
     ("mixtral", ROPE | dict(num_local_experts=4, sliding_window=5), families, "mixtral",
