@@ -4,6 +4,8 @@ The model is an AFMoE whose widths FP8 takes: width 768, 12 layers, 32 experts o
 
     check    the recorded decode step against the plain one on this GPU, in float32 and in bf16
     engine   256 sequences at a time: tokens a second by the recorded step and by the plain one
+    train    steps of RL on 64 rollouts of 513 tokens, routes replayed: float32 plain, 16 bits plain, with fused experts
+             and with fused pieces, 8 bits
 
     moe-rl bench gpu_road [PART ...]        all parts unless said otherwise
 """
@@ -19,7 +21,7 @@ import torch
 
 from moe_rl.bench import NeedsHardware
 
-PARTS = ("check", "engine")
+PARTS = ("check", "engine", "train")
 SEATS, PROMPT, ANSWER = 256, 64, 192
 
 
@@ -112,6 +114,78 @@ def engine():
     return out
 
 
+def rollouts(model, n=64, tokens=513, at_once=16):
+    "Made-up texts with the log-probabilities and the routes that this model gives them, and rewards of either sign."
+    from moe_rl.moe.attention import packed_attend, packed_positions
+    from moe_rl.records import Rollout
+    from moe_rl.routes import narrow_routes
+    from moe_rl.train.objective import token_logprobs
+    gen, out = torch.Generator().manual_seed(0), []
+    for first in range(0, n, at_once):
+        ids = torch.randint(model.spec.vocab_size, (at_once, tokens), generator=gen)
+        cu = (torch.arange(at_once+1)*tokens).cuda()
+        with torch.no_grad():
+            made = model(ids.flatten().cuda(), packed_positions(cu), packed_attend(cu))
+            logprobs = token_logprobs(made.hidden, model.lm_head.weight, ids.flatten().roll(-1).cuda())[0]
+        logprobs, routes = logprobs.cpu().view(ids.shape), made.routes.cpu().unflatten(0, ids.shape)
+        for i in range(at_once):
+            sampled = np.arange(tokens) >= 65
+            lp = np.where(sampled, np.append(0., logprobs[i,:-1].numpy()), 0.).astype(np.float32)
+            out.append(Rollout(token_ids=ids[i].numpy(), loss_mask=sampled, logprobs=lp,
+                versions=np.where(sampled, 0, -1), group=(first+i)//8, index=(first+i)%8, env="made up",
+                routes=narrow_routes(routes[i,:-1].numpy(), model.spec.num_experts), reward=float(i % 2),
+                stop_reason="length"))
+    return out
+
+
+WAYS = dict(float32=("float32", "plain", "auto"), bf16=("bf16", "plain", "grouped"), gpu_bf16=("bf16", "plain", "gpu"),
+    fused_bf16=("bf16", "plain", "fused"), pieces_bf16=("bf16", "fused", "fused"), fp8=("fp8", "plain", "auto"),
+    pieces_fp8=("fp8", "fused", "auto"))
+
+
+def train(repeats=5):
+    "Trained tokens a second of whole RL steps, Muon and AdamW included, and the gradient of each way against float32's."
+    from moe_rl.config import BalanceSection, OptimSection, RLSection
+    from moe_rl.data.batch import micro_batches
+    from moe_rl.records import Sampling
+    from moe_rl.rl.trainer import Trainer
+    from moe_rl.train.precision import working
+    base = model_of(torch.float32)
+    texts = rollouts(base)
+    batches = micro_batches(texts, [2*r.reward-1 for r in texts], 16384)
+    start = {n: t.clone() for n, t in base.state_dict().items()}
+    base.requires_grad_(True)
+    out = {}
+    for name, (precision, forward, experts) in WAYS.items():
+        try:
+            base.load_state_dict(start)
+            trainer = Trainer(base, RLSection(tokens_per_batch=16384), OptimSection(muon_lr=1e-6, adamw_lr=1e-6),
+                BalanceSection(), Sampling(), work=working(base, precision, forward, experts))
+            first = trainer.step(batches)
+            trainer.step(batches)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            for _ in range(repeats): row = trainer.step(batches)
+            torch.cuda.synchronize()
+            seconds = (time.perf_counter()-began)/repeats
+        except Exception as e:
+            import traceback
+            traceback.print_exc()
+            print(f"train {name}: {type(e).__name__}: {str(e)[:300]}", flush=True)
+            continue
+        rate = first["tokens"]/seconds
+        gib = torch.cuda.max_memory_allocated()/2**30
+        print(f"train {name}: {rate:.0f} tokens/s, {seconds*1e3:.0f} ms a step, {gib:.1f} GiB; first step: loss "
+              f"{first['loss']:.5f}, gradient {first['grad_norm']:.4f}, mismatch KL {first['mismatch_kl']:.2e}, routes "
+              f"that the router would not choose {first.get('route_disagreement', 0):.4f}, outcome idle {row['idle']}",
+              flush=True)
+        out[name] = dict(tokens_per_s=rate, ms=seconds*1e3, gib=gib, loss=first["loss"], grad_norm=first["grad_norm"],
+            mismatch_kl=first["mismatch_kl"])
+        del trainer
+    return out
+
+
 def figures(r):
     f = {}
     if "check" in r: f |= r["check"]
@@ -120,6 +194,11 @@ def figures(r):
         f |= dict(engine_tokens_per_s=e["bfloat16_full"], engine_waiting_tokens_per_s=e["bfloat16_waiting"],
             engine_float32_tokens_per_s=e["float32_full"], engine_plain_tokens_per_s=e["bfloat16_plain"],
             engine_step_ms=e["bfloat16_full_step_ms"])
+    if "train" in r:
+        rate = {n: w["tokens_per_s"] for n, w in r["train"].items()}
+        f |= {f"tokens_per_s_{n}": v for n, v in rate.items()}
+        for name, way in (("ratio_fused", "pieces_bf16"), ("ratio_plain_fused", "fused_bf16"), ("ratio_fp8", "pieces_fp8")):
+            if way in rate and "float32" in rate: f[name] = rate[way]/rate["float32"]
     return f
 
 
