@@ -71,7 +71,7 @@ class Save(msgspec.Struct, tag=True):
 class Trained(msgspec.Struct, tag=True):
     "Step `step` is done and version `step` is published (step 0: the warm start); engines that take it have this fingerprint."
     step: int
-    metrics: dict[str, float]
+    metrics: dict[str, float|list[list[float]]]
     fingerprint: str = ''
 
 class Saved(msgspec.Struct, tag=True):

@@ -73,6 +73,7 @@ class StepReport(NamedTuple):
     teaching:float         # trained tokens that said something
     max_vio:float          # mean over MoE layers
     sums:dict[str,float]   # what the loss reported
+    counts:Tensor          # [L_moe,E] tokens of every expert
 
 def _add(total:dict, more:dict)->dict:
     return {k: total.get(k, 0) + torch.as_tensor(v).detach().double() for k, v in more.items()}
@@ -116,7 +117,7 @@ def optimizer_step(
         optim.step()
         balance_step(model, counts, balance)
     optim.zero_grad()
-    return StepReport(outcome, total, parts, norm, teaching, float(max_vio(counts).mean()), sums)
+    return StepReport(outcome, total, parts, norm, teaching, float(max_vio(counts).mean()), sums, counts)
 
 # %% ../../nbs/03_train/05_step.ipynb #ce19827c
 class Outcomes(msgspec.Struct):
