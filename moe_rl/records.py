@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGPROB_SLACK', 'ARRAY_EXT', 'exact_array', 'Record', 'Sampling', 'sampling_of', 'Request', 'Finished', 'Rollout',
-           'min_version', 'Example', 'Totals', 'total', 'Packed', 'MicroBatch', 'signal', 'encode', 'decode', 'replace']
+           'Example', 'Totals', 'total', 'Packed', 'MicroBatch', 'signal', 'encode', 'decode', 'replace']
 
 # %% ../nbs/02_data/00_records.ipynb #3c1162cb
 import math
@@ -154,17 +154,14 @@ class Rollout(Record, kw_only=True, frozen=True, eq=False):
         return f'Rollout({self.id}: {sizes}, reward {self.reward}, {self.stop_reason})'
     @property
     def sampled(self)->int: return int((self.versions >= 0).sum())
-
-# %% ../nbs/02_data/00_records.ipynb #f9ce0a2d
-def min_version(
-    rollout:Rollout
-)->int: # lowest policy version among the sampled tokens
-    """The oldest policy that sampled a token of `rollout`; staleness at step `n` is `n - 1 - min_version(rollout)`.
-
-    `ValueError` if nothing was sampled."""
-    versions = rollout.versions[rollout.versions >= 0]
-    if not versions.size: raise ValueError(f'rollout {rollout.id}: no sampled token, so it has no policy version')
-    return int(versions.min())
+    @property
+    def oldest(self)->int:
+        "The lowest policy version that sampled a token; staleness at step `n` is `n - 1 - oldest`. `ValueError` if none did."
+        versions = self.versions[self.versions >= 0]
+        if not versions.size: raise ValueError(f'rollout {self.id}: no sampled token, so it has no policy version')
+        return int(versions.min())
+    @property
+    def newest(self)->int: return int(self.versions.max())
 
 # %% ../nbs/02_data/00_records.ipynb #155832ce
 class Example(Record, kw_only=True, frozen=True, eq=False):

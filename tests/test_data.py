@@ -15,7 +15,7 @@ from moe_rl.data.packing import (LengthProfile, balance, batch_token_budget, bes
 from moe_rl.data.tokens import TextTokenizer, Tokenizer, byte_tokenizer, find_wording, load_tokenizer, train_bpe, wording_tokenizer
 from moe_rl.moe.routing import count_tokens
 from moe_rl.moe.zoo import preset
-from moe_rl.records import MicroBatch, Rollout, decode, encode, min_version, replace, total
+from moe_rl.records import MicroBatch, Rollout, decode, encode, replace, total
 from moe_rl.routes import join_routes, narrow_routes, signed_routes
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -103,9 +103,9 @@ def test_a_wrong_rollout_names_the_field(change, message):
     fields = {f: getattr(r, f) for f in r.__struct_fields__} | change(r)
     with pytest.raises(ValueError): decode(Rollout, encode(fields))
 
-def test_min_version_is_over_sampled_tokens():
+def test_oldest_is_over_sampled_tokens():
     r = make_rollout(np.random.default_rng(0), T=20)
-    assert min_version(r) == min(v for v in r.versions.tolist() if v >= 0)
+    assert r.oldest == min(v for v in r.versions.tolist() if v >= 0)
 
 # ---------------------------------------------------------------- known failures in the records
 

@@ -13,7 +13,7 @@ from typing import Callable
 import msgspec
 import numpy as np
 from ..errors import UserError
-from ..records import Rollout, decode, encode, min_version
+from ..records import Rollout, decode, encode
 from .advantage import group_rewards
 
 # %% ../../nbs/05_rl/03_buffer.ipynb #3d7534da
@@ -29,8 +29,10 @@ class Ledger:
         self.news:dict[str,list[str]] = {} # reason -> ids dropped since `Buffer.pop_dropped`
     def row(self, group:int)->bytearray:
         "Fates of a group, all in flight when it is new."
-        return self.rows.setdefault(group, bytearray(self.group_size))
-    def move(self, group:int, index:int, fate:int|str):
+        row = self.rows.get(group)
+        if row is None: row = self.rows[group] = bytearray(self.group_size)
+        return row
+    def move(self, group:int, index:int, fate:int|str)->bytearray: # fates of its group
         "Give a rollout a new fate (a code, or the reason of a drop). `ValueError` for a move that the rules exclude."
         code = self.code(fate) if isinstance(fate, str) else fate
         row = self.row(group)
@@ -38,6 +40,7 @@ class Ledger:
             raise ValueError(f'rollout {group}-{index}: is {self.name(row[index])}, cannot become {self.name(code)}')
         row[index] = code
         if code >= FIRST_REASON: self.news.setdefault(self.name(code), []).append(f'{group}-{index}')
+        return row
     def code(self, reason:str)->int:
         "The byte of a reason; a new one is entered. `ValueError` after 253 of them."
         if reason not in self.reasons:
@@ -92,7 +95,7 @@ def judge(
     if not keep.any(): return drop_all('overlong')
     rollouts = [r for r, k in zip(members, keep) if k]
     group = Group(id=members[0].group, rollouts=rollouts, places=np.flatnonzero(keep).tolist(),
-        rewards=rewards.tolist(), oldest=min(map(min_version, rollouts)))
+        rewards=rewards.tolist(), oldest=min(r.oldest for r in rollouts))
     return group, {r.index: 'overlong' for r, k in zip(members, keep) if not k}
 
 # %% ../../nbs/05_rl/03_buffer.ipynb #6dffb9a4
@@ -134,35 +137,35 @@ class Buffer:
         "Enter a scored rollout. A second copy is refused and counted. `ValueError` without a reward or with an index beyond the group."
         if rollout.reward is None:
             raise ValueError(f'rollout {rollout.id}: has no reward; score it before it enters the buffer')
-        g, version = rollout.group, min_version(rollout)
-        if not self._expected(g, rollout.index): return 'duplicate'
-        if self._given_up(g): return self._settle(g, rollout.index, 'stale')
+        g, version = rollout.group, rollout.oldest
+        row = self._expected(g, rollout.index)
+        if row is None: return 'duplicate'
+        if self.ledger.code('stale') in row: return self._settle(g, rollout.index, 'stale')
         self.members.setdefault(g, []).append(rollout)
         self.oldest[g] = min(version, self.oldest.get(g, version))
         return self._settle(g, rollout.index, PENDING)
 
     def lose(self, group:int, index:int, reason:str)->str: # its fate, or 'duplicate'
         "Enter the loss of a rollout that will never come, under a reason."
-        return self._settle(group, index, reason) if self._expected(group, index) else 'duplicate'
+        return 'duplicate' if self._expected(group, index) is None else self._settle(group, index, reason)
 
     def _expected(self, group, index):
         self.check()
         if not 0 <= index < self.group_size:
             raise ValueError(f'rollout {group}-{index}: index beyond a group of {self.group_size}')
-        new = self.ledger.row(group)[index] == IN_FLIGHT
-        self.duplicates += not new
-        return new
-    def _given_up(self, group): return self.ledger.code('stale') in self.ledger.row(group)
+        row = self.ledger.row(group)
+        if row[index] == IN_FLIGHT: return row
+        self.duplicates += 1
 
     def _settle(self, group, index, fate):
-        self.ledger.move(group, index, fate)
-        if IN_FLIGHT not in self.ledger.row(group):
+        row = self.ledger.move(group, index, fate)
+        if IN_FLIGHT not in row:
             self.oldest.pop(group, None)
             made, drops = judge(self.members.pop(group, []), **self.rules)
             for i, reason in drops.items(): self.ledger.move(group, i, reason)
             if made: self.complete[group] = made
         self.changed.set()
-        return self.ledger.name(self.ledger.row(group)[index])
+        return self.ledger.name(row[index])
 
     def expire(self, step:int)->list[int]: # ids of the groups given up
         "Drop every group, complete or not, that is too old for training step `step`; what is still in flight of it may be cancelled."
@@ -187,7 +190,7 @@ class Buffer:
             raise ValueError(f'step {step}: {len(self.complete)} groups are ready, {groups} were asked for; wait '
                              'until ready()')
         taken = list(self.complete.values())[:groups]
-        newest = max((int(r.versions.max()) for g in taken for r in g.rollouts), default=-1)
+        newest = max((r.newest for g in taken for r in g.rollouts), default=-1)
         if newest >= step:
             raise ValueError(f'step {step} trains version {step-1}, but a rollout was sampled by version {newest}')
         for g in taken:
@@ -246,7 +249,7 @@ class Buffer:
         self.ledger.rows = {g: bytearray(row) for g, row in s.rows.items()}
         self.ledger.reasons, self.ledger.news = s.reasons, s.news
         self.members, self.complete, self.duplicates = s.members, {g.id: g for g in s.complete}, s.duplicates
-        self.oldest = {g: min(map(min_version, members)) for g, members in s.members.items()}
+        self.oldest = {g: min(r.oldest for r in members) for g, members in s.members.items()}
         self.changed.set()
     def __repr__(self):
         return (f'Buffer({len(self.complete)} groups ready, {len(self.members)} incomplete; {self.counts()}, '

@@ -148,6 +148,18 @@ def fit_megatron(rows:list[dict], st:Stack)->tuple[Stack,dict]:
     level |= dict(hopper=level["h100"], blackwell=level["gb200"])   # for GPUs without a row of their own
     return replace(st, level=level), err
 
+# %% ../../nbs/13_scale/08_calibrate.ipynb #8cbcb13a
+def _secant(f, x, make, rounds:int=8, near:float=1e-4):
+    "Where `f` is 1; `f` grows with `x`, and is dear."
+    y = f(x)
+    a, fa, x = x, y, x/y
+    for _ in range(rounds):
+        y = f(x)
+        if abs(y - 1) < near: break
+        slope = (log(y) - log(fa))/(log(x) - log(a)) if x != a else 1.
+        a, fa, x = x, y, x*exp(np.clip(-log(y)/max(slope, .05), -1, 1))
+    return make(float(x))
+
 def fit_engines(rows:list[dict], st:Stack, vllm:ServeStack, sglang:ServeStack, sigma:float)->tuple[Stack,ServeStack,
         ServeStack,dict]:
     "Launches of vLLM from an on-policy run, what a step of RL costs besides from one with eight steps of staleness, SGLang from its rows on H200."
@@ -169,17 +181,7 @@ def fit_engines(rows:list[dict], st:Stack, vllm:ServeStack, sglang:ServeStack, s
     return st, vllm, sglang, dict(decode=e, rl=[log(predict_rl(r, st, vllm, sigma)/r["measured"])
         for r in (on, off, grace)])
 
-def _secant(f, x, make, rounds:int=8, near:float=1e-4):
-    "Where `f` is 1; `f` grows with `x`, and is dear."
-    y = f(x)
-    a, fa, x = x, y, x/y
-    for _ in range(rounds):
-        y = f(x)
-        if abs(y - 1) < near: break
-        slope = (log(y) - log(fa))/(log(x) - log(a)) if x != a else 1.
-        a, fa, x = x, y, x*exp(np.clip(-log(y)/max(slope, .05), -1, 1))
-    return make(float(x))
-
+# %% ../../nbs/13_scale/08_calibrate.ipynb #58387442
 def fit_sync(rows:list[dict], name:str, t:dict)->dict:
     "A line through two rows."
     mine = _rows(rows, "sync", transport=name)

@@ -6,9 +6,9 @@
 __all__ = ['Turn', 'by_token', 'Replica', 'submit', 'pause', 'step', 'Lengths', 'generate']
 
 # %% ../../nbs/13_scale/05_rollouts.ipynb #fb70960e
-import heapq
 from collections import deque
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from math import ceil, inf, sqrt
 import numpy as np
 
@@ -84,6 +84,7 @@ class Replica:
         "Whole steps until the first boundary at or after `t`; the next event must not lie before `t`."
         if not self.n: self.now = max(self.now, t); return True
         if self.now >= t: return True
+        if self.k == 1: return False
         a, b = self.ctx*self.n/2, self.base[self.n] + self.ctx*(self.held - self.n/2)
         k = min(self.k, max(1, ceil((t-self.now)/b if a == 0 else (sqrt(b*b + 4*a*(t-self.now)) - b)/(2*a))))
         while k > 1 and self.now + self.span(k-1) >= t: k -= 1
@@ -93,19 +94,29 @@ class Replica:
         return True
 
 # %% ../../nbs/13_scale/05_rollouts.ipynb #62a6c93d
-def _admit(self):
-    waiting = self.waiting
-    while waiting and self.n < self.max_seqs and self.held + waiting[0].prompt + 1 <= self.kv:
+def _settle(self, admit:bool=True):
+    "Let in who may come, and find the next event."
+    waiting, heap, n, held, kv = self.waiting, self.heap, self.n, self.held, self.kv
+    while admit and waiting and n < self.max_seqs and held + waiting[0].prompt < kv:
         t = waiting.popleft()
         fresh = t.prompt - t.cached
-        if fresh: self.now += self.pace.prefill*fresh; self.busy += self.pace.prefill*fresh; self.prefilled += fresh
-        self.order += 1
-        t.order, t.finish = self.order, self.v + t.new
+        if fresh:
+            self.now += self.pace.prefill*fresh
+            self.busy += self.pace.prefill*fresh
+            self.prefilled += fresh
+        t.order = self.order = self.order + 1
+        t.finish = self.v + t.new
         if t.version < 0: t.version = self.version
-        heapq.heappush(self.heap, (t.finish, t.order, t))
+        heappush(heap, (t.finish, t.order, t))
         self.stack.append(t)
-        self.n += 1
-        self.held += t.prompt
+        n += 1
+        held += t.prompt
+    self.n, self.held = n, held
+    while heap and heap[0][2].order != heap[0][1]: heappop(heap)
+    if not n: self.due = inf; return
+    k = self.k = min(heap[0][0] - self.v, (kv - held)//n)
+    # arrivals at this boundary come before a preemption
+    self.due = self.now + (k*self.base[n] + self.ctx*(k*held + n*(k*(k-1)//2)) if k > 0 else 1e-9)
 
 def _preempt(self):
     while self.stack[-1].order < 0: self.stack.pop()
@@ -115,64 +126,57 @@ def _preempt(self):
     t.prompt, t.new, t.cached, t.order = t.prompt + sampled, t.new - sampled, 0, -1
     self.waiting.appendleft(t)
 
-def _look(self):
-    "Find the next event."
-    heap = self.heap
-    while heap and heap[0][2].order != heap[0][1]: heapq.heappop(heap)
-    if not self.n: self.due = inf; return
-    self.k = min(heap[0][0] - self.v, (self.kv - self.held)//self.n)
-    # arrivals at this boundary come before a preemption
-    self.due = self.now + (self.span(self.k) if self.k > 0 else 1e-9)
-
-Replica._admit, Replica._preempt, Replica._look = _admit, _preempt, _look
+Replica._settle, Replica._preempt = _settle, _preempt
 
 # %% ../../nbs/13_scale/05_rollouts.ipynb #759fea96
-def submit(self, t:float, turn:Turn):
-    "A request arrives at time `t`. `ValueError` if it could never fit."
-    if turn.prompt + turn.new > self.kv:
-        raise ValueError(f"a conversation of {turn.prompt + turn.new} tokens does not fit a cache of {self.kv}: "
-                         "shorten it or give engines more memory")
-    self.waiting.append(turn)
-    if self.n < self.max_seqs and self.held + self.waiting[0].prompt + 1 <= self.kv and self.reach(t):
-        self._admit()
-        self._look()
+def submit(self, t:float, *turns:Turn):
+    "Requests arrive at time `t`. `ValueError` if one could never fit."
+    for turn in turns:
+        if turn.prompt + turn.new > self.kv:
+            raise ValueError(f"a conversation of {turn.prompt + turn.new} tokens does not fit a cache of {self.kv}: "
+                             "shorten it or give engines more memory")
+    self.waiting += turns
+    if self.n < self.max_seqs and self.held + self.waiting[0].prompt < self.kv and self.reach(t): self._settle()
 
 def pause(self, t:float, seconds:float, version:int):
     "At the first boundary after `t` the engine stops for new weights."
     if not self.reach(t): self.later.append((t, seconds, version)); return
     self.now += seconds
     self.version = version
-    self._admit()
-    self._look()
+    self._settle()
 
-def step(self)->list[Turn]: # those that are done at `now`
+def step(self)->list[Turn]: # those that are done at `at`
     "Go to the next event."
-    if self.k <= 0:
+    done, full = [], self.k <= 0
+    if full:
         while self.held + self.n > self.kv: self._preempt()
-        return self._after([])
-    self._go(self.k, self.span(self.k))
-    heap, done, v = self.heap, [], self.v
-    while heap and heap[0][0] == v:
-        _, order, t = heapq.heappop(heap)
-        if t.order != order: continue
-        t.order = -1
-        self.n -= 1
-        self.held -= t.prompt + t.new
-        done.append(t)
-    if len(self.stack) > 2*self.n + 64: self.stack = [t for t in self.stack if t.order >= 0]
-    self.at = self.now
-    self._admit()
-    return self._after(done)
-
-def _after(self, done):
-    "What came in while the event was being reached."
-    self._look()
+    else:
+        self.busy += self.due - self.now
+        self.now = self.at = self.due
+        done = self._finish(self.k)
+    self._settle(not full)
     if self.later:
         late, self.later = self.later, []
         for pause in late: self.pause(*pause)
     return done
 
-Replica.submit, Replica.pause, Replica.step, Replica._after = submit, pause, step, _after
+def _finish(self, k:int)->list[Turn]:
+    "After `k` more tokens of everybody: who is done leaves."
+    heap, n, held, done = self.heap, self.n, self.held + self.n*k, []
+    v = self.v = self.v + k
+    self.tokens += n*k
+    while heap and heap[0][0] == v:
+        _, order, t = heappop(heap)
+        if t.order != order: continue
+        t.order = -1
+        n -= 1
+        held -= t.prompt + t.new
+        done.append(t)
+    self.n, self.held = n, held
+    if len(self.stack) > 2*n + 64: self.stack = [t for t in self.stack if t.order >= 0]
+    return done
+
+Replica.submit, Replica.pause, Replica.step, Replica._finish = submit, pause, step, _finish
 
 # %% ../../nbs/13_scale/05_rollouts.ipynb #9a14f3c2
 from statistics import NormalDist
