@@ -1,14 +1,39 @@
 "Tables that README.md, the index notebook and the pages of docs/ share: made from nbs/ and benchmarks/results/, never typed."
-import ast, json, re
+import ast
+import functools
+import json
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {'00_start': 'Start', '01_moe': 'Mixture of experts', '02_data': 'Data', '03_train': 'Training',
-           '04_rollout': 'Rollouts',
-           '05_rl': 'Reinforcement learning', '06_app': 'The program', '10_gpu': 'GPU kernels', '11_fp8': 'Eight bits',
-           '12_ep': 'Expert parallelism',
-           '13_scale': 'Scale', '14_panels': 'Panels'}
+FOLDERS = { # title, what its notebooks are about
+    "00_start": ("Start", "From nothing to a trained model, and the leaves that everything else stands on."),
+    "01_moe": ("Mixture of experts", "Routers, balance, experts and attention; models as records, and their checkpoints."),
+    "02_data": ("Data", "What stages hand to one another, text as tokens, and sequences packed into budgets."),
+    "03_train": ("Training", "Optimisers, objectives, a step, a mesh, checkpoints, and supervised training."),
+    "04_rollout": ("Rollouts", "An inference engine, environments, and code of others that is run with care."),
+    "05_rl": ("Reinforcement learning", "Advantages, losses, router replay, and the asynchronous loop."),
+    "06_app": ("The program", "What a person sees: settings, the command line, reports."),
+    "10_gpu": ("GPU kernels", "Experts, router, head and optimizers in Triton, equal to the plain ones."),
+    "11_fp8": ("Eight bits", "Numbers of eight bits in training and in deployment, and when to refuse them."),
+    "12_ep": ("Expert parallelism", "Experts spread over GPUs and nodes: dispatch, placement, traffic."),
+    "13_scale": ("Scale", "Several GPUs and clusters: what they need, what they cost, and how a run gets there."),
+    "14_panels": ("Panels", "The same functions with sliders: look, touch, compare."),
+    "90_howto": ("Guides", "One task each, from the question to something that works."),
+}
+ROADS = [ # for whom, what it leads to, notebooks
+    ("Student", "How a Mixture-of-Experts model works and learns, in ten notebooks.",
+        ["00_start/00_tour", "01_moe/00_routing", "01_moe/01_balance", "01_moe/07_model", "02_data/02_packing",
+            "03_train/01_objective", "04_rollout/02_engine", "05_rl/01_loss", "05_rl/02_replay", "05_rl/08_orchestrator"]),
+    ("RL engineer", "A task, a reward and a model of your own, and what to do when nothing is learned.",
+        ["04_rollout/03_environments", "05_rl/00_advantage", "05_rl/01_loss", "00_start/03_config", "05_rl/09_run",
+            "05_rl/11_verdict", "06_app/02_report"]),
+    ("Cluster engineer", "What a cluster needs and costs, and the parts that make it fast.",
+        ["13_scale/07_plan", "13_scale/00_hardware", "12_ep/01_dispatch", "12_ep/04_placement", "12_ep/08_traffic",
+            "10_gpu/07_step", "11_fp8/05_calibrate"]),
+]
 
+@functools.cache
 def notebooks() -> list[tuple[str, Path, str, str, str]]: # folder, path below nbs/, title, subtitle, module or ''
     "Every notebook in reading order, by its first cell and its `default_exp`."
     out = []
@@ -25,11 +50,19 @@ def notebook_table(link:str='{}') -> str: # Markdown
     "All notebooks, by folder; `link` makes a target of a path below nbs/."
     rows, last = ['| notebook | what it is about | module |', '|---|---|---|'], None
     for folder, path, title, subtitle, module in notebooks():
-        if folder != last: rows.append(f'| **{FOLDERS[folder]}** | | |')
+        if folder != last: rows.append(f'| **{FOLDERS[folder][0]}** | | |')
         last = folder
         about = subtitle.rstrip('.').replace('|', r'\|')
         rows.append(f'| [{title}]({link.format(path.as_posix())}) | {about} | {f"`{module}`" if module else ""} |')
     return '\n'.join(rows)
+
+def roads() -> str: # Markdown
+    "The three roads, a line each."
+    have, rows = {p.with_suffix("").as_posix(): t for _, p, t, *_ in notebooks()}, []
+    for who, what, stops in ROADS:
+        if gone := [s for s in stops if s not in have]: raise SystemExit(f"{who}: no notebook {', '.join(gone)}")
+        rows.append(f"- **{who}.** {what} {', '.join(f'[{have[s]}]({s}.ipynb)' for s in stops)}.")
+    return "\n".join(rows)
 
 def records(name:str='*') -> list[dict]:
     "Recorded figures, by name and machine."
@@ -102,12 +135,37 @@ def headline_table() -> str: # Markdown
             for name, key, text in HEADLINES for r in have.get(name, []) if key in r['figures']]
     return '\n'.join(['| figure | value | machine | command |', '|---|---|---|---|', *rows])
 
+def spark(points:list, width:int=220, height:int=40) -> str: # SVG
+    "A curve as small as a word."
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    x = lambda v: 3 + (v - min(xs))/((max(xs) - min(xs)) or 1)*(width - 6)
+    y = lambda v: height - 3 - (v - min(ys))/((max(ys) - min(ys)) or 1)*(height - 6)
+    line = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
+    return (f'<svg class="spark" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"><title>'
+        f'from {number(ys[0])} to {number(ys[-1])}</title><polyline fill="none" stroke="currentColor" '
+        f'stroke-width="1.5" points="{line}"/></svg>')
+
+def shown(x) -> str: # Markdown of one cell
+    "A recorded figure; a list of pairs is drawn."
+    pairs = isinstance(x, list) and len(x) > 2 and all(isinstance(p, list) and len(p) == 2 for p in x)
+    if pairs and all(isinstance(v, (int, float)) for p in x for v in p): return spark(x)
+    if isinstance(x, dict): return ", ".join(f"{k} {shown(v)}" for k, v in x.items())
+    return number(x).replace("|", r"\|")
+
+def record_section(r:dict) -> list[str]: # lines of Markdown
+    "One run of one command: its figures, the command under them, and where and when that was."
+    versions = ", ".join(f"{k} {v}" for k, v in r["versions"].items())
+    return [f"### {r['machine']}", "", "| figure | value |", "|---|---|",
+        *(f"| `{k}` | {shown(v)} |" for k, v in r["figures"].items()), "", "```bash", r["command"], "```", "",
+        f"<p class=\"source\">{r['date']}, commit {r['commit'] or 'unknown'}, {r['cpu']}; {versions}.</p>", ""]
+
 def results_page() -> str: # Markdown
     "Every recorded figure, with machine, versions, date, commit and command."
-    out = []
+    out = ["# Results", "", "Read from `benchmarks/results/`; each table is one run of the command under it. To measure on "
+        "your own machine and keep it: the same command with `--record`.", ""]
+    last = None
     for r in records():
-        versions = ', '.join(f'{k} {v}' for k, v in r['versions'].items())
-        out += [f'## {r["name"]} on {r["machine"]}', '', about(r['name']), '', '| figure | value |', '|---|---|',
-                *(f'| `{k}` | {number(v)} |' for k, v in r['figures'].items()), '',
-                f'`{r["command"]}`, {r["date"]}, commit {r["commit"] or "unknown"}, {r["cpu"]}; {versions}.', '']
-    return '\n'.join(out)
+        if r["name"] != last: out += [f"## {r['name']}", "", about(r["name"]), ""]
+        last = r["name"]
+        out += record_section(r)
+    return "\n".join(out)
