@@ -221,11 +221,12 @@ def fused_optimizers(
     masters:bool=True, # float32 masters of bf16 parameters; False is for comparisons
     products:str="torch", # see `newton_schulz`
     adamw:Callable=AdamW, # (groups, lr, masters=) -> an AdamW
+    parameters:dict[str,Tensor]|None=None, # this rank's parts by name; None: the model's own
 )->Optimizers:
     "`build_optimizer` of fused optimizers; the same names in its state, and `master` where there is one."
     if optimizer not in ("muon", "adamw"):
         raise ValueError(f"fused_optimizers: optimizer {optimizer!r} is unknown; use 'muon' or 'adamw'")
-    names, groups = {p: n for n, p in model.named_parameters() if p.requires_grad}, {}
+    names, groups = {p: n for n, p in (parameters or dict(model.named_parameters())).items() if p.requires_grad}, {}
     for p, n in names.items():
         kind, parts = optimiser_of(model.spec, n)
         groups.setdefault(parts if optimizer == kind == "muon" else ("adamw", p.ndim >= 2), []).append(p)

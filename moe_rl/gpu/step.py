@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'Documents', 'documents', 'plain_forward', 'plain_backward', 'flash4_forward', 'flash4_backward',
            'torch_forward', 'torch_backward', 'Attend', 'attention_of', 'Heads', 'attention_block', 'swiglu_block',
-           'moe_block', 'StepOutput', 'FusedModel', 'count_experts', 'balance_all', 'Batch', 'FusedStep']
+           'within', 'moe_block', 'StepOutput', 'FusedModel', 'count_experts', 'balance_all', 'Batch', 'FusedStep']
 
 # %% ../../nbs/10_gpu/07_step.ipynb #191d76bc
+from functools import partial
 from importlib.util import find_spec
 from typing import Callable, NamedTuple
 
@@ -27,6 +28,7 @@ from ..moe.attention import document_mask
 from ..moe.experts import ExpertsFn
 from ..moe.model import MoE, Model
 from ..moe.routing import Routing, unroute
+from ..train.mesh import Mesh
 from ..train.optim import Optimizers
 
 # %% ../../nbs/10_gpu/07_step.ipynb #c773161e
@@ -188,6 +190,17 @@ def swiglu_block(mlp, h:Tensor, linear:Callable=F.linear)->Tensor: # [T,D] -> [T
     "A dense gated block, gates and ups in one product."
     return linear(gated_unit(linear(h, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))), mlp.down_proj.weight)
 
+# %% ../../nbs/10_gpu/07_step.ipynb #a7c31d21
+def within(
+    module, # whose parameters are used
+    f:Callable, # (module, ...) -> anything
+    *args,
+):
+    "`f(module, *args)` as a call of the module, its hooks included."
+    module.forward = partial(f, module)
+    try: return module(*args)
+    finally: del module.forward
+
 # %% ../../nbs/10_gpu/07_step.ipynb #e8e67a10
 def moe_block(
     mlp:MoE,
@@ -201,8 +214,9 @@ def moe_block(
     logits, x = gate_logits(h, mlp.router.weight) if h.dtype == torch.bfloat16 else (F.linear(h, mlp.router.weight), h)
     routing = gpu_route(logits, m.per_token, mlp.expert_bias, m.score, m.norm, m.scale, replay)
     if token_mask is not None: routing = unroute(routing, token_mask)
-    return (swiglu_block(mlp.shared_experts, h, linear), experts(x, routing.idx, routing.weights,
-        mlp.experts.gate_up_proj, mlp.experts.down_proj)), routing
+    compute = lambda m, *a: experts(*a, m.gate_up_proj, m.down_proj)
+    return (within(mlp.shared_experts, swiglu_block, h, linear), within(mlp.experts, compute, x, routing.idx,
+        routing.weights)), routing
 
 # %% ../../nbs/10_gpu/07_step.ipynb #1d2cccc6
 class StepOutput(NamedTuple):
@@ -216,11 +230,12 @@ class FusedModel:
     def __init__(self,
         model:Model, # contiguous parameters, bf16 on a GPU; norms, routers and head may be float32
         experts:ExpertsFn=fused_experts,
-        attention:str="flash4", # of `ATTENTION`
+        attention:str|Attend="flash4", # of `ATTENTION`
         stream:torch.dtype|None=None, # of the residual stream; None: the dtype of the embedding
         # the products of attention, dense block and shared expert: `F.linear`, or `fp8_linear` of the next folder
         linear:Callable=F.linear,
         shared:Callable|None=None, # the products of the shared expert; None: as `linear`
+        dtype:torch.dtype|None=None, # of the products; None: that of the embedding
     ):
         if model.spec.family != "afmoe":
             raise ValueError(f"FusedModel: its pieces are AFMoE's, and this model is {model.spec.family}; use the "
@@ -228,9 +243,10 @@ class FusedModel:
         if (n := model.spec.mixtures[0].n_group) > 1:
             raise ValueError(f"FusedModel: the router's kernel knows no groups of experts, and this model has {n}; "
                              "use the plain model")
-        self.model, self.experts, self.attend, self.linear = model, experts, attention_of(attention), linear
+        self.model, self.experts, self.linear = model, experts, linear
+        self.attend = attention if isinstance(attention, Attend) else attention_of(attention)
         self.shared = shared or linear
-        self.dtype = model.embed_tokens.weight.dtype
+        self.dtype = dtype or model.embed_tokens.weight.dtype
         self.stream = stream or self.dtype
 
     def hidden(self,
@@ -240,20 +256,20 @@ class FusedModel:
         token_mask:Tensor|None=None, # [T] bool, False: filler
     )->tuple[Tensor,list[Routing]]: # [T,D] after the final norm, in the model's dtype
         m, routings = self.model, []
-        x = F.embedding(token_ids, m.embed_tokens.weight).to(self.stream)
+        x = m.embed_tokens(token_ids).to(self.stream)
         if m.spec.embed_scale != 1: x = x*m.spec.embed_scale
         norm = lambda x, parts, post, w: add_norm(x, parts, None if post is None else post.weight, w.weight, w.eps,
             self.dtype)
         following = [*(l.input_layernorm for l in list(m.layers)[1:]), m.norm]
         x, h = norm(x, (), None, m.layers[0].input_layernorm)
         for layer, after in zip(m.layers, following):
-            x, h = norm(x, (attention_block(layer.self_attn, h, docs, self.attend, self.linear),),
+            x, h = norm(x, (within(layer.self_attn, attention_block, h, docs, self.attend, self.linear),),
                 getattr(layer, "post_attention_layernorm", None), layer.pre_mlp_layernorm)
             if isinstance(layer.mlp, MoE):
                 parts, routing = moe_block(layer.mlp, h, self.experts,
                     None if replay is None else replay[:,len(routings)], token_mask, self.shared)
                 routings.append(routing)
-            else: parts = (swiglu_block(layer.mlp, h, self.linear),)
+            else: parts = (within(layer.mlp, swiglu_block, h, self.linear),)
             x, h = norm(x, parts, getattr(layer, "post_mlp_layernorm", None), after)
         return h, routings
 
@@ -265,8 +281,12 @@ class FusedModel:
         replay:Tensor|None=None, token_mask:Tensor|None=None, z_loss:float=0., # as before
     )->StepOutput:
         on_device("FusedModel.loss", token_ids, targets, weights)
+        return within(self.model, self._loss, token_ids, targets, weights, docs, replay, token_mask, z_loss)
+
+    def _loss(self, model, token_ids, targets, weights, docs, replay, token_mask, z_loss):
         h, routings = self.hidden(token_ids, docs, replay, token_mask)
-        loss, logprobs, _ = head_loss(h, self.model.lm_head.weight, targets, weights, z_loss)
+        head = lambda m, h: head_loss(h, m.weight, targets, weights, z_loss)
+        loss, logprobs, _ = within(model.lm_head, head, h)
         return StepOutput(loss, logprobs, routings)
 
 # %% ../../nbs/10_gpu/07_step.ipynb #5c0f5994
@@ -312,8 +332,9 @@ class FusedStep:
     "Forward, backward, optimizers and SMEBU, without host synchronisation."
     def __init__(self, fused:FusedModel, optimizers:Optimizers,
         balance:float=5e-4, # rate of SMEBU; 0 leaves the biases alone
+        mesh:Mesh=Mesh(),   # the ranks that make the step together, each with micro-batches of its own
     ):
-        self.fused, self.optimizers, self.balance = fused, optimizers, balance
+        self.fused, self.optimizers, self.balance, self.mesh = fused, optimizers, balance, mesh
         self.layers = [l.mlp for l in fused.model.layers if isinstance(l.mlp, MoE)]
 
     def __call__(self, batches:list[Batch])->Tensor: # the step's loss, [] float32 on the device
@@ -324,9 +345,11 @@ class FusedStep:
             total = total + out.loss.detach()
             if self.balance:
                 counts = counts + torch.stack([count_experts(r.idx, r.scores.shape[1]) for r in out.routings])
+        self.mesh.gradients(self.optimizers.params)
         self.optimizers.step()
         self.optimizers.zero_grad()
         if self.balance:
+            counts = self.mesh.sum(counts)
             balance_all([m.expert_bias for m in self.layers], [m.bias_momentum for m in self.layers], counts,
                 self.balance)
-        return total
+        return self.mesh.sum(total)

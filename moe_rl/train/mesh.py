@@ -6,27 +6,46 @@
 __all__ = ['Mesh']
 
 # %% ../../nbs/03_train/04_mesh.ipynb #139d1612
+import torch
 from torch import Tensor
 
 # %% ../../nbs/03_train/04_mesh.ipynb #904bf6af
 class Mesh:
-    "A rank that is alone: everything is the identity. A mesh of many ranks overrides the same five names."
-    rank:int = 0  # which one this is
-    ranks:int = 1 # how many there are
+    "A rank that is alone: everything is the identity. A mesh of many ranks overrides the same names."
+    rank:int = 0      # whose data this is
+    ranks:int = 1     # how many have data of their own
+    first:bool = True # the one that writes files and speaks
 
     def sum(self,
         x:Tensor # any shape, the same on every rank
     )->Tensor:   # the sum over ranks, on every rank
         return x
 
+    def parameters(self,
+        model       # whose parameters are perhaps cut up
+    )->dict[str,Tensor]: # this rank's part of each, by name: what its optimizers move
+        return dict(model.named_parameters())
+
     def gradients(self,
-        params:list[Tensor] # their `grad` becomes the sum over ranks
+        params:list[Tensor] # of `parameters`: their `grad` becomes the sum over ranks
     )->None:
         """After the last backward pass of a step.
 
         Where the backward pass itself has added them up, as in FSDP, there is nothing to do."""
 
+    def norm(self,
+        params:list[Tensor] # of `parameters`, with gradients; those without are left out
+    )->float:               # nan or inf as soon as one entry is
+        "Of all gradients of all ranks as one long vector."
+        return float(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
+
+    def spread(self,
+        compute  # an `ExpertsFn` over this rank's experts
+    ):           # the same over the experts of all ranks
+        return compute
+
     def gather(self,
         state:dict[str,Tensor]  # this rank's part of every tensor
     )->dict[str,Tensor]:        # whole tensors
         return state
+
