@@ -196,6 +196,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'moe_rl.display.Ticker.__init__': ('06_app/display.html#ticker.__init__', 'moe_rl/display.py'),
                                 'moe_rl.display.Ticker.say': ('06_app/display.html#ticker.say', 'moe_rl/display.py'),
                                 'moe_rl.display.graded': ('06_app/display.html#graded', 'moe_rl/display.py'),
+                                'moe_rl.display.say': ('06_app/display.html#say', 'moe_rl/display.py'),
                                 'moe_rl.display.spark': ('06_app/display.html#spark', 'moe_rl/display.py'),
                                 'moe_rl.display.versions': ('06_app/display.html#versions', 'moe_rl/display.py'),
                                 'moe_rl.display.who': ('06_app/display.html#who', 'moe_rl/display.py')},

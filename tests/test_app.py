@@ -510,10 +510,12 @@ def screen(home, args, seconds, until):
 
 def test_the_screen_moves_through_a_warm_start(home):
     "On 24 lines of 80 columns, something changes every few seconds from the first second on."
-    seen = screen(home, ['run', *flags(dir='runs/screen', env='my_task:Letters', warm_start__steps=400)], 90,
+    seen = screen(home, ['run', *flags(dir='runs/screen', env='my_task:Letters', warm_start__steps=400)], 150,
         'step 2 of 2')
     text = ''.join(t for _, t in seen)
     assert 'warm start: ' in text and 'step 2 of 2' in text, text[-2000:]
+    wide = [line for line in re.split(r'[\r\n]+', text) if len(line) > 80]
+    assert not wide, wide[:3]
     times = [at for at, _ in seen]
     assert max(b - a for a, b in zip(times, times[1:])) < 5
 
