@@ -1,6 +1,7 @@
 """What `moe-rl run` gains from one GPU: a decode step that is recorded, experts that are fused, 16 and 8 bits.
 
-The model is an AFMoE whose widths FP8 takes: width 768, 12 layers, 32 experts of width 384, 4 a token, and a shared one. Parts, each in a process of its own:
+The model is an AFMoE whose widths FP8 takes: width 768, 12 layers, 32 experts of width 384, 4 a token, and a shared
+one. Parts, each in a process of its own:
 
     check    the recorded decode step against the plain one on this GPU, in float32 and in bf16
     engine   256 sequences at a time: tokens a second by the recorded step and by the plain one
@@ -40,8 +41,8 @@ def model_of(dtype, vocab=32768, layers=12, seed=0):
 def requests(n, prompt, answer, seed=0, vocab=32768):
     from moe_rl.records import Request
     rng = np.random.default_rng(seed)
-    return [Request(id=f"{seed}-{i}", prompt=rng.integers(0, vocab, prompt).tolist(), max_tokens=answer, seed=1000*seed+i)
-            for i in range(n)]
+    texts = [rng.integers(0, vocab, prompt).tolist() for _ in range(n)]
+    return [Request(id=f"{seed}-{i}", prompt=p, max_tokens=answer, seed=1000*seed+i) for i, p in enumerate(texts)]
 
 
 def engine_of(model, compute, seats=SEATS):
@@ -61,7 +62,7 @@ def serve(engine, asked):
 
 
 def check():
-    "Both ways on the same requests: equal tokens as far as rounding lets them be, and equal log-probabilities up to the first difference."
+    "Both ways on the same requests: equal tokens and log-probabilities up to the first difference by rounding."
     from moe_rl.gpu.decode import GraphStep
     from moe_rl.rollout.engine import plain_step
     out = {}
@@ -78,11 +79,11 @@ def check():
             same.append(n/len(a.token_ids))
             worst = max(worst, float(np.abs(a.logprobs[:n]-b.logprobs[:n]).max(initial=0)))
             routes.append(float((a.routes[:39+n] == b.routes[:39+n]).mean()))
-        exact = all(fast[r.id].token_ids == again[r.id].token_ids and (fast[r.id].logprobs == again[r.id].logprobs).all()
-            for r in asked)
+        pairs = [(fast[r.id], again[r.id]) for r in asked]
+        exact = all(a.token_ids == b.token_ids and (a.logprobs == b.logprobs).all() for a, b in pairs)
         name = str(dtype).removeprefix("torch.")
-        print(f"check {name}: tokens equal {np.mean(same):.3f}, worst |d logprob| before the first difference {worst:.2e}, "
-              f"routes equal {np.mean(routes):.4f}, twice the same bits {exact}, steps {step.counts}", flush=True)
+        print(f"check {name}: tokens equal {np.mean(same):.3f}, worst |d logprob| up to there {worst:.2e}, routes equal "
+              f"{np.mean(routes):.4f}, twice the same bits {exact}, steps {step.counts}", flush=True)
         out |= {f"equal_{name}": float(np.mean(same)), f"dlogprob_{name}": worst, f"repeats_{name}": exact}
         if worst > (1e-3 if dtype == torch.float32 else .2) or not exact:
             raise AssertionError("the recorded step computes something else, or not the same twice")
@@ -103,7 +104,8 @@ def engine():
             before = e.counters["tokens"]
             _, seconds, steps = serve(e, requests(n, PROMPT, ANSWER, seed=2+n))
             rate, step = (e.counters["tokens"]-before)/seconds, float(np.median(steps))*1e3
-            print(f"{name} graphs, {label}: {rate:.0f} tokens/s, median step {step:.2f} ms, {e.compute.counts}", flush=True)
+            print(f"{name} graphs, {label}: {rate:.0f} tokens/s, median step {step:.2f} ms, {e.compute.counts}",
+                flush=True)
             out |= {f"{name}_{label}": rate, f"{name}_{label}_step_ms": step}
         del e
         plain = engine_of(model, plain_step)
@@ -138,8 +140,8 @@ def rollouts(model, n=64, tokens=513, at_once=16):
     return out
 
 
-WAYS = dict(float32=("float32", "plain", "auto"), bf16=("bf16", "plain", "grouped"), gpu_bf16=("bf16", "plain", "gpu"),
-    fused_bf16=("bf16", "plain", "fused"), pieces_bf16=("bf16", "fused", "fused"), fp8=("fp8", "plain", "auto"),
+WAYS = dict(float32=("float32", "plain", "auto"), bf16=("bf16", "plain", "grouped"),
+    gpu_bf16=("bf16", "plain", "gpu"), fused_bf16=("bf16", "plain", "fused"), pieces_bf16=("bf16", "fused", "fused"), fp8=("fp8", "plain", "auto"),
     pieces_fp8=("fp8", "fused", "auto"))
 
 
@@ -197,7 +199,8 @@ def figures(r):
     if "train" in r:
         rate = {n: w["tokens_per_s"] for n, w in r["train"].items()}
         f |= {f"tokens_per_s_{n}": v for n, v in rate.items()}
-        for name, way in (("ratio_fused", "pieces_bf16"), ("ratio_plain_fused", "fused_bf16"), ("ratio_fp8", "pieces_fp8")):
+        ways = dict(ratio_fused="pieces_bf16", ratio_plain_fused="fused_bf16", ratio_fp8="pieces_fp8")
+        for name, way in ways.items():
             if way in rate and "float32" in rate: f[name] = rate[way]/rate["float32"]
     return f
 

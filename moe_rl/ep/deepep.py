@@ -21,7 +21,8 @@ from .ranks import ExchangeError, ep_group, exchange_counts
 
 # %% ../../nbs/12_ep/02_deepep.ipynb #308b86c3
 class BufferOnGloo:
-    "The calls of `deep_ep.Buffer` over `torch.distributed`, for tests and for reading: same arguments, same layouts, any dtype, no speed."
+    """The calls of `deep_ep.Buffer` over `torch.distributed`, for tests and for reading: same arguments, same layouts,
+    any dtype, no speed."""
     def __init__(self,
         group:dist.ProcessGroup,
         num_experts:int, # E, over all ranks
@@ -94,9 +95,11 @@ def make_buffer(
 
 # %% ../../nbs/12_ep/02_deepep.ipynb #77fce245
 class DeepEP:
-    """DeepEP's normal kernels (`deep_ep.Buffer`): NVLink inside a node, NVLink and RDMA between nodes. bfloat16 rows, or FP8 rows with float32 scales per 128 columns.
+    """DeepEP's normal kernels (`deep_ep.Buffer`): NVLink inside a node, NVLink and RDMA between nodes. bfloat16 rows,
+    or FP8 rows with float32 scales per 128 columns.
 
-    The first dispatch of every shape is agreed on by all ranks, so that bad input raises `ExchangeError` on each of them; a rank that dies makes DeepEP's kernels give up after 100 s."""
+    The first dispatch of every shape is agreed on by all ranks, so that bad input raises `ExchangeError` on each of
+    them; a rank that dies makes DeepEP's kernels give up after 100 s."""
     def __init__(self,
         num_experts:int, # E, over all ranks of the group
         width:int, # D
@@ -155,7 +158,8 @@ class Masked(NamedTuple):
 
 # %% ../../nbs/12_ep/02_deepep.ipynb #182b0fc3
 class DeepEPDecode:
-    "DeepEP's low-latency kernels for decode: at most `max_tokens` tokens per rank, no gradients. Same errors as `DeepEP`."
+    """DeepEP's low-latency kernels for decode: at most `max_tokens` tokens per rank, no gradients. Same errors as
+    `DeepEP`."""
     def __init__(self,
         num_experts:int, # E, over all ranks of the group
         width:int, # D
@@ -180,7 +184,8 @@ class DeepEPDecode:
 
     @torch.no_grad()
     def send_masked(self, x:Tensor, idx:Tensor, weights:Tensor)->Masked:
-        "Tokens [T,D] bfloat16 to fixed slots of their experts. Raises `ExchangeError` when they are too many; the others then time out."
+        """Tokens [T,D] bfloat16 to fixed slots of their experts. Raises `ExchangeError` when they are too many; the
+        others then time out."""
         problem = check_input(x, idx, weights, self.num_experts) or deepep_problem(x)
         if x.shape[0] > self.max_tokens:
             problem = (f"{x.shape[0]} tokens, but this exchange was made for {self.max_tokens}; raise max_tokens on "
@@ -197,7 +202,8 @@ class DeepEPDecode:
         return self.buffer.low_latency_combine(y, idx, weights, handle)[0]
 
     def dispatch(self, x, idx, weights)->Rows:
-        "The protocol of `Dispatcher`: rows without gaps, in bfloat16. The host waits for the counts; a masked product does not need that."
+        """The protocol of `Dispatcher`: rows without gaps, in bfloat16. The host waits for the counts; a masked
+        product does not need that."""
         m = self.send_masked(x, idx, weights)
         full = dequantise(Quantised(*m.x), torch.bfloat16) if self.fp8 else m.x
         live = torch.arange(full.shape[1], device=full.device) < m.counts[:,None]
@@ -234,7 +240,8 @@ class DecodeBufferOnGloo:
 
 # %% ../../nbs/12_ep/02_deepep.ipynb #f07c9a99
 class DeepEPElastic:
-    "DeepEP's `ElasticBuffer`: one buffer for every size, on networks with NCCL's device-initiated transfers (GIN). Input rules and errors as in `DeepEP`."
+    """DeepEP's `ElasticBuffer`: one buffer for every size, on networks with NCCL's device-initiated transfers (GIN).
+    Input rules and errors as in `DeepEP`."""
     def __init__(self,
         num_experts:int, # E, over all ranks of the group
         width:int, # D
@@ -289,7 +296,8 @@ def choose_exchange(
     group:dist.ProcessGroup|None=None, # the expert-parallel group; None makes one of all ranks
     timeout:float=60., # seconds
 )->tuple[Exchange,str]: # the exchange, and one line that says which runs and why not a better one
-    "The fastest exchange that all ranks can run: elastic, deepep, hierarchical (several nodes), all_to_all, local (one rank)."
+    """The fastest exchange that all ranks can run: elastic, deepep, hierarchical (several nodes), all_to_all, local
+    (one rank)."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return Local(num_experts), "exchange: local (one rank)"
     group = group or ep_group(timeout=timeout)

@@ -26,7 +26,8 @@ def expected_places(
     num_experts:int, # E
     k:int, # experts per token
 )->float: # distinct places among the k experts of a token
-    "How many of `places` equal homes of experts a token visits on average when every set of k experts is equally likely."
+    """How many of `places` equal homes of experts a token visits on average when every set of k experts is equally
+    likely."""
     return places*(1 - comb(num_experts - num_experts//places, k)/comb(num_experts, k))
 
 # %% ../../nbs/12_ep/01_dispatch.ipynb #29f35caf
@@ -70,7 +71,8 @@ def experts_per_rank(
     num_experts:int, # E
     ranks:int, # R
 )->int: # E/R
-    "Experts that each of `ranks` ranks holds. Raises `ExchangeError`, alike on every rank, when they can't be split evenly."
+    """Experts that each of `ranks` ranks holds. Raises `ExchangeError`, alike on every rank, when they can't be split
+    evenly."""
     if num_experts % ranks:
         raise ExchangeError(f"{ranks} ranks do not divide {num_experts} experts; choose an expert-parallel size that "
                             "does")
@@ -127,9 +129,11 @@ def sum_rows(
 
 # %% ../../nbs/12_ep/01_dispatch.ipynb #5afb69f5
 class AllToAll:
-    """Tokens travel through `torch.distributed` all-to-alls: gloo on CPU, NCCL on GPU. A token goes once to a rank, however many of its experts live there.
+    """Tokens travel through `torch.distributed` all-to-alls: gloo on CPU, NCCL on GPU. A token goes once to a rank,
+    however many of its experts live there.
 
-    Raises `ExchangeError` on every rank when any rank's input is bad or a rank is gone; waits at most the timeout of the group, or `timeout` seconds on a GPU."""
+    Raises `ExchangeError` on every rank when any rank's input is bad or a rank is gone; waits at most the timeout
+    of the group, or `timeout` seconds on a GPU."""
     def __init__(self,
         num_experts:int, # E, over all ranks of the group
         group:dist.ProcessGroup|None=None, # the expert-parallel group; None makes one of all ranks
@@ -183,7 +187,8 @@ def node_groups(
 
 # %% ../../nbs/12_ep/01_dispatch.ipynb #cb2b11ae
 class Hierarchical:
-    "Two all-to-alls, one after the other: once to a node along the rail, then to the ranks inside it. Errors as in `AllToAll`."
+    """Two all-to-alls, one after the other: once to a node along the rail, then to the ranks inside it. Errors as in
+    `AllToAll`."""
     def __init__(self,
         num_experts:int, # E, over all ranks
         per_node:int, # ranks of one node
@@ -265,7 +270,8 @@ class Rows(NamedTuple):
 
 # %% ../../nbs/12_ep/01_dispatch.ipynb #0aea803e
 class Dispatcher:
-    "`dispatch` tokens to rows grouped by local expert, `combine` results to tokens. Differentiable in tokens, weights and results, over any exchange."
+    """`dispatch` tokens to rows grouped by local expert, `combine` results to tokens. Differentiable in tokens,
+    weights and results, over any exchange."""
     def __init__(self,
         exchange:Exchange, # Local, AllToAll, Hierarchical, DeepEP
         payload:Payload=plain, # how tokens look while they travel
@@ -306,7 +312,8 @@ class Dispatcher:
 
 # %% ../../nbs/12_ep/01_dispatch.ipynb #9fb02083
 class ExpertParallel:
-    "An experts function over all ranks: `(x [T,D], idx [T,k] of E experts, weights [T,k], gate_up [E/R,2I,D], down [E/R,D,I]) -> [T,D]`."
+    """An experts function over all ranks: `(x [T,D], idx [T,k] of E experts, weights [T,k], gate_up [E/R,2I,D], down
+    [E/R,D,I]) -> [T,D]`."""
     def __init__(self,
         exchange:Exchange,
         experts:ExpertsFn=grouped_experts, # the computation of one rank; must accept -1 anywhere in idx
@@ -329,7 +336,8 @@ def parity(
     payload:Payload=plain,
     experts:ExpertsFn=grouped_experts,
 )->dict[str,float]: # tensor name -> largest difference over largest value; the same on every rank
-    "Run a layer (router, experts, sum of squares) over all ranks, and alone on this rank with tokens as the payload leaves them; compare output and all gradients."
+    """Run a layer (router, experts, sum of squares) over all ranks, and alone on this rank with tokens as the payload
+    leaves them; compare output and all gradients."""
     R, me = dist.get_world_size(), dist.get_rank()
     g = torch.Generator().manual_seed(0)
     size = [0 if r == R-1 and R > 1 else tokens - r for r in range(R)]

@@ -96,7 +96,8 @@ def eplb(
     groups:int, # of experts, in order; when `nodes` does not divide them, or with 1, the global policy is used
     nodes:int, gpus:int, # gpus is the number of all GPUs
 )->np.ndarray: # [L,P] expert of each slot, slots in order of GPUs
-    "DeepSeek's expert-parallel load balancer (github.com/deepseek-ai/EPLB), from its description: groups to nodes, replicas inside a node, slots to GPUs."
+    """DeepSeek's expert-parallel load balancer (github.com/deepseek-ai/EPLB), from its description: groups to nodes,
+    replicas inside a node, slots to GPUs."""
     L, E = loads.shape
     if groups % nodes: groups = nodes = 1
     size, per_node = E//groups, E//nodes
@@ -179,6 +180,7 @@ def nodes_per_token(
     place:Placement,
     routes:np.ndarray, # [T,L,k] experts of T tokens
 )->float:
-    "Expected distinct nodes of a token when every expert's replica is drawn by share, whatever the other experts of the token do."
+    """Expected distinct nodes of a token when every expert's replica is drawn by share, whatever the other experts of
+    the token do."""
     stay_away = 1 - place.node_share()
     return float(np.mean([(1 - stay_away[l][routes[:,l]].prod(1)).sum(1).mean() for l in range(len(stay_away))]))

@@ -59,7 +59,8 @@ def compare_ways(
     history:int, # batches that the first placement may look back on; the batches after it are judged
     slots:int, groups:int, nodes:int, gpus:int, # as in `place`
 )->list[Outcome]: # in the order of `WAYS`
-    "Go through the batches after the first `history`, each prepared in every way; the placement behind is planned anew for each from the `history` batches before it."
+    """Go through the batches after the first `history`, each prepared in every way; the placement behind is planned
+    anew for each from the `history` batches before it."""
     if not 0 < history < len(counts):
         raise ValueError(f"history: {history} of {len(counts)} batches leave none to judge")
     seen = {way: [] for way in WAYS}

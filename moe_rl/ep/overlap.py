@@ -30,7 +30,8 @@ def moe_program(
     experts:ExpertsFn,
     choose:Callable[[Tensor,Tensor],tuple[Tensor,Tensor]], # (x, router) -> idx [T,k] int64, weights [T,k]
 )->Iterator[Segment]: # its return value is the result, [T,D]
-    "Residual MoE layers, cut at the borders of communication. Routing runs between combine and dispatch, on the stream of communication: the next dispatch waits for it."
+    """Residual MoE layers, cut at the borders of communication. Routing runs between combine and dispatch, on the
+    stream of communication: the next dispatch waits for it."""
     yield "comm", (x,)
     for router, gate_up, down in layers:
         idx, weights = choose(x, router)
@@ -47,7 +48,8 @@ def interleave(
     # 'comm' and 'compute'; None issues everything where we are (CPU, or one stream)
     streams:dict[str,"torch.cuda.Stream"]|None=None,
 )->list[Tensor]: # their return values
-    "Run programs in turns; a turn ends when a segment of 'compute' has been issued. Every program's own segments stay in order."
+    """Run programs in turns; a turn ends when a segment of 'compute' has been issued. Every program's own segments
+    stay in order."""
     results, at, done = [None]*len(programs), {}, {}
     start = torch.cuda.current_stream().record_event() if streams else None
     alive = list(range(len(programs)))
@@ -80,12 +82,14 @@ def overlapped(
     streams:dict[str,"torch.cuda.Stream"]|None=None, # None: the same halves, one after another in issue order
     parts:int=2, # pieces of the batch
 )->Tensor: # [T,D]
-    "Residual MoE layers with the batch cut in `parts` that hide each other's communication. The same function as running the layers on the whole batch."
+    """Residual MoE layers with the batch cut in `parts` that hide each other's communication. The same function as
+    running the layers on the whole batch."""
     return torch.cat(interleave([moe_program(p, layers, dispatcher, experts, choose) for p in x.chunk(parts)], streams))
 
 # %% ../../nbs/12_ep/07_overlap.ipynb #465ada87
 def make_streams()->dict[str,"torch.cuda.Stream"]:
-    "Streams for `interleave` and `DeferredExperts`. Communication gets the higher priority: its kernels are few and others wait for them."
+    """Streams for `interleave` and `DeferredExperts`. Communication gets the higher priority: its kernels are few and
+    others wait for them."""
     return dict(comm=torch.cuda.Stream(priority=-1), compute=torch.cuda.Stream(), later=torch.cuda.Stream())
 
 # %% ../../nbs/12_ep/07_overlap.ipynb #9ec18c8a
@@ -101,9 +105,11 @@ def leave_free(
 
 # %% ../../nbs/12_ep/07_overlap.ipynb #aaddd0b9
 class DeferredExperts:
-    """An experts function for GPUs whose weight gradients are computed on a stream of their own, beneath the communication that follows.
+    """An experts function for GPUs whose weight gradients are computed on a stream of their own, beneath the
+    communication that follows.
 
-    It adds them to `.grad` of the weights itself, which must be leaves, before `backward` returns; hooks on these gradients don't run. Without streams it computes them at once."""
+    It adds them to `.grad` of the weights itself, which must be leaves, before `backward` returns; hooks on these
+    gradients don't run. Without streams it computes them at once."""
     PRODUCTS = ("up", "down", "d_hidden", "d_rows", "d_weights")
     def __init__(self,
         streams:dict[str,"torch.cuda.Stream"]|None=None, # of `make_streams`
@@ -165,7 +171,8 @@ class _Deferred(torch.autograd.Function):
 
 # %% ../../nbs/12_ep/07_overlap.ipynb #8af1a343
 class Replayed:
-    "An exchange that moves nothing: every `send` hands out what was once received, in turn. Its time is the time of the computation alone."
+    """An exchange that moves nothing: every `send` hands out what was once received, in turn. Its time is the time of
+    the computation alone."""
     def __init__(self,
         sent:list[Sent], # what real sends delivered, in order
         like, # the exchange they came from

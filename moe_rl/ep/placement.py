@@ -19,7 +19,8 @@ def company(
     num_experts:int, # E
     groups:int, # of experts, in order
 )->tuple[np.ndarray,np.ndarray]: # [L,E,G], [L,E]
-    "For tokens that choose an expert: how often they use each group, and how often the expert is the only one of its group."
+    """For tokens that choose an expert: how often they use each group, and how often the expert is the only one of its
+    group."""
     (T, L, k), size = routes.shape, num_experts//groups
     group = np.asarray(routes, np.int64)//size
     used = np.zeros((T, L, groups), int)
@@ -100,7 +101,8 @@ def replicate(
     per_visit:float=.02, # what a visit per token costs, in units of the squared loads
     candidates:int=96, # experts that may get copies
 )->np.ndarray: # [L,E,nodes] copies
-    "Copies of every expert on every node: one at home, and spare slots where they even out nodes and slots most at the price of the visits."
+    """Copies of every expert on every node: one at home, and spare slots where they even out nodes and slots most at
+    the price of the visits."""
     (L, E), N, M = loads.shape, price.shape[2], min(candidates, loads.shape[1])
     l, top = np.arange(L), np.argsort(-loads, 1)[:,:M]
     w, p = np.take_along_axis(loads, top, 1), np.take_along_axis(price, top[:,:,None], 1)
@@ -168,7 +170,8 @@ def place(
     together:np.ndarray|None=None, alone:np.ndarray|None=None, # of `company`; without them all visits cost the same
     k:int=8, # experts per token
 )->Placement: # with even shares
-    "Replicas of popular experts so that GPUs are even and tokens visit few nodes. Raises `ValueError` when the numbers do not divide."
+    """Replicas of popular experts so that GPUs are even and tokens visit few nodes. Raises `ValueError` when the
+    numbers do not divide."""
     L, E = loads.shape
     if groups % nodes: raise ValueError(f"{nodes} nodes do not divide {groups} groups of experts: use place_ungrouped")
     if slots % gpus or gpus % nodes or E % nodes or slots < E:
@@ -207,7 +210,8 @@ def lone_visits(
     share:np.ndarray, # [L,E,N] part of an expert's tokens that each node takes
     routes:np.ndarray, # [T,L,k] recorded routes
 )->tuple[np.ndarray,np.ndarray]: # [L,E,N], [L]
-    "Per token: how often e is chosen while no other expert of the token is on node v; and the distinct nodes of a token."
+    """Per token: how often e is chosen while no other expert of the token is on node v; and the distinct nodes of a
+    token."""
     (T, L, _), (E, N) = routes.shape, share.shape[1:]
     lone, visits = np.empty((L, E, N)), np.empty(L)
     for l in range(L):
@@ -282,7 +286,8 @@ def place_ungrouped(
     nodes:int, gpus:int, # gpus is the number of all GPUs
     routes:np.ndarray|None=None, # [T,L,k] recorded routes; without them nodes are not looked at
 )->Placement: # weighed
-    "Replicas for a router that limits no groups: DeepSeek's global policy, then exchanges between nodes, then shares. Raises `ValueError` when the numbers do not divide."
+    """Replicas for a router that limits no groups: DeepSeek's global policy, then exchanges between nodes, then
+    shares. Raises `ValueError` when the numbers do not divide."""
     E = loads.shape[1]
     if slots % gpus or gpus % nodes or slots < E:
         raise ValueError(f"{E} experts in {slots} slots on {gpus} GPUs of {nodes} nodes: slots must be a multiple of "

@@ -19,7 +19,8 @@ from torch import Tensor
 
 # %% ../../nbs/12_ep/00_ranks.ipynb #46c54d4d
 class ExchangeError(RuntimeError):
-    "An exchange between ranks that can't be done or did not finish; the message names the rank, the reason and what to do."
+    """An exchange between ranks that can't be done or did not finish; the message names the rank, the reason and what
+    to do."""
 
 # %% ../../nbs/12_ep/00_ranks.ipynb #bc1dd321
 def _child(pipe, fn, rank, world, store, timeout, args):
@@ -45,7 +46,8 @@ def run_ranks(
     timeout:float=60., # seconds for collectives inside, and for the whole run
     errors:bool=False, # return an `ExchangeError` in place of the result of a rank that failed, instead of raising
 )->list[Any]: # what each rank returned, in rank order
-    "Run `fn(*args)` on `world` forked ranks of this machine. For CPU: CUDA doesn't survive a fork. Raises `ExchangeError` naming each failed rank."
+    """Run `fn(*args)` on `world` forked ranks of this machine. For CPU: CUDA doesn't survive a fork. Raises
+    `ExchangeError` naming each failed rank."""
     ctx, out, deadline = mp.get_context("fork"), [], time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as tmp:
         ranks = []
@@ -89,7 +91,8 @@ def ep_group(
     ranks:list[int]|None=None, # global ranks, in order; None is all
     timeout:float=60., # seconds after which a collective is an error
 )->dist.ProcessGroup:
-    "A process group whose collectives give up after `timeout` seconds. Only its members need to call this. Raises `ExchangeError` when one of them is gone."
+    """A process group whose collectives give up after `timeout` seconds. Only its members need to call this. Raises
+    `ExchangeError` when one of them is gone."""
     ranks = list(range(dist.get_world_size())) if ranks is None else ranks
     # there the host's own wait (`to_host`) speaks first; NCCL's watchdog would end the process
     grace = 30. if dist.get_backend() == "nccl" else 0.
@@ -104,7 +107,8 @@ def exchange_rows(
     group:dist.ProcessGroup,
     what:str="exchange of rows",
 )->Tensor: # [sum(recv),...] rows sorted by source rank
-    "All-to-all of rows as bytes, so that any dtype travels over any backend. Raises `ExchangeError` when a rank is gone."
+    """All-to-all of rows as bytes, so that any dtype travels over any backend. Raises `ExchangeError` when a rank is
+    gone."""
     row = x[:0].numel() or int(np.prod(x.shape[1:]))
     width = row*x.element_size()
     out = x.new_empty(sum(recv), *x.shape[1:])
@@ -144,7 +148,8 @@ def exchange_counts(
     group:dist.ProcessGroup,
     timeout:float=60., # seconds
 )->tuple[list[int],list[int]]: # rows to send to and to receive from each rank
-    "Tell every rank what will come. When any rank has a problem, or two disagree on a fact, every rank raises the same `ExchangeError`, which names global ranks."
+    """Tell every rank what will come. When any rank has a problem, or two disagree on a fact, every rank raises the
+    same `ExchangeError`, which names global ranks."""
     R, what = counts.shape[0], "exchange of row counts"
     head = torch.tensor([*facts.values(), *_text_to_ints(problem)], device=counts.device)
     out = torch.cat([counts[:,None], head.expand(R, -1)], 1)

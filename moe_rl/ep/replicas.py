@@ -54,7 +54,8 @@ def fill_quotas(
 
 # %% ../../nbs/12_ep/05_replicas.ipynb #0788eb50
 class SlotChoice:
-    "Chooses a slot for every (token, expert) of one layer: quotas by share, tokens that come to a node anyway first. Deterministic; rounding is spread over calls."
+    """Chooses a slot for every (token, expert) of one layer: quotas by share, tokens that come to a node anyway first.
+    Deterministic; rounding is spread over calls."""
     def __init__(self,
         place:Placement,
         layer:int, # index among the MoE layers
@@ -136,7 +137,8 @@ def realised(
 
 # %% ../../nbs/12_ep/05_replicas.ipynb #28ab0ce7
 class PlacedExperts:
-    "An experts function in which `idx` names experts and the weights are those of this rank's slots: `(x, idx of E, weights, gate_up [P/R,2I,D], down [P/R,D,I]) -> [T,D]`."
+    """An experts function in which `idx` names experts and the weights are those of this rank's slots: `(x, idx of E,
+    weights, gate_up [P/R,2I,D], down [P/R,D,I]) -> [T,D]`."""
     def __init__(self,
         place:Placement,
         layer:int, # index among the MoE layers
@@ -210,7 +212,8 @@ def move_experts(
     experts:ExpertsFn=grouped_experts, # computation of one rank
     optimizers:Iterable[torch.optim.Optimizer]=(),
 ):
-    "Bring weights and optimizer state of all MoE layers to a new placement, and route through it from now on. Call between steps, on all ranks; gradients are dropped."
+    """Bring weights and optimizer state of all MoE layers to a new placement, and route through it from now on. Call
+    between steps, on all ranks; gradients are dropped."""
     group, layers = getattr(exchange, "group", None), moe_modules(model)
     if len(new.slots) != len(layers):
         raise ValueError(f"the placement has {len(new.slots)} layers, the model {len(layers)} with experts")
@@ -264,7 +267,8 @@ def collect_experts(
     place:Placement, layer:int, # of `rows`
     group:dist.ProcessGroup|None=None, # None: one rank holds everything
 )->Tensor: # [E,...] ordered by expert, on every rank
-    "One tensor ordered by expert, for checkpoints and weight updates. Raises `ValueError` when copies of an expert differ."
+    """One tensor ordered by expert, for checkpoints and weight updates. Raises `ValueError` when copies of an expert
+    differ."""
     if group is not None: rows = _gathered(rows, group)
     slots = torch.as_tensor(place.slots[layer], device=rows.device)
     out = rows.new_empty(place.num_experts, *rows.shape[1:])

@@ -82,7 +82,8 @@ def exchange_time(
 
 # %% ../../nbs/12_ep/08_traffic.ipynb #8e0cf495
 LOW_LATENCY_US = {8: (77, 114), 16: (118, 195), 32: (155, 273), 64: (173, 314), 128: (192, 369), 256: (194, 360)}
-"DeepEP's README, low-latency kernels on H800: ranks -> (dispatch, combine) in microseconds; 128 tokens a rank, width 7168, top-8, FP8 dispatch, bf16 combine."
+"""DeepEP's README, low-latency kernels on H800: ranks -> (dispatch, combine) in microseconds; 128 tokens a rank, width
+7168, top-8, FP8 dispatch, bf16 combine."""
 
 def low_latency_bytes(
     tokens:int=128, width:int=7168, k:int=8,
@@ -106,7 +107,8 @@ def fit_links(
     volume:float, # bytes of a rank
     per_node:int=8,
 )->Links:
-    "Speeds from measured times: inside from the entry within a node, between by least squares of relative errors over the others."
+    """Speeds from measured times: inside from the entry within a node, between by least squares of relative errors
+    over the others."""
     inside = volume/next(t for r, t in times.items() if r <= per_node)
     slow = [((1-per_node/r)*volume, np.sqrt(t*t - (per_node/r*volume/inside)**2)) for r, t in times.items() if r
         > per_node]

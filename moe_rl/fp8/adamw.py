@@ -65,8 +65,8 @@ class CastingAdamW(AdamW):
         "One kernel: weight, moments, casts."
         if (pair := self.pair(p)) is None: return super().move(p, s, numbers)
         (N, K), master, (a, b) = p.shape[-2:], self.master(p), pair
-        _adamw_blocks[(K//TILE, N//TILE, p.numel()//(N*K))](p, p.grad.contiguous(), s["exp_avg"], s["exp_avg_sq"], master,
-            p if self.scale is None else self.scale, a.q, b.q, a.scale, b.scale, N, K, *numbers,
+        _adamw_blocks[(K//TILE, N//TILE, p.numel()//(N*K))](p, p.grad.contiguous(), s["exp_avg"], s["exp_avg_sq"],
+            master, p if self.scale is None else self.scale, a.q, b.q, a.scale, b.scale, N, K, *numbers,
             MASTER=master is not p, SCALE=self.scale is not None, TILE=TILE, CHUNK=32, num_warps=8)
 
     @torch.no_grad()

@@ -119,7 +119,8 @@ class ExpertStats:
     def percentile(self,
         p:float, # 0..100
     )->Tensor: # [E,2]
-        "Magnitude below which `p` percent lie, to an eighth of an octave (its upper edge), never above the maximum; 0 without tokens."
+        """Magnitude below which `p` percent lie, to an eighth of an octave (its upper edge), never above the maximum;
+        0 without tokens."""
         share = self.hist.cumsum(-1)/self.hist.sum(-1, keepdim=True).clamp(min=1)
         edge = 2.**(self.LOW + ((share < p/100).sum(-1)+1)/self.PER)
         return torch.minimum(edge, self.amax)
@@ -170,7 +171,8 @@ def static_experts(
     min_tokens:int=16, # an expert needs to have a scale of its own
     layer:int=0, # for the error message
 )->ExpertsFn:
-    "Experts in FP8 with static per-tensor scales for activations and weights. Raises `CalibrationError` for experts that were hardly seen."
+    """Experts in FP8 with static per-tensor scales for activations and weights. Raises `CalibrationError` for experts
+    that were hardly seen."""
     unseen = (stats.tokens < min_tokens).nonzero().flatten().tolist()
     if unseen and not shared:
         raise CalibrationError(f"MoE layer {layer}: experts {unseen} saw fewer than {min_tokens} tokens of the "

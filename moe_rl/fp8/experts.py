@@ -105,9 +105,11 @@ class _Fp8Experts(torch.autograd.Function):
 
 # %% ../../nbs/11_fp8/04_experts.ipynb #d483784e
 class Fp8Experts:
-    """An `ExpertsFn` in FP8 by the DeepSeek-V3 recipe (arXiv 2412.19437, 3.3): forward and token gradients in FP8, weight gradients in bf16.
+    """An `ExpertsFn` in FP8 by the DeepSeek-V3 recipe (arXiv 2412.19437, 3.3): forward and token gradients in FP8,
+    weight gradients in bf16.
 
-    Weights are cast when they have changed since the last call (`KeptCasts`), so the micro-batches of a step share one cast."""
+    Weights are cast when they have changed since the last call (`KeptCasts`), so the micro-batches of a step share
+    one cast."""
     def __init__(self,
         backend:str="deep_gemm", # "deep_gemm", or "reference" on any device
     ): self.backend, self.keep = backend, KeptCasts()

@@ -28,7 +28,8 @@ QUANTISATION = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic",
 def quantised_names(
     spec:ModelSpec,
 )->set[str]: # names on disk
-    "Projections of layers are FP8: attention, dense layers, shared and routed experts. Embedding, head, norms, routers and biases are not: a tensor's role says it."
+    """Projections of layers are FP8: attention, dense layers, shared and routed experts. Embedding, head, norms,
+    routers and biases are not: a tensor's role says it."""
     return {n for t in spec.tensors.values() if t.role.fp8 for n in t.names}
 
 def left_alone(
@@ -82,7 +83,8 @@ def export_fp8(
 )->Path: # the folder
     """Write a Hugging Face checkpoint in block FP8 (128 x 128, dynamic activations), which vLLM serves.
 
-    Raises `CalibrationError` if the verdict refuses, `CheckpointError` if the model does not fit the format or the folder cannot be written."""
+    Raises `CalibrationError` if the verdict refuses, `CheckpointError` if the model does not fit the format or the
+    folder cannot be written."""
     verdict.require()
     def finish(unfinished):
         _quantise_folder(unfinished, model.spec)

@@ -138,8 +138,9 @@ def gemm(
 )->Tensor:
     """`a @ b.T` of quantised matrices, dense or grouped by expert; never waits for the device with 'deep_gemm'.
 
-    For DeepGEMM's k_grouped every group must be a multiple of 128 columns, filled up with zeros. Raises `ValueError` for operands a
-    backend cannot take, before anything is launched, `UserError` on a GPU that is not a Hopper one, and `ImportError` when DeepGEMM is not installed."""
+    For DeepGEMM's k_grouped every group must be a multiple of 128 columns, filled up with zeros. Raises
+    `ValueError` for operands a backend cannot take, before anything is launched, `UserError` on a GPU that is not a
+    Hopper one, and `ImportError` when DeepGEMM is not installed."""
     _check(a, b, form, groups, backend)
     return BACKENDS[backend][form](a, b, groups)
 

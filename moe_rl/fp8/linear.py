@@ -77,7 +77,8 @@ def fp8_linear(
     keep:KeptCasts|None=None, # share casts of w between calls
     backend:str="deep_gemm", # "reference" or "deep_gemm"
 )->Tensor: # [...,N] in the dtype of x
-    "`F.linear(x, w)` with all three products in FP8, gradients to x and w (DeepSeek-V3, arXiv 2412.19437, 3.3). N and K are multiples of 128."
+    """`F.linear(x, w)` with all three products in FP8, gradients to x and w (DeepSeek-V3, arXiv 2412.19437, 3.3). N
+    and K are multiples of 128."""
     N, K = w.shape
     if N % TILE or K % TILE: raise ValueError(f"fp8_linear: weight is {N} x {K}; both must be multiples of {TILE}")
     cast = (keep or KeptCasts())(w, casts_of(backend)[2])
@@ -98,8 +99,8 @@ def to_fp8(
 )->list[str]: # names of the layers that now multiply in FP8
     """Let every `nn.Linear` multiply in FP8, except those named in `skip`.
 
-    Embeddings, norms and routers are no `nn.Linear` here and stay as they are; the head is skipped by default. Raises `ValueError` for a layer with a bias or
-    with sizes that FP8 cannot take: name it in `skip` to leave it."""
+    Embeddings, norms and routers are no `nn.Linear` here and stay as they are; the head is skipped by default.
+    Raises `ValueError` for a layer with a bias or with sizes that FP8 cannot take: name it in `skip` to leave it."""
     keep, done = KeptCasts(), []
     for name, m in model.named_modules():
         if type(m) is not nn.Linear or name.split(".")[-1] in skip: continue

@@ -66,9 +66,11 @@ def quantise(
     ue8m0:bool=False, # scales are powers of two
     scale:Tensor|None=None, # use these scales instead of the tiles' own; larger values are clipped to 448
 )->Quantised:
-    """`x` in E4M3 with a scale per tile: `sf = max(amax, 2^-60)/448`, `q = x*(1/sf)` rounded to nearest even (DeepSeek-V3, arXiv 2412.19437, 3.3).
+    """`x` in E4M3 with a scale per tile: `sf = max(amax, 2^-60)/448`, `q = x*(1/sf)` rounded to nearest even
+    (DeepSeek-V3, arXiv 2412.19437, 3.3).
 
-    A tile that holds an infinity or a NaN has a scale that is not finite, and comes back as NaN everywhere: never a plausible number."""
+    A tile that holds an infinity or a NaN has a scale that is not finite, and comes back as NaN everywhere: never a
+    plausible number."""
     if scale is None:
         amax = tile_amax(x, block).clamp(min=MIN_AMAX)
         # a Python number here would make CUDA multiply by 1/448, which rounds differently
@@ -94,7 +96,8 @@ def distributions(
     shape:tuple[int,int]=(512, 512),
     seed:int=0,
 )->dict[str,Tensor]: # name -> float32 matrix
-    "Test matrices from gentle to wild: normal, Student-t with 3 and 1 degrees of freedom, and normal with 1 channel in 100 ten thousand times larger."
+    """Test matrices from gentle to wild: normal, Student-t with 3 and 1 degrees of freedom, and normal with 1 channel
+    in 100 ten thousand times larger."""
     g = torch.Generator().manual_seed(seed)
     normal = torch.randn(shape, generator=g)
     t = lambda nu: torch.randn(shape, generator=g)/(torch._standard_gamma(torch.full(shape, nu/2),

@@ -72,8 +72,9 @@ def paged_attention(
     shape, (N, H, K), up = cache.shape, q.shape, lambda n: max(16, triton.next_power_of_2(n))
     out, G = q.new_empty(N, H, shape.value), H//shape.heads
     _paged[(N, shape.heads)](q.contiguous(), store, tables, rows, positions, out, K**-.5,
-        2**30 if window is None else window, tables.shape[1], store.shape[1], shape.heads*K, G=G, GP=up(G), K=K, KP=up(K),
-        V=shape.value, VP=up(shape.value), BS=cache.block_size, N=64 if q.element_size() < 4 else 32, num_warps=4)
+        2**30 if window is None else window, tables.shape[1], store.shape[1], shape.heads*K,
+        G=G, GP=up(G), K=K, KP=up(K), V=shape.value, VP=up(shape.value),
+        BS=cache.block_size, N=64 if q.element_size() < 4 else 32, num_warps=4)
     return out
 
 # %% ../../nbs/10_gpu/08_decode.ipynb #de0d0014
@@ -180,8 +181,8 @@ class GraphStep:
     def prepare(self, runner:StepRunner):
         "Block tables on the device, wide enough for any request, and memory that the graphs share."
         if runner.cache.shape.latent:
-            raise UserError('engine.step = "graphs": its attention reads keys and values, and this model keeps latents: '
-                            'use engine.step = "plain"')
+            raise UserError("engine.step = \"graphs\": its attention reads keys and values, and this model keeps "
+                            "latents: use engine.step = \"plain\"")
         positions, bs, device = runner.model.spec.max_position_embeddings, runner.cache.block_size, runner.device
         wide = min(-(-positions//bs), runner.cache.num_blocks)
         self.tables = torch.zeros(runner.scheduler.max_seqs, wide, dtype=torch.int32, device=device)

@@ -29,7 +29,8 @@ def max_rows(
     num_experts:int, # E
     align:int, # rows of an expert are rounded up to a multiple of this
 )->int:
-    "Rows that suffice for any routing: every expert may waste `align-1` rows, and only experts that have a row waste any."
+    """Rows that suffice for any routing: every expert may waste `align-1` rows, and only experts that have a row waste
+    any."""
     return -(-(pairs + min(num_experts, pairs)*(align-1))//align)*align
 
 def layout_plain(
@@ -316,7 +317,8 @@ def gpu_experts(
     gate_up:Tensor, # [E,2I,D] in the dtype of x
     down:Tensor, # [E,D,I] in the dtype of x
 )->Tensor: # [T,D] in the dtype of x
-    "An `ExpertsFn` for GPUs: forward and backward without host synchronisation; gradients to x, weights, gate_up and down."
+    """An `ExpertsFn` for GPUs: forward and backward without host synchronisation; gradients to x, weights, gate_up and
+    down."""
     if torch.compiler.is_compiling():
         return _experts_operator(x.contiguous(), idx, weights.contiguous(), gate_up, down)[0]
     on_device("gpu_experts", x, idx, weights, gate_up, down)

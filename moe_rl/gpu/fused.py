@@ -309,7 +309,8 @@ def fused_experts(
     down:Tensor, # [E,D,I] in the dtype of x
     backend:str="quack", # "quack" on Hopper, or "plain" on any device and in any dtype
 )->Tensor: # [T,D] in the dtype of x
-    """An `ExpertsFn` that keeps `x` and the pre-activations alone, after SonicMoE (arXiv 2512.14080); 'quack' never waits for the device.
+    """An `ExpertsFn` that keeps `x` and the pre-activations alone, after SonicMoE (arXiv 2512.14080); 'quack' never
+    waits for the device.
 
     Raises `ValueError` for operands that the backend cannot take, `UserError` on a GPU that it has no kernels for."""
     if torch.compiler.is_compiling():

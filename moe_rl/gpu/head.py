@@ -162,8 +162,8 @@ class _HeadLogprobs(torch.autograd.Function):
             rows = h[i:i+step]
             z = mm_float32(rows, head.T)
             d = torch.empty(z.shape, dtype=h.dtype, device=h.device)
-            _stats_backward[(len(rows),)](z, targets[i:i+step], *(s[i:] for s in (*stats, *ups)), d, V, 1/ctx.temperature,
-                BLOCK=min(4096, triton.next_power_of_2(V)), num_warps=8)
+            _stats_backward[(len(rows),)](z, targets[i:i+step], *(s[i:] for s in (*stats, *ups)), d, V,
+                1/ctx.temperature, BLOCK=min(4096, triton.next_power_of_2(V)), num_warps=8)
             torch.mm(d, head, out=dh[i:i+step])
             add_mm_float32(dw, d.T, rows)
         return dh, dw.to(w.dtype), None, None
@@ -174,7 +174,7 @@ def head_logprobs(
     targets:Tensor, # [T] int64
     temperature:float=1.,
 )->tuple[Tensor,Tensor,Tensor]: # [T] each, float32, with gradients: logprob of the target, entropy, lse of raw logits
-    "`token_logprobs` without top-k and top-p, with the logits of some thousand tokens in memory at a time, in either direction."
+    "`token_logprobs` without top-k and top-p, and the logits of some thousand tokens in memory at a time."
     on_device("head_logprobs", h, w, targets)
     if len(h) != len(targets): raise ValueError(f"head_logprobs: {len(h)} hidden states, {len(targets)} targets")
     if not 0 < temperature < float("inf"):

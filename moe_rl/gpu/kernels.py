@@ -15,7 +15,8 @@ from ..errors import UserError
 
 # %% ../../nbs/10_gpu/00_kernels.ipynb #94034f95
 class Absent:
-    "Stands in for Triton where it is not installed: modules with kernels import, and the first launch says what is missing."
+    """Stands in for Triton where it is not installed: modules with kernels import, and the first launch says what is
+    missing."""
     def __getattr__(self, name): return self
     def __call__(self, *args, **kwargs): return self
     def __getitem__(self, grid):
@@ -37,7 +38,8 @@ def on_device(
     name:str, # who asks, for the message
     *xs:Tensor, # the tensors a kernel is about to read
 ):
-    "Raise unless the kernels of this process can read `xs`: CUDA tensors, or CPU tensors where kernels are interpreted."
+    """Raise unless the kernels of this process can read `xs`: CUDA tensors, or CPU tensors where kernels are
+    interpreted."""
     want = "cpu" if INTERPRETED else "cuda"
     for x in xs:
         if x.device.type != want:
@@ -63,7 +65,8 @@ def on_hopper(
 _convert = interpreter._convert_float
 
 def _convert_like_torch(x, input_dtype, output_dtype, rounding_mode):
-    "The interpreter's float conversion, with torch's rounding for narrowing to bf16 and E4M3: nearest even, as the hardware does."
+    """The interpreter's float conversion, with torch's rounding for narrowing to bf16 and E4M3: nearest even, as the
+    hardware does."""
     if output_dtype not in (tl.float8e4nv,
             tl.bfloat16) or input_dtype.primitive_bitwidth <= output_dtype.primitive_bitwidth:
         return _convert(x, input_dtype, output_dtype, rounding_mode)

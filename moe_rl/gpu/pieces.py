@@ -122,7 +122,8 @@ def add_norm(
     eps:float, # of both norms
     dtype:torch.dtype, # of h
 )->tuple[Tensor,Tensor]: # x' [T,D] in the dtype of x; h [T,D]
-    "`x' = x + norm(sum(parts))*post` and `h = norm(x')*w`, in one pass; gradients to `x`, `parts` and both gains in one more."
+    """`x' = x + norm(sum(parts))*post` and `h = norm(x')*w`, in one pass; gradients to `x`, `parts` and both gains in
+    one more."""
     on_device("add_norm", x, w, *parts)
     if len(parts) > 2: raise ValueError(f"add_norm: {len(parts)} parts; it adds one or two")
     a, b = (*(p.contiguous() for p in parts), None, None)[:2]

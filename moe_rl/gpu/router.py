@@ -121,7 +121,8 @@ def gate_logits(
     x:Tensor, # [T,D] bf16 tokens
     w:Tensor, # [E,D] router weight, float32 or bf16
 )->tuple[Tensor,Tensor]: # logits [T,E] float32; x [T,D] again, for the experts
-    "`x @ w.T` to float32 accuracy at tensor-core speed, with gradients to both, and x, whose gradient from elsewhere is added on the way back."
+    """`x @ w.T` to float32 accuracy at tensor-core speed, with gradients to both, and x, whose gradient from elsewhere
+    is added on the way back."""
     if torch.compiler.is_compiling(): return _logits_operator(x, w), x
     on_device("gate_logits", x, w)
     if x.dtype != torch.bfloat16:

@@ -22,7 +22,8 @@ from .experts import _count, _prefix
 from .fused import fused_experts
 from .head import head_loss
 from .kernels import on_device, triton
-from .pieces import add_norm, angles, gate_output, gate_output_backward, gated_unit, prepare_heads, prepare_heads_backward
+from .pieces import (add_norm, angles, gate_output, gate_output_backward, gated_unit, prepare_heads,
+    prepare_heads_backward)
 from .router import gate_logits, gpu_route
 from ..moe.attention import document_mask
 from ..moe.experts import ExpertsFn
@@ -226,7 +227,8 @@ class StepOutput(NamedTuple):
     routings: list[Routing]  # of every MoE layer
 
 class FusedModel:
-    "A plain model's parameters in fused pieces. Loss and gradients are the plain model's, to the rounding of its dtype."
+    """A plain model's parameters in fused pieces. Loss and gradients are the plain model's, to the rounding of its
+    dtype."""
     def __init__(self,
         model:Model, # contiguous parameters, bf16 on a GPU; norms, routers and head may be float32
         experts:ExpertsFn=fused_experts,

@@ -23,7 +23,8 @@ def _inverse_rms(x:Tensor, eps:float)->Tensor: # [...,D] -> [...,1]
 
 # %% ../../nbs/01_moe/03_attention.ipynb #04ef01b1
 class _RMSNormCPU(torch.autograd.Function):
-    "RMSNorm whose gradient comes from the fused kernel of LayerNorm: a quarter of the time of the formula under autograd."
+    """RMSNorm whose gradient comes from the fused kernel of LayerNorm: a quarter of the time of the formula under
+    autograd."""
     @staticmethod
     def forward(ctx, x:Tensor, w:Tensor, eps:float)->Tensor: # [...,D], [D] -> [...,D]
         inv = _inverse_rms(x, eps)
@@ -78,7 +79,8 @@ def rope(
     dtype:torch.dtype=torch.float32, # of the tables; angles are computed in float32
     yarn:Yarn|None=None, # wavelengths stretched for longer texts
 )->tuple[Tensor,Tensor]: # cos [N,1,hd], signed sin [N,1,hd]
-    "Tables for `apply_rope` (RoFormer, arXiv 2104.09864). The first half of `sin` is negated: rotating is then one `roll` and two products."
+    """Tables for `apply_rope` (RoFormer, arXiv 2104.09864). The first half of `sin` is negated: rotating is then one
+    `roll` and two products."""
     freq = theta**(-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)/head_dim)
     if yarn is not None: freq = stretch(freq, theta, yarn)
     angle = positions.float()[:,None]*freq # [N,hd/2]
@@ -91,7 +93,8 @@ def apply_rope(
     x:Tensor, # [N,H,hd] queries or keys
     cos:Tensor, sin:Tensor, # [N,1,r] from `rope`; r < hd: the other dimensions of a head stay
 )->Tensor: # [N,H,hd]
-    "Rotate dimension pairs (i, i+r/2) of every head by the angle of the token's position (the rotate-half convention of Hugging Face checkpoints)."
+    """Rotate dimension pairs (i, i+r/2) of every head by the angle of the token's position (the rotate-half convention
+    of Hugging Face checkpoints)."""
     if (r := cos.shape[-1]) < x.shape[-1]: return torch.cat((apply_rope(x[...,:r], cos, sin), x[...,r:]), -1)
     return torch.addcmul(x*cos, x.roll(x.shape[-1]//2, -1), sin)
 
@@ -122,7 +125,8 @@ def masked_attend(
     v:Tensor,    # [M,KV,hd]
     mask:Tensor, # [N,M] bool, True where a query may look; at least once per row
 )->Tensor: # [N,H,hd]
-    "The definition: every query against every key, softmax over those the mask allows. The oracle for every faster path."
+    """The definition: every query against every key, softmax over those the mask allows. The oracle for every faster
+    path."""
     g = q.shape[1]//k.shape[1]
     k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
     scores = torch.einsum("nhd,mhd->hnm", q, k)*q.shape[-1]**-0.5
@@ -147,8 +151,8 @@ def _buckets(
 
 # %% ../../nbs/01_moe/03_attention.ipynb #3bbb2ca6
 AttendFn = Callable[[int, Tensor, Tensor, Tensor, int|None], Tensor]
-"`(layer, q [N,H,hd], k [N,KV,hd], v [N,KV,hd], window|None) -> o [N,H,hd]`: who sees whom, and where keys are kept, is the caller's business."
-
+"""`(layer, q [N,H,hd], k [N,KV,hd], v [N,KV,hd], window|None) -> o [N,H,hd]`: who sees whom, and where keys are kept,
+is the caller's business."""
 
 # %% ../../nbs/01_moe/03_attention.ipynb #509e172d
 class PackedAttend:
@@ -218,8 +222,9 @@ def packed_attend(
 )->PackedAttend: # an `AttendFn` for one forward pass over these documents
     """Attention of a packed batch: causal, inside each document only, at most `window` keys back (`i-W < j <= i`).
 
-    One path per device: on a GPU in 16 bits flash attention (`torch.nn.attention.varlen`), else scaled dot-product attention over padded rectangles.
-    Raises `ValueError` for cumulative lengths that fall, do not start with 0, hold no token, or do not fit the queries."""
+    One path per device: on a GPU in 16 bits flash attention (`torch.nn.attention.varlen`), else scaled dot-product
+    attention over padded rectangles. Raises `ValueError` for cumulative lengths that fall, do not start with 0,
+    hold no token, or do not fit the queries."""
     return PackedAttend(cu_seqlens)
 
 # %% ../../nbs/01_moe/03_attention.ipynb #fbc4a24b
@@ -227,12 +232,14 @@ def is_local(
     layer:int, # absolute index of the layer, from 0
     every:int, # `global_attn_every_n_layers`
 )->bool:
-    "Does this layer see only a window, and use RoPE? Every `every`-th layer, counted from 1, is global and has no positions."
+    """Does this layer see only a window, and use RoPE? Every `every`-th layer, counted from 1, is global and has no
+    positions."""
     return (layer+1) % every != 0
 
 # %% ../../nbs/01_moe/03_attention.ipynb #2e9ad47d
 class Attention(nn.Module):
-    "Grouped-query attention. AFMoE has all of its options but the biases: QK-norm and a sigmoid gate on the output, and RoPE on local layers only."
+    """Grouped-query attention. AFMoE has all of its options but the biases: QK-norm and a sigmoid gate on the output,
+    and RoPE on local layers only."""
     def __init__(self,
         dim:int,           # D, width of the tokens
         heads:int,         # H, query heads

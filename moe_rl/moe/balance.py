@@ -39,7 +39,8 @@ def sign_update(
     counts:Tensor, # [...,E] tokens per expert over the whole global step
     rate:float=1e-3, # gamma, the size of every step
 )->None:
-    "One step of auxiliary-loss-free balancing (arXiv 2408.15664): each bias moves by `rate` towards balance, then all are centred."
+    """One step of auxiliary-loss-free balancing (arXiv 2408.15664): each bias moves by `rate` towards balance, then
+    all are centred."""
     n, mean = mean_load(bias, counts)
     bias += rate*(mean - n).sign()
     bias -= bias.mean(-1, keepdim=True)
@@ -54,7 +55,8 @@ def smebu_update(
     beta:float=.5, # share of the old momentum that stays
     kappa:float=2., # steepness of the soft clamp
 )->None:
-    "One SMEBU step (arXiv 2602.17004): soft-clamped relative underload, centred, averaged into the momentum, added to the bias."
+    """One SMEBU step (arXiv 2602.17004): soft-clamped relative underload, centred, averaged into the momentum, added
+    to the bias."""
     n, mean = mean_load(bias, counts)
     delta = rate*torch.tanh(kappa*(mean - n)/mean)
     delta -= delta.mean(-1, keepdim=True)
@@ -68,7 +70,8 @@ def sequence_aux_loss(
     cu_seqlens:Tensor, # [S+1] integer: document s is rows cu_seqlens[s] to cu_seqlens[s+1]
     alpha:float=1e-4, # weight of the loss
 )->Tensor: # scalar, a mean over the routed tokens
-    """Sequence-wise balance loss `alpha * sum_i f_i P_i` of each document (arXiv 2412.19437), averaged over documents by their routed tokens.
+    """Sequence-wise balance loss `alpha * sum_i f_i P_i` of each document (arXiv 2412.19437), averaged over documents
+    by their routed tokens.
 
     Uniform routing gives `alpha`. The gradient runs through `P` only. Zero if no token is routed."""
     (T, E), k, S = scores.shape, idx.shape[-1], len(cu_seqlens)-1

@@ -27,7 +27,8 @@ def swiglu(
 
 # %% ../../nbs/01_moe/02_experts.ipynb #431eab83
 class SwiGLU(nn.Module):
-    "The gated feed-forward net of dense layers and shared experts: `down_proj(silu(gate_proj(x)) * up_proj(x))`, no biases."
+    """The gated feed-forward net of dense layers and shared experts: `down_proj(silu(gate_proj(x)) * up_proj(x))`, no
+    biases."""
     def __init__(self,
         dim:int,    # D, width of the tokens
         hidden:int, # I, inner width
@@ -82,7 +83,8 @@ def torch_grouped_mm(
     w:Tensor, # [E,N,K]
     offsets:Tensor, # [E] int32, row where each expert's block ends
 )->Tensor: # [M,N]; rows after offsets[-1] are undefined
-    "`torch._grouped_mm` behind our signature. Raises `ValueError` when a row of K or N numbers is not a multiple of 16 bytes."
+    """`torch._grouped_mm` behind our signature. Raises `ValueError` when a row of K or N numbers is not a multiple of
+    16 bytes."""
     if x.shape[0] == 0: return F.linear(x, w[0])
     if not aligned(w):
         raise ValueError(f"grouped product of {tuple(w.shape)} {w.dtype}: the last two sizes must be multiples of "
@@ -106,7 +108,8 @@ def grouped_experts(
     down:Tensor, # [E,D,I]
     grouped_mm:GroupedMM=torch_grouped_mm, # the product to use
 )->Tensor: # [T,D] in the dtype of x
-    "All experts in two grouped products, for any device, any number of tokens and any empty experts; never waits for the device."
+    """All experts in two grouped products, for any device, any number of tokens and any empty experts; never waits for
+    the device."""
     T, k = idx.shape
     order, offsets = sort_by_expert(idx, gate_up.shape[0])
     tok = order//k                                                   # [T*k] token of each row
@@ -237,7 +240,8 @@ def inplace_experts(
     gate_up:Tensor, # [E,2I,D]; all four in one dtype
     down:Tensor, # [E,D,I]
 )->Tensor: # [T,D]
-    "The loop over experts in reused buffers with a handwritten backward: for training batches on a CPU. Raises `TypeError` on mixed or short dtypes."
+    """The loop over experts in reused buffers with a handwritten backward: for training batches on a CPU. Raises
+    `TypeError` on mixed or short dtypes."""
     kinds = {t.dtype for t in (x, weights, gate_up, down)}
     if len(kinds) > 1 or not kinds <= {torch.float32, torch.float64}:
         raise TypeError(f"inplace_experts got {', '.join(sorted(map(str, kinds)))}; it computes in one of float32, "

@@ -44,7 +44,8 @@ class Experts(nn.Module):
 
 # %% ../../nbs/01_moe/07_model.ipynb #15e1eb10
 class MoE(nn.Module):
-    "`k` routed experts, perhaps a shared one. Bias and momentum are buffers: saved, and moved by a balancing rule alone."
+    """`k` routed experts, perhaps a shared one. Bias and momentum are buffers: saved, and moved by a balancing rule
+    alone."""
     def __init__(self, dim:int, mixture:Mixture, experts:ExpertsFn):
         super().__init__()
         self.mixture = m = mixture

@@ -27,7 +27,8 @@ def router_scores(
     logits:Tensor, # [T,E] router outputs
     score_func:str, # "sigmoid" or "softmax"
 )->Tensor: # [T,E] float32 scores between 0 and 1
-    "Turn router logits into scores, in float32 whatever the dtype of the logits. Raises `ValueError` for another `score_func`."
+    """Turn router logits into scores, in float32 whatever the dtype of the logits. Raises `ValueError` for another
+    `score_func`."""
     if score_func == "sigmoid": return logits.float().sigmoid()
     if score_func == "softmax": return logits.float().softmax(-1)
     raise ValueError(f"score_func {score_func!r} is unknown; use 'sigmoid' or 'softmax'")
@@ -54,7 +55,8 @@ def select(
     n_group:int=1, topk_group:int=1, # see `limit_groups`; 1 and 1 leave every expert open
     top2:bool=True, # see `limit_groups`
 )->Tensor: # [T,k] int64 expert ids
-    "The `k` experts with the highest `scores + bias`. Raises `ValueError` if k or the groups don't fit the number of experts."
+    """The `k` experts with the highest `scores + bias`. Raises `ValueError` if k or the groups don't fit the number of
+    experts."""
     E = scores.shape[-1]
     if not 1 <= k <= E: raise ValueError(f"k={k} experts per token out of {E}: use 1 <= k <= {E}")
     if E % n_group or not 1 <= topk_group <= n_group or topk_group*(E//n_group) < k:
@@ -78,8 +80,9 @@ def route(
 )->Routing:
     """Choose `k` experts for every token and weigh them by their live, unbiased scores.
 
-    `g_i = route_scale * s_i / (sum of the k scores + 1e-20)`, in the order of transformers' AFMoE. Replay is R3 (arXiv 2510.11370).
-    Raises `ValueError` for an impossible `k`, group setting or score function, and for a replay of another shape."""
+    `g_i = route_scale * s_i / (sum of the k scores + 1e-20)`, in the order of transformers' AFMoE. Replay is R3
+    (arXiv 2510.11370). Raises `ValueError` for an impossible `k`, group setting or score function, and for a replay
+    of another shape."""
     logits = logits.float()
     scores = router_scores(logits, score_func)
     idx = select(scores, k, bias, n_group, topk_group, top2=score_func=="sigmoid")

@@ -111,7 +111,8 @@ def experts_of(
     if name == "fused":
         require(said, device, FUSED, 'model.experts = "auto"')
         if precision == "float32": raise UserError(f'{said} computes in 16 bits; set train.precision = "bf16"')
-    if name == "gpu" and device.type != "cuda": require(said, device, {}, 'model.experts = "auto"')
+    if name == "gpu" and device.type != "cuda":
+        raise UserError(f'{said} needs a GPU, and this run computes on the {device.type.upper()}; use "auto"')
     return load_attribute(EXPERTS.get(name, name))
 
 def working(
