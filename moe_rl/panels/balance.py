@@ -84,7 +84,8 @@ def draw_balanced(b:Balanced):
 def tell_balanced(b:Balanced)->str:
     "The rules by how even they end."
     order = sorted((v, r) for r, v in b.settled.items() if r != "none")
-    return (f"Without a rule the busiest expert has {1+b.settled['none']:.1f} times the mean load. Over the last quarter of the steps it has "
+    return (f"Without a rule the busiest expert has {1+b.settled['none']:.1f} times the mean load. Over the last "
+            "quarter of the steps it has "
             + ", ".join(f"{1+v:.2f} times under {r}" for v, r in order) + ".")
 
 class Balance(Panel):

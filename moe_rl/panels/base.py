@@ -100,11 +100,13 @@ def figure_html(picture:Picture)->str:
 
 def code_html(line:str)->str:
     "A line to be copied: one click, or the tabulator key and Ctrl+A, selects it whole."
-    return (f'<div style="line-height:1.45">the same as code:</div><pre tabindex="0" aria-label="the same figure as code" '
+    return ('<div style="line-height:1.45">the same as code:</div><pre tabindex="0" aria-label="the same figure as '
+            'code" '
             f'style="user-select:all;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.45;margin:0">'
             f'{html.escape(line)}</pre>')
 
-def problem_html(text:str)->str: return f'<div role="alert" style="line-height:1.45">{html.escape(text)}</div>' if text else ""
+def problem_html(text:str)->str:
+    return f'<div role="alert" style="line-height:1.45">{html.escape(text)}</div>' if text else ""
 
 # %% ../../nbs/14_panels/00_base.ipynb #4396cfd4
 class Panel:
@@ -159,7 +161,8 @@ class Shown:
             rows.append(row)
         self.picture_box, self.code_box, self.problem_box = w.HTML(), w.HTML(), w.HTML()
         self.controls_box = w.VBox(rows, layout=dict(flex="1 1 15rem", min_width="14rem", max_width="24rem"))
-        right = w.VBox([self.picture_box, self.problem_box, self.code_box], layout=dict(flex="3 1 20rem", min_width="0"))
+        right = w.VBox([self.picture_box, self.problem_box, self.code_box],
+            layout=dict(flex="3 1 20rem", min_width="0"))
         self.box = w.Box([self.controls_box, right],
             layout=dict(display="flex", flex_flow="row wrap", gap="12px", width="100%"))
         self.box.add_class(f"panel-{panel.__name__}")

@@ -53,27 +53,32 @@ def draw_cast(c:Cast):
     figure, (steps, bars) = canvas(2, height=1.9)
     order = np.argsort(c.row)
     for name, after in c.after.items():
-        steps.plot(c.row[order], after[order], "--" if name == "per tensor" else "-", color=COLOURS[name], drawstyle="steps-mid",
+        steps.plot(c.row[order], after[order], "--" if name == "per tensor" else "-", color=COLOURS[name],
+            drawstyle="steps-mid",
             linewidth=2.4 if name == "128x128" else 1.3, zorder=3 if name == "1x128" else 2, label=name)
     steps.set(title="numbers of the row below the outlier", xlabel="before", ylabel="after")
     at = np.arange(len(PLACES))
     for i, (name, errors) in enumerate(c.error.items()):
         shown = bars.bar(at + (i - 1)*.28, [errors[p] for p in PLACES], width=.26, color=COLOURS[name])
-        bars.bar_label(shown, [f"{errors[p]:.0%}" if errors[p] > .095 else f"{errors[p]:.1%}" for p in PLACES], fontsize=7, padding=1)
+        bars.bar_label(shown, [f"{errors[p]:.0%}" if errors[p] > .095 else f"{errors[p]:.1%}" for p in PLACES],
+            fontsize=7, padding=1)
     bars.set_xticks(at, [f"in {p}" if p != "elsewhere" else p for p in PLACES])
     bars.set(title="relative error, by nearness to the outlier")
     bars.margins(y=.15)
-    figure.legend(*steps.get_legend_handles_labels(), loc="outside upper left", ncols=3, title="what shares a scale", title_fontsize=7)
+    figure.legend(*steps.get_legend_handles_labels(), loc="outside upper left", ncols=3, title="what shares a scale",
+        title_fontsize=7)
     return figure
 
 def tell_cast(c:Cast)->str:
     "Errors, scheme by scheme."
-    parts = [f"with a scale for {n.replace('per tensor', 'all')}, {e['its own 128']:.1%} beside it, {e['its block']:.1%} in its block, {e['elsewhere']:.1%} elsewhere" for n, e in c.error.items()]
+    parts = [f"with a scale for {n.replace('per tensor', 'all')}, {e['its own 128']:.1%} beside it, "
+             f"{e['its block']:.1%} in its block, {e['elsewhere']:.1%} elsewhere" for n, e in c.error.items()]
     return f"An outlier of {c.outlier:,.0f} times the mean magnitude. Errors of the others: " + "; ".join(parts) + "."
 
 class Eight(Panel):
     "A cast to eight bits."
     controls = dict(kind=Pick("numbers", "normal", tuple(distributions((2, 128)))),
-        outlier=Slide("outlier, over the mean magnitude", 3e5, (1., 10., 100., 1e3, 1e4, 3e4, 1e5, 3e5, 1e6), "{:g}".format),
+        outlier=Slide("outlier, over the mean magnitude", 3e5, (1., 10., 100., 1e3, 1e4, 3e4, 1e5, 3e5, 1e6),
+            "{:g}".format),
         ue8m0=Tick("scales are powers of two", False))
     compute, draw, tell = staticmethod(cast), staticmethod(draw_cast), staticmethod(tell_cast)

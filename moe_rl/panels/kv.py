@@ -32,8 +32,9 @@ def states(s:Scheduler)->np.ndarray: # [blocks]
     refs = np.array(s.pool.refs)
     return np.where(refs > 1, 3, np.where(refs == 1, 2, [bool(n) for n in s.pool.names]))
 
-def served(groups:int, size:int, prompt:int, answer:int, blocks:int, prefix:bool, weights:str, block_size:int=8)->Served:
-    "Play `groups` prompts, each answered `size` times by `answer` tokens or fewer, until all is written. `ValueError` for a request that could never fit."
+def served(groups:int, size:int, prompt:int, answer:int, blocks:int, prefix:bool, weights:str,
+        block_size:int=8)->Served:
+    "`groups` prompts, each answered `size` times by up to `answer` tokens. `ValueError` for what could never fit."
     rng, s = np.random.default_rng(0), Scheduler(blocks, block_size, 16, max_step_tokens=64, prefix_cache=prefix)
     for g in range(groups):
         text = rng.integers(0, 1000, prompt).astype(np.int32)
@@ -83,12 +84,17 @@ def tell_served(v:Served)->str:
     "Steps, hits, preemptions, and what was computed twice."
     again = int((v.computed - v.first).sum())
     c = v.counters
-    return (f"{len(v.computed)} steps. {c['prefix_hits']:,} of {c['prompt_tokens']:,} tokens that were to be read were found in the cache; {c['preemptions']} requests were sent away for want "
-            f"of blocks and {c['recomputes']} for new weights; {again:,} of {int(v.computed.sum()):,} tokens were computed again. At most {int((v.blocks > 1).sum(0).max())} of {len(v.blocks)} blocks were held.")
+    return (f"{len(v.computed)} steps. {c['prefix_hits']:,} of {c['prompt_tokens']:,} tokens that were to be read "
+            f"were found in the cache; {c['preemptions']} requests were sent away for want "
+            f"of blocks and {c['recomputes']} for new weights; {again:,} of {int(v.computed.sum()):,} tokens were "
+            f"computed again. At most {int((v.blocks > 1).sum(0).max())} of {len(v.blocks)} blocks were held.")
 
 class Cache(Panel):
     "Blocks of an engine, step by step."
-    controls = dict(groups=Slide("groups", 4, (1, 2, 4, 8)), size=Slide("answers of a group", 4, (1, 2, 4, 8)), prompt=Slide("tokens of a prompt", 40, (8, 24, 40, 80)),
-        answer=Slide("tokens of an answer, at most", 48, (16, 32, 48, 64)), blocks=Slide("blocks of 8 tokens", 96, (24, 32, 48, 64, 96, 128)),
-        prefix=Tick("find blocks by their contents", True), weights=Pick("new weights at step 20", "none", ("none", "keep", "recompute")))
+    controls = dict(groups=Slide("groups", 4, (1, 2, 4, 8)), size=Slide("answers of a group", 4, (1, 2, 4, 8)),
+        prompt=Slide("tokens of a prompt", 40, (8, 24, 40, 80)),
+        answer=Slide("tokens of an answer, at most", 48, (16, 32, 48, 64)),
+        blocks=Slide("blocks of 8 tokens", 96, (24, 32, 48, 64, 96, 128)),
+        prefix=Tick("find blocks by their contents", True), weights=Pick("new weights at step 20", "none",
+            ("none", "keep", "recompute")))
     compute, draw, tell = staticmethod(served), staticmethod(draw_served), staticmethod(tell_served)

@@ -68,10 +68,12 @@ def last(run:RunData, key:str, form:str=".3g")->str:
 def draw_reward(run:RunData):
     figure, ax = card()
     trace(ax, run.steps, run["reward"], BLUE, "reward")
-    if run.has("exact"): trace(ax, run.steps, np.where(run["played"] > 0, run["exact"], np.nan), GREEN, "exact, of all played")
+    if run.has("exact"):
+        trace(ax, run.steps, np.where(run["played"] > 0, run["exact"], np.nan), GREEN, "exact, of all played")
     if run.evals:
         key, _ = graded_by(run.evals)
-        ax.plot([e["step"] for e in run.evals], [e[key] for e in run.evals], "o", color=ORANGE, markersize=4, label=f"held out, {key}")
+        ax.plot([e["step"] for e in run.evals], [e[key] for e in run.evals], "o", color=ORANGE, markersize=4,
+            label=f"held out, {key}")
     ax.set_ylim(-.02, max(1.02, ax.get_ylim()[1]))
     dress(ax, "reward and held-out problems")
     figure.legend(loc="outside lower left", ncols=3, fontsize=7)
@@ -93,7 +95,8 @@ def draw_ages(run:RunData):
     figure, ax = card()
     bands = staleness_bands(run)
     if len(bands) and len(run.steps) > 1:
-        ax.stackplot(run.steps, bands, colors=["#1f4e79", "#2f6fab", "#6fa3d2", "#a9c9e6", "#d4e4f3"], labels=[str(a) for a in range(len(bands))], linewidth=0)
+        ax.stackplot(run.steps, bands, colors=["#1f4e79", "#2f6fab", "#6fa3d2", "#a9c9e6", "#d4e4f3"],
+            labels=[str(a) for a in range(len(bands))], linewidth=0)
         ax.set(ylim=(0, 1), xlim=(run.steps[0], run.steps[-1]))
         figure.legend(loc="outside lower left", ncols=6, fontsize=7)
     dress(ax, "age of trained tokens, versions", share=True)
@@ -101,7 +104,8 @@ def draw_ages(run:RunData):
 
 def draw_waits(run:RunData):
     figure, ax = card()
-    for key, color, label in (("trainer_waits", BLUE, "trainer waits"), ("engine_waits", ORANGE, "engines wait"), ("utilisation", GREEN, "budget used")):
+    for key, color, label in (("trainer_waits", BLUE, "trainer waits"), ("engine_waits", ORANGE, "engines wait"),
+            ("utilisation", GREEN, "budget used")):
         trace(ax, run.steps, run[key], color, label)
     ax.set_ylim(0, 1.02)
     dress(ax, "who waits; use of the token budget", share=True)
@@ -126,19 +130,26 @@ def draw_load(run:RunData):
     return figure
 
 def tell_reward(run:RunData)->str:
-    held = f", held out {run.evals[-1][graded_by(run.evals)[0]]:.3f} at step {run.evals[-1]['step']}" if run.evals else ""
+    held = ""
+    if run.evals:
+        e = run.evals[-1]
+        held = f", held out {e[graded_by(run.evals)[0]]:.3f} at step {e['step']}"
     return f"Step {run.steps[-1] if len(run.steps) else 0}: reward {last(run, 'reward')}{held}."
 def tell_loss(run:RunData)->str: return f"Loss {last(run, 'loss')}, mismatch KL {last(run, 'mismatch_kl')}."
 def tell_ages(run:RunData)->str: return f"Trained tokens are {last(run, 'staleness')} versions old on average."
 def tell_waits(run:RunData)->str:
-    return f"The trainer waits {last(run, 'trainer_waits', '.0%')} of the time, the engines {last(run, 'engine_waits', '.0%')}; {last(run, 'utilisation', '.0%')} of the budget is used."
-def tell_vio(run:RunData)->str: return f"The busiest expert has {last(run, 'max_vio')} more than the mean, over the mean of layers."
+    return (f"The trainer waits {last(run, 'trainer_waits', '.0%')} of the time, the engines "
+            f"{last(run, 'engine_waits', '.0%')}; {last(run, 'utilisation', '.0%')} of the budget is used.")
+def tell_vio(run:RunData)->str:
+    return f"The busiest expert has {last(run, 'max_vio')} more than the mean, over the mean of layers."
 def tell_load(run:RunData)->str:
     if run.load is None: return "The run has no loads of single experts."
     vio = run.load.max(1) - 1
-    return f"Layer {vio.argmax()} is the least even: expert {run.load[vio.argmax()].argmax()} has {vio.max():.2f} more than the mean."
+    return (f"Layer {vio.argmax()} is the least even: expert {run.load[vio.argmax()].argmax()} has {vio.max():.2f} "
+            "more than the mean.")
 
-CARDS = dict(reward=(draw_reward, tell_reward), loss=(draw_loss, tell_loss), ages=(draw_ages, tell_ages), waits=(draw_waits, tell_waits),
+CARDS = dict(reward=(draw_reward, tell_reward), loss=(draw_loss, tell_loss), ages=(draw_ages, tell_ages),
+    waits=(draw_waits, tell_waits),
     vio=(draw_vio, tell_vio), load=(draw_load, tell_load))
 
 def picture_of(run:RunData, name:str)->Picture:
@@ -161,10 +172,14 @@ def matching(
 def samples_html(samples:list[dict])->str:
     "A table for eyes and screen readers; text of a model is text, never HTML."
     cell = '<td style="padding:2px 8px;vertical-align:top{}">{}</td>'
-    text = lambda s: f'<span style="white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace">{html.escape(s[:600])}</span>'
-    rows = "".join(f'<tr>{cell.format("", s["step"])}{cell.format("", format(s["reward"], ".2f"))}{cell.format("", text(s["text"]))}</tr>' for s in samples)
-    head = "".join(f'<th scope="col" style="text-align:left;padding:2px 8px">{h}</th>' for h in ("step", "reward", "prompt and answer"))
-    return f'<table style="line-height:1.4"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>' if samples else "no sample fits"
+    style = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace"
+    text = lambda s: f'<span style="{style}">{html.escape(s[:600])}</span>'
+    row = lambda s: "".join(cell.format("", x) for x in (s["step"], f"{s['reward']:.2f}", text(s["text"])))
+    heads = ("step", "reward", "prompt and answer")
+    head = "".join(f'<th scope="col" style="text-align:left;padding:2px 8px">{h}</th>' for h in heads)
+    rows = "".join(f"<tr>{row(s)}</tr>" for s in samples)
+    if not samples: return "no sample fits"
+    return f'<table style="line-height:1.4"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
 # %% ../../nbs/14_panels/10_live.ipynb #0e313cf6
 def process_of(folder:Path)->psutil.Process|None:
@@ -186,7 +201,8 @@ class Started:
     "A `moe-rl run` in the background; `problem()` is the last thing it said if it failed."
     def __init__(self, args:list[str]):
         self.said = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, "-m", "moe_rl.cli", "run", *args], stdin=subprocess.DEVNULL, stdout=self.said, stderr=self.said,
+        self.process = subprocess.Popen([sys.executable, "-m", "moe_rl.cli", "run", *args], stdin=subprocess.DEVNULL,
+            stdout=self.said, stderr=self.said,
             start_new_session=True)
     def problem(self)->str:
         if self.process.poll() in (None, 0, 130): return ""
@@ -215,16 +231,22 @@ class Live:
         "The widgets."
         w = self.w
         self.status, self.problem_box, self.table = w.HTML(), w.HTML(), w.HTML()
-        self.start, self.stop, self.resume = (w.Button(description=d, tooltip=f"{d} the run in {self.folder}") for d in ("start", "stop", "resume"))
+        self.start, self.stop, self.resume = (w.Button(description=d, tooltip=f"{d} the run in {self.folder}")
+            for d in ("start", "stop", "resume"))
         self.words = w.Text(placeholder="words that a sample must have", continuous_update=False)
         self.reward = w.Dropdown(options=["any", "right", "wrong"])
-        for button, act in ((self.start, self.begin), (self.stop, self.halt), (self.resume, self.go_on)): button.on_click(lambda _, act=act: self.obey(act))
+        for button, act in ((self.start, self.begin), (self.stop, self.halt), (self.resume, self.go_on)):
+            button.on_click(lambda _, act=act: self.obey(act))
         for control in (self.words, self.reward): control.observe(lambda _: self.list_samples(), names="value")
         self.cards = {name: w.HTML(layout=dict(flex="1 1 19rem", min_width="0", max_width="32rem")) for name in CARDS}
         row = dict(display="flex", flex_flow="row wrap", gap="8px", width="100%")
-        for name, widget in dict(start=self.start, stop=self.stop, resume=self.resume, words=self.words, reward=self.reward).items(): widget.add_class(f"control-{name}")
-        self.box = w.VBox([self.status, self.problem_box, w.Box([self.start, self.stop, self.resume], layout=row), w.Box(list(self.cards.values()), layout=row),
-            w.Label("samples: words they must have, and their reward"), w.Box([self.words, self.reward], layout=row), self.table])
+        for name, widget in dict(start=self.start, stop=self.stop, resume=self.resume, words=self.words,
+                reward=self.reward).items():
+            widget.add_class(f"control-{name}")
+        self.box = w.VBox([self.status, self.problem_box, w.Box([self.start, self.stop, self.resume], layout=row),
+            w.Box(list(self.cards.values()), layout=row),
+            w.Label("samples: words they must have, and their reward"), w.Box([self.words, self.reward], layout=row),
+            self.table])
         self.box.add_class("panel-Live")
 
 # %% ../../nbs/14_panels/10_live.ipynb #b9c10697
@@ -236,16 +258,20 @@ def obey(self, act):
     self.look()
 
 def begin(self):
-    if self.started and self.started.process.poll() is None: raise UserError(f"{self.folder}: it is starting: wait for its first line")
-    if not self.order: raise UserError('nothing to start: Live(folder, config="configs/main_job.toml") names what to run')
-    if (self.folder/"config.toml").exists(): raise UserError(f"{self.folder}: there is a run already: resume it, or name another folder")
+    if self.started and self.started.process.poll() is None:
+        raise UserError(f"{self.folder}: it is starting: wait for its first line")
+    if not self.order:
+        raise UserError('nothing to start: Live(folder, config="configs/main_job.toml") names what to run')
+    if (self.folder/"config.toml").exists():
+        raise UserError(f"{self.folder}: there is a run already: resume it, or name another folder")
     self.started = Started([*self.order, "--dir", str(self.folder)])
 
 def halt(self): stop_run(self.folder)
 
 def go_on(self):
     folder = require_run(self.folder)
-    if state_of(folder) != "stopped": raise UserError(f"{folder}: the run is {state_of(folder)}: only one that was stopped can be resumed")
+    if state_of(folder) != "stopped":
+        raise UserError(f"{folder}: the run is {state_of(folder)}: only one that was stopped can be resumed")
     self.started = Started(["--resume", str(folder)])
 
 Live.obey, Live.begin, Live.halt, Live.go_on = obey, begin, halt, go_on
@@ -270,9 +296,11 @@ def tell_state(self, problem:str):
     else:
         text = f"{self.folder}: " + outcome(run).replace("**", "")
         if run.state == "stopped" and starting: text += " It is being resumed."
-        if other := unknown(run.settings): text += f" It was written by another version: {', '.join(other[:3])} {'is' if len(other) == 1 else 'are'} unknown here."
+        if other := unknown(run.settings):
+            text += f" It was written by another version: {', '.join(other[:3])} unknown here."
     step = 0 if run is None or not len(run.steps) else int(run.steps[-1])
-    line = f'<div class="live-state" data-step="{step}" role="status" style="line-height:1.45">{html.escape(text)}</div>'
+    line = (f'<div class="live-state" data-step="{step}" role="status" '
+            f'style="line-height:1.45">{html.escape(text)}</div>')
     if self.status.value != line: self.status.value = line
     if self.problem_box.value != problem_html(problem): self.problem_box.value = problem_html(problem)
     state = None if run is None else run.state

@@ -41,8 +41,10 @@ def pull_of(
     return 0. - logp.grad.numpy() # no -0
 
 def pulls(adv:float, old:float, ratio:float, chosen:str="dppo", far:bool=False)->Pulls:
-    "Every loss over a range of ratios, up to a probability of 1, and at one ratio. `ValueError` for a ratio that no probability reaches."
-    if ratio*old > 1: raise ValueError(f"a ratio of {ratio:g} would make {old:g} a probability of {ratio*old:g}: choose a smaller one")
+    "Every loss over ratios up to a probability of 1, and at one. `ValueError` for a ratio that is out of reach."
+    if ratio*old > 1:
+        raise ValueError(
+            f"a ratio of {ratio:g} would make {old:g} a probability of {ratio*old:g}: choose a smaller one")
     top = min(1/old, 12. if far else 3.)
     grid = np.geomspace(.08 if far else .3, top, 241)
     return Pulls(grid, {n: pull_of(n, grid, old, adv) for n in LOSSES},
@@ -58,9 +60,11 @@ def draw_pulls(p:Pulls):
     over.axvline(1, color=GREY, linewidth=.8, linestyle=":")
     for name, y in p.pull.items():
         strong = name == p.chosen
-        over.plot(p.ratio, y, color=COLOURS[name], linewidth=2.2 if strong else .9, alpha=1 if strong else .7, zorder=3 if strong else 2)
+        over.plot(p.ratio, y, color=COLOURS[name], linewidth=2.2 if strong else .9, alpha=1 if strong else .7,
+            zorder=3 if strong else 2)
     over.axvline(p.asked, color=GREY, linewidth=1, linestyle="--")
-    over.set(xscale="log", title="pull at the token's log-probability", xlabel="ratio of new to old probability (dashed: below)")
+    over.set(xscale="log", title="pull at the token's log-probability",
+        xlabel="ratio of new to old probability (dashed: below)")
     ticks = [t for t in (.1, .2, .3, .5, 1, 2, 3, 5, 10) if p.ratio[0] <= t <= p.ratio[-1]]
     over.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
     over.set_xticks([], minor=True)
@@ -76,7 +80,8 @@ def tell_pulls(p:Pulls)->str:
     rest = [n for n, v in p.at.items() if abs(v) < 1e-3]
     now = p.at[p.chosen]
     word = "leaves it alone" if p.chosen in rest else f"pulls it {'up' if now > 0 else 'down'} with {abs(now):.2f}"
-    return (f"A token sampled with probability {p.old:g} and an advantage of {p.adv:g} now has {p.old*p.asked:.3g}. {p.chosen} {word}. "
+    return (f"A token sampled with probability {p.old:g} and an advantage of {p.adv:g} now has {p.old*p.asked:.3g}. "
+            f"{p.chosen} {word}. "
             f"Of all seven, {', '.join(rest) if rest else 'none'} would leave it alone.")
 
 class Loss(Panel):

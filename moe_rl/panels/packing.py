@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data.packing import LengthProfile, fewest_bins, first_fit_decreasing, lognormal_lengths, next_fit_decreasing, pack
+from ..data.packing import LengthProfile, fewest_bins, first_fit_decreasing, lognormal_lengths
+from ..data.packing import next_fit_decreasing, pack
 from .base import Panel, Pick, Slide, canvas
 from ..report import BLUE, GREY
 
@@ -35,7 +36,8 @@ def packed(
     "Draw lengths, none longer than the budget, and pack them."
     lengths = lognormal_lengths(np.random.default_rng(0), sequences, median, median*spread, budget)
     bins = {name: function(lengths, budget) for name, function in WAYS.items()}
-    return Packed(lengths, bins[way], budget, {n: len(b) for n, b in bins.items()} | dict(bound=fewest_bins(lengths, budget)))
+    return Packed(lengths, bins[way], budget, {n: len(b) for n, b in bins.items()}
+        | dict(bound=fewest_bins(lengths, budget)))
 
 # %% ../../nbs/14_panels/06_packing.ipynb #5c99adbc
 def draw_packed(p:Packed):
@@ -48,7 +50,8 @@ def draw_packed(p:Packed):
         for j, (end, n) in enumerate(zip(ends, p.lengths[items])):
             bars.barh(row, n, left=end-n, color=blues[j % 3], height=.85)
         bars.barh(row, p.budget-ends[-1], left=ends[-1], color="#e6eaee", height=.85)
-    bars.set(title=f"{len(p.bins)} bins" + (f", the first {shown}" if shown < len(p.bins) else ""), xlabel="tokens (pale grey: empty)",
+    bars.set(title=f"{len(p.bins)} bins" + (f", the first {shown}" if shown < len(p.bins) else ""),
+        xlabel="tokens (pale grey: empty)",
         xlim=(0, p.budget), ylim=(shown-.5, -.5), ylabel="bin")
     bars.grid(False)
     hist.hist(p.lengths, bins=40, range=(0, p.budget), color=BLUE)
@@ -59,14 +62,18 @@ def draw_packed(p:Packed):
 def tell_packed(p:Packed)->str:
     "Bins, share of them that is used, and what other ways need."
     advice = LengthProfile.of(p.lengths).micro_batch_budget
-    return (f"{len(p.lengths)} sequences of {p.lengths.sum():,} tokens in {len(p.bins)} bins of {p.budget:,}: {p.used:.1%} used. "
-            f"Next fit needs {p.needs['next fit']} bins, first fit {p.needs['first fit']}, ours {p.needs['ours']}; fewer than "
+    return (f"{len(p.lengths)} sequences of {p.lengths.sum():,} tokens in {len(p.bins)} bins of {p.budget:,}: "
+            f"{p.used:.1%} used. "
+            f"Next fit needs {p.needs['next fit']} bins, first fit {p.needs['first fit']}, ours {p.needs['ours']}; "
+            "fewer than "
             f"{p.needs['bound']} are impossible. A budget of {advice:,} would follow from these lengths.")
 
 class Packing(Panel):
     "Bins of one size, filled."
     controls = dict(
-        sequences=Slide("sequences", 64, (16, 32, 64, 128, 256)), median=Slide("median length", 512, (128, 256, 512, 1024, 2048)),
+        sequences=Slide("sequences", 64, (16, 32, 64, 128, 256)),
+        median=Slide("median length", 512, (128, 256, 512, 1024, 2048)),
         spread=Slide("95th percentile over the median", 4., (1.5, 2., 3., 4., 6., 8.)),
-        budget=Slide("budget of a bin, tokens", 4096, (1024, 2048, 3072, 4096, 6144, 8192, 16384)), way=Pick("way", "ours", tuple(WAYS)))
+        budget=Slide("budget of a bin, tokens", 4096, (1024, 2048, 3072, 4096, 6144, 8192, 16384)),
+        way=Pick("way", "ours", tuple(WAYS)))
     compute, draw, tell = staticmethod(packed), staticmethod(draw_packed), staticmethod(tell_packed)

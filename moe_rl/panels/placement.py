@@ -57,7 +57,8 @@ def draw_placed(p:Placed):
         ax.bar(range(len(g)), g, color=[ORANGE if v == g.max() else BLUE for v in g], width=.8)
         ax.axhline(1, color=GREY, linewidth=.8, linestyle="--")
         for edge in range(len(g)//p.nodes, len(g), len(g)//p.nodes): ax.axvline(edge-.5, color=GREY, linewidth=.8)
-        ax.set(ylim=(0, 1.05*top), title=f"{name}: fullest {g.max():.2f}, {p.visits[name]:.1f} nodes a token, moved {p.moved[name]:.0%}")
+        ax.set(ylim=(0, 1.05*top), title=f"{name}: fullest {g.max():.2f}, {p.visits[name]:.1f} nodes a token, moved "
+                                         f"{p.moved[name]:.0%}")
         ax.grid(False)
     axes[-1].set(xlabel="GPU (load over the mean; orange: fullest)")
     return figure
@@ -69,7 +70,9 @@ def tell_placed(p:Placed)->str:
 
 class Placing(Panel):
     "Experts on GPUs, before and after a drift."
-    controls = dict(power=Slide("inequality: power of Zipf's law", .8, (0., .2, .4, .6, .8, 1., 1.2)), spare=Slide("spare slots of a GPU", 2, (0, 1, 2, 4)),
-        nodes=Slide("nodes", 4, (1, 2, 4, 8)), per_node=Slide("GPUs of a node", 4, (2, 4, 8)), drift=Slide("drift of popularity", .2, (0., .1, .2, .3, .5, 1.)),
+    controls = dict(power=Slide("inequality: power of Zipf's law", .8, (0., .2, .4, .6, .8, 1., 1.2)),
+        spare=Slide("spare slots of a GPU", 2, (0, 1, 2, 4)),
+        nodes=Slide("nodes", 4, (1, 2, 4, 8)), per_node=Slide("GPUs of a node", 4, (2, 4, 8)),
+        drift=Slide("drift of popularity", .2, (0., .1, .2, .3, .5, 1.)),
         moves=Slide("slots that may move", .1, (0., .05, .1, .2, .4)))
     compute, draw, tell = staticmethod(placed), staticmethod(draw_placed), staticmethod(tell_placed)

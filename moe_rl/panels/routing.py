@@ -26,8 +26,10 @@ from ..rl.replay import disagreement
 @lru_cache(4)
 def small_model(experts:int, k:int)->Model:
     "Three MoE layers of random weights over bytes. Raises `ValueError` when k is larger than E."
-    spec = new_afmoe(vocab_size=259, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=3,
-        num_dense_layers=0, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=experts, num_experts_per_tok=k)
+    spec = new_afmoe(vocab_size=259, hidden_size=32, intermediate_size=64, moe_intermediate_size=16,
+        num_hidden_layers=3,
+        num_dense_layers=0, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=experts,
+        num_experts_per_tok=k)
     return init_weights(Model(spec), seed=1)
 
 @torch.no_grad()
@@ -60,7 +62,8 @@ def routed(text:str, experts:int, k:int, steps:int, noise:float, replay:bool)->R
     engine = deepcopy(small_model(experts, k))
     plain = out = passed(engine, ids)
     for _ in range(steps):
-        for m, counts in zip(moe_modules(engine), out.counts()): smebu_update(m.expert_bias, m.bias_momentum, counts, .01)
+        for m, counts in zip(moe_modules(engine), out.counts()):
+            smebu_update(m.expert_bias, m.bias_momentum, counts, .01)
         out = passed(engine, ids)
     trainer = passed(disturbed(engine, noise), ids, out.routes if replay else None)
     vio = tuple(float(max_vio(o.counts()).mean()) for o in (plain, out))
@@ -72,7 +75,7 @@ def taken(routes:Tensor, experts:int)->np.ndarray: # [N,L,k] -> [L,E,N] bool
     return torch.zeros(*routes.shape[:2], experts, dtype=torch.bool).scatter_(-1, routes, True).permute(1, 2, 0).numpy()
 
 def draw_routed(r:Routed):
-    "A map a layer: blue with and without the bias, orange because of it, pale left because of it; a cross where the trainer goes elsewhere."
+    "A map a layer: blue kept, orange new by the bias, pale left by it; a cross where the trainer goes elsewhere."
     before, after, there = (taken(x, r.experts) for x in (r.plain, r.biased, r.trainer))
     figure, axes = canvas(len(before), height=1.45)
     for l, ax in enumerate(axes):
@@ -91,12 +94,16 @@ def draw_routed(r:Routed):
 def tell_routed(r:Routed)->str:
     "How many choices the bias and the trainer change."
     other, trainer = disagreement(r.plain, r.biased), disagreement(r.biased, r.trainer)
-    return (f"{len(r.tokens)} tokens, {r.plain.shape[-1]} of {r.experts} experts each, in {r.plain.shape[1]} layers. The bias moves {other.slots:.0%} of the choices (orange; "
-            f"pale: left) and brings MaxVio from {r.vio[0]:.2f} to {r.vio[1]:.2f}. The trainer goes elsewhere in {trainer.slots:.1%} (crosses).")
+    return (f"{len(r.tokens)} tokens, {r.plain.shape[-1]} of {r.experts} experts each, in {r.plain.shape[1]} layers. "
+            f"The bias moves {other.slots:.0%} of the choices (orange; "
+            f"pale: left) and brings MaxVio from {r.vio[0]:.2f} to {r.vio[1]:.2f}. The trainer goes elsewhere in "
+            f"{trainer.slots:.1%} (crosses).")
 
 class Routing(Panel):
     "Where the tokens of a text go."
-    controls = dict(text=Write("text", "abracadabra, said the cat"), experts=Slide("experts", 8, (4, 8, 12, 16)), k=Slide("experts per token", 2, (1, 2, 3, 4)),
+    controls = dict(text=Write("text", "abracadabra, said the cat"), experts=Slide("experts", 8, (4, 8, 12, 16)),
+        k=Slide("experts per token", 2, (1, 2, 3, 4)),
         steps=Slide("steps of balancing", 0, (0, 1, 2, 4, 8, 16, 32)),
-        noise=Slide("how far the trainer is off", .02, (0., .005, .01, .02, .05, .1)), replay=Tick("replay the engine's routes", False))
+        noise=Slide("how far the trainer is off", .02, (0., .005, .01, .02, .05, .1)),
+        replay=Tick("replay the engine's routes", False))
     compute, draw, tell = staticmethod(routed), staticmethod(draw_routed), staticmethod(tell_routed)

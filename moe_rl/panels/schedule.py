@@ -31,7 +31,7 @@ class Played(NamedTuple):
     publish:float
 
 def played(staleness:int, engines:int, train:float, mean:int, sigma:float, pause:float, steps:int=10)->Played:
-    "Ten steps of 8 groups of 8. `train`: seconds of a step; `mean`, `sigma`: length of answers and spread of its logarithm."
+    "Steps of 8 groups of 8. `train`: seconds of a step; `mean`, `sigma`: of lengths, and of their logarithm."
     w = Workload(Lengths(mean, 8*mean, sigma), Lengths(256, 512, .3))
     pace = Pace(tuple(.012 + 3e-5*b for b in range(SEATS+1)), 5e-9, 2e-6)
     loop, samples = Loop(Plan(pace, engines, SEATS, 10**7, w, 8, 8, staleness, steps, lambda n: train, pause)), []
@@ -51,11 +51,13 @@ def draw_played(p:Played):
     "A strip an engine, dark when it is full; the trainer's steps below; ages of what was trained."
     figure, (strip, ages) = canvas(2, height=1.75, height_ratios=[1.7, 1])
     for r, row in enumerate(p.running):
-        strip.pcolormesh(np.append(p.times, p.seconds), [r-.42, r+.42], row[None], cmap="Blues", vmin=0, vmax=SEATS, rasterized=True)
+        strip.pcolormesh(np.append(p.times, p.seconds), [r-.42, r+.42], row[None], cmap="Blues", vmin=0, vmax=SEATS,
+            rasterized=True)
     strip.broken_barh([(s.begun, s.ended-s.begun) for s in p.steps], (-1.6, .85), color=ORANGE)
     for s in p.steps: strip.axvline(s.ended, color=ORANGE, linewidth=.5)
     strip.set(title="who works when (dark: full; orange: a step)", xlabel="seconds", xlim=(0, p.seconds),
-        yticks=[-1.2, *range(len(p.running))], yticklabels=["trainer", *(f"engine {r+1}" for r in range(len(p.running)))])
+        yticks=[-1.2, *range(len(p.running))], yticklabels=["trainer",
+            *(f"engine {r+1}" for r in range(len(p.running)))])
     strip.grid(False)
     total = sum(p.stale.values())
     shown = ages.bar([str(a) for a in p.stale], [n/total for n in p.stale.values()], color=BLUE, width=.6)
@@ -67,12 +69,17 @@ def draw_played(p:Played):
 def tell_played(p:Played)->str:
     "Seconds a step, who is busy, and how old rollouts are."
     mean = sum(a*n for a, n in p.stale.items())/sum(p.stale.values())
-    return (f"{len(p.steps)} steps in {p.seconds:.0f} seconds, {p.seconds/len(p.steps):.1f} a step. The trainer works {p.busy:.0%} of the time, the engines' seats are "
-            f"taken for {p.used:.0%}. What is trained is {mean:.1f} versions old on average and {max(p.stale)} at most.")
+    return (f"{len(p.steps)} steps in {p.seconds:.0f} seconds, {p.seconds/len(p.steps):.1f} a step. The trainer works "
+            f"{p.busy:.0%} of the time, the engines' seats are "
+            f"taken for {p.used:.0%}. What is trained is {mean:.1f} versions "
+            f"old on average and {max(p.stale)} at most.")
 
 class Schedule(Panel):
     "Engines, trainer and gate."
-    controls = dict(staleness=Slide("staleness allowed, in versions", 1, (0, 1, 2, 3, 4)), engines=Slide("engines", 3, (1, 2, 3, 4, 6, 8)),
-        train=Slide("seconds of a training step", 20., (1., 5., 10., 20., 40., 80.)), mean=Slide("mean length of answers", 500, (100, 200, 500, 1000, 2000)),
-        sigma=Slide("spread of lengths", .8, (0., .4, .8, 1.2)), pause=Slide("seconds that engines stop for new weights", 1., (0., 1., 2., 5., 10.)))
+    controls = dict(staleness=Slide("staleness allowed, in versions", 1, (0, 1, 2, 3, 4)),
+        engines=Slide("engines", 3, (1, 2, 3, 4, 6, 8)),
+        train=Slide("seconds of a training step", 20., (1., 5., 10., 20., 40., 80.)),
+        mean=Slide("mean length of answers", 500, (100, 200, 500, 1000, 2000)),
+        sigma=Slide("spread of lengths", .8, (0., .4, .8, 1.2)),
+        pause=Slide("seconds that engines stop for new weights", 1., (0., 1., 2., 5., 10.)))
     compute, draw, tell = staticmethod(played), staticmethod(draw_played), staticmethod(tell_played)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..ep.eplb import draw_routes, gumbel
-from ..ep.traffic import LOW_LATENCY_US, Links, exchange_time, fit_links, low_latency_bytes, row_bytes, rows_between
+from ..ep.traffic import LOW_LATENCY_US, Links, exchange_time, fit_links
+from ..ep.traffic import low_latency_bytes, row_bytes, rows_between
 from .base import Panel, Slide, Tick, canvas
 from ..report import BLUE, ORANGE
 
@@ -29,19 +30,22 @@ class Exchange(NamedTuple):
     us:dict[str,tuple[float,float]] # dispatch, combine
     between:dict[str,float] # bytes of dispatch that leave a node
 
-def exchanged(nodes:int, per_node:int, k:int, limit:int, width:int, fp8:bool, tokens:int=128, experts:int=256)->Exchange:
-    "`tokens` of every rank to `k` experts on at most `limit` nodes, and back. `ValueError` if the nodes that are open hold fewer than k experts."
+def exchanged(nodes:int, per_node:int, k:int, limit:int, width:int, fp8:bool, tokens:int=128,
+        experts:int=256)->Exchange:
+    "`tokens` of every rank to `k` experts on at most `limit` nodes, and back."
     limit = min(limit, nodes)
     ranks = nodes*per_node
     noise = gumbel(np.random.default_rng(0), tokens*ranks, experts)
-    routes = draw_routes(np.zeros(experts), noise, k, max(nodes, 1), limit) if nodes > 1 else draw_routes(np.zeros(experts), noise, k, 1, 1)
+    routes = draw_routes(np.zeros(experts), noise, k, max(nodes, 1),
+        limit) if nodes > 1 else draw_routes(np.zeros(experts), noise, k, 1, 1)
     slots = list(routes.reshape(ranks, tokens, k))
     there, back = row_bytes(width, k, fp8)
     rows = {"flat": rows_between(slots, experts), "by nodes": rows_between(slots, experts, per_node)}
     time = lambda m, b: float(exchange_time(m, b, per_node, published_links()).max())
     node = np.arange(ranks)//per_node
     away = node[:,None] != node
-    return Exchange(per_node, {n: m*there for n, m in rows.items()}, {n: (time(m, there), time(m.T, back)) for n, m in rows.items()},
+    return Exchange(per_node, {n: m*there for n, m in rows.items()},
+        {n: (time(m, there), time(m.T, back)) for n, m in rows.items()},
         {n: float((m*away).sum()*there) for n, m in rows.items()})
 
 # %% ../../nbs/14_panels/04_traffic.ipynb #809f32e0
@@ -61,7 +65,8 @@ def draw_exchanged(x:Exchange):
     bars = figure.add_subplot(figure.axes[0].get_gridspec()[1,:])
     names = list(x.us)
     bars.barh(names, [x.us[n][0] for n in names], color=BLUE, label="dispatch", height=.6)
-    shown = bars.barh(names, [x.us[n][1] for n in names], left=[x.us[n][0] for n in names], color=ORANGE, label="combine", height=.6)
+    shown = bars.barh(names, [x.us[n][1] for n in names], left=[x.us[n][0] for n in names], color=ORANGE,
+        label="combine", height=.6)
     bars.bar_label(shown, [f"{sum(x.us[n]):.0f}" for n in names], padding=3, fontsize=7)
     bars.invert_yaxis()
     bars.margins(x=.12)
@@ -72,11 +77,16 @@ def tell_exchanged(x:Exchange)->str:
     "Times, and what leaves a node."
     ranks = len(x.bytes["flat"])
     flat, nodes = (sum(x.us[n]) for n in ("flat", "by nodes"))
-    far = f" {x.between['flat']/1e6:.0f} MB cross nodes flat, {x.between['by nodes']/1e6:.0f} MB by nodes." if ranks > x.per_node else " Nothing leaves the node."
-    return f"{ranks} ranks, {x.per_node} a node, 128 tokens each. There and back takes {flat:.0f} µs flat and {nodes:.0f} µs by nodes.{far}"
+    far = " Nothing leaves the node."
+    if ranks > x.per_node:
+        far = f" {x.between['flat']/1e6:.0f} MB cross nodes flat, {x.between['by nodes']/1e6:.0f} MB by nodes."
+    return (f"{ranks} ranks, {x.per_node} a node, 128 tokens each. There and back takes {flat:.0f} µs flat and "
+            f"{nodes:.0f} µs by nodes.{far}")
 
 class Traffic(Panel):
     "One exchange between ranks."
-    controls = dict(nodes=Slide("nodes", 4, (1, 2, 4, 8)), per_node=Slide("GPUs of a node", 8, (2, 4, 8)), k=Slide("experts per token", 8, (1, 2, 4, 8)),
-        limit=Slide("nodes that a token may use", 8, (1, 2, 3, 4, 8)), width=Slide("width", 7168, (1024, 2048, 4096, 7168)), fp8=Tick("dispatch in FP8", True))
+    controls = dict(nodes=Slide("nodes", 4, (1, 2, 4, 8)), per_node=Slide("GPUs of a node", 8, (2, 4, 8)),
+        k=Slide("experts per token", 8, (1, 2, 4, 8)),
+        limit=Slide("nodes that a token may use", 8, (1, 2, 3, 4, 8)),
+        width=Slide("width", 7168, (1024, 2048, 4096, 7168)), fp8=Tick("dispatch in FP8", True))
     compute, draw, tell = staticmethod(exchanged), staticmethod(draw_exchanged), staticmethod(tell_exchanged)
