@@ -6,7 +6,7 @@ from _runs import Lanes, folders
 from moe_rl.bench import repository
 from moe_rl.records import decode
 from moe_rl.rl.buffer import BufferState
-from moe_rl.rl.log import audit, read_lines
+from moe_rl.rl.log import audit, issued, read_lines
 from moe_rl.rl.run import finished, state_at
 from moe_rl.train.checkpoint import latest
 from moe_rl.train.weights import fingerprint, load_tensors, version_path
@@ -167,12 +167,12 @@ def books(folder: Path) -> dict:
     "Audit of a run that is over: every rollout ever issued is trained, dropped with a reason, waiting, or being played; once. And the weights are those of the last step."
     state = state_at(folder, latest(folder))
     buffer = decode(BufferState, state.buffer)
-    issued = {f'{g}-{i}' for g in range(state.next_group) for i in range(buffer.group_size)}
+    every = issued(state.next_group, buffer.group_size)
     waiting = {f'{g}-{i}' for g, indices in state.live.items() for i in indices}
     waiting |= {r.id for rs in buffer.members.values() for r in rs} | {r.id for g in buffer.complete
         for r in g.rollouts}
     ledger = read_lines(folder / 'ledger.jsonl')
-    found = audit(ledger, issued, waiting)
+    found = audit(ledger, every, waiting)
     if [line['step'] for line in ledger] != list(range(1, state.step + 1)): found['lost'].append('steps of the ledger')
     if [line['step'] for line in read_lines(folder / 'metrics.jsonl')] != list(range(1, state.step + 1)):
         found['lost'].append('steps of the metrics')
@@ -181,7 +181,7 @@ def books(folder: Path) -> dict:
     if trained != published or latest(folder).name != f'step_{state.step}' or not (folder / 'model'
             / 'model.safetensors').exists():
         found['lost'].append('weights')
-    print(f'{folder.name}: {state.step} steps, {len(issued)} rollouts issued, '
+    print(f'{folder.name}: {state.step} steps, {len(every)} rollouts issued, '
           f'{sum(len(line["trained"]) for line in ledger)} trained, {len(waiting)} waiting')
     return found
 

@@ -1499,6 +1499,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'moe_rl.rl.log.audit': ('05_rl/log.html#audit', 'moe_rl/rl/log.py'),
                                'moe_rl.rl.log.claim': ('05_rl/log.html#claim', 'moe_rl/rl/log.py'),
                                'moe_rl.rl.log.heal': ('05_rl/log.html#heal', 'moe_rl/rl/log.py'),
+                               'moe_rl.rl.log.issued': ('05_rl/log.html#issued', 'moe_rl/rl/log.py'),
                                'moe_rl.rl.log.read_lines': ('05_rl/log.html#read_lines', 'moe_rl/rl/log.py'),
                                'moe_rl.rl.log.require_whole': ('05_rl/log.html#require_whole', 'moe_rl/rl/log.py')},
             'moe_rl.rl.loss': { 'moe_rl.rl.loss.LossOut': ('05_rl/loss.html#lossout', 'moe_rl/rl/loss.py'),

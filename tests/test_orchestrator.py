@@ -26,7 +26,7 @@ from moe_rl.moe.model import Model, init_weights
 from moe_rl.records import Finished, Request, decode
 from moe_rl.rl import wire, workers
 from moe_rl.rl.buffer import BufferState
-from moe_rl.rl.log import RunLog, audit, read_lines
+from moe_rl.rl.log import RunLog, audit, issued, read_lines
 from moe_rl.rl.orchestrator import Orchestrator, Shared, State, receive, watch
 from moe_rl.rl.pool import EnginePool, Worker
 from moe_rl.rl.run import stop
@@ -133,11 +133,11 @@ def books(folder):
     "Audit of the last commit: what was issued is trained, dropped with a reason, waiting or being played, once."
     state = load_state(latest(folder) / 'orchestrator.msgpack', State)
     buffer = decode(BufferState, state.buffer)
-    issued = {f'{g}-{i}' for g in range(state.next_group) for i in range(buffer.group_size)}
+    every = issued(state.next_group, buffer.group_size)
     waiting = {f'{g}-{i}' for g, live in state.live.items() for i in live} | {r.id for rs in buffer.members.values()
         for r in rs} | {r.id for g in buffer.complete for r in g.rollouts}
     ledger = [line for line in read_lines(folder / 'ledger.jsonl') if line['step'] <= state.step]
-    return audit(ledger, issued, waiting)
+    return audit(ledger, every, waiting)
 
 SOUND = dict(duplicated=[], lost=[], invented=[])
 

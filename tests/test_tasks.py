@@ -7,7 +7,7 @@ from moe_rl.config import load_settings
 from moe_rl.data.tokens import byte_tokenizer
 from moe_rl.errors import UserError
 from moe_rl.rl import orchestrator
-from moe_rl.rl.log import read_lines
+from moe_rl.rl.log import audit, issued, read_lines
 from moe_rl.rl.orchestrator import Playing
 from moe_rl.rl.verdict import course_of, verdict
 from moe_rl.rollout.environments import Environment, Mixture, Task, is_held_out
@@ -143,6 +143,20 @@ def test_every_environment_has_its_share_of_what_is_trained(tmp_path, monkeypatc
     # of the whole run: a single step may be all letters
     played = {e: sum(r[f'{e}/played'] for r in rows) for e in got}
     assert played['rare'] > played['letters'] or bug, played
+
+
+def test_the_books_of_a_mixture(tmp_path):
+    "Numbers below the highest one that were never asked for are not lost."
+    loop, _ = play(tmp_path, Mixture([Letters(), Rare()], [.5, .5]), rl__steps=12, rl__groups_per_step=4,
+        rl__zero_variance="filter", rl__patience=10**6)
+    st, buffer, size = loop.state, loop.buffer, loop.s.rl.group_size
+    waiting = {r.id for rs in buffer.members.values() for r in rs} | {r.id for g in buffer.complete.values()
+        for r in g.rollouts} | {f"{g}-{i}" for g, live in st.live.items() for i in live}
+    waiting |= {id for ids in buffer.ledger.news.values() for id in ids}     # dropped since the last line
+    ledger = read_lines(tmp_path/"ledger.jsonl")
+    every = issued(st.next_group, size, st.cursors, loop.guard.pick)
+    assert audit(ledger, every, waiting) == dict(duplicated=[], lost=[], invented=[])
+    assert len(every) < len(issued(st.next_group, size)) and audit(ledger, issued(st.next_group, size), waiting)["lost"]
 
 
 def test_a_hopeless_environment_does_not_stop_the_others(tmp_path):
