@@ -1,4 +1,5 @@
-"Environments that misbehave in every way we could think of: `score` does what the model's text says, `problem` and `reply` what their parameters say."
+"""Environments that misbehave in every way we could think of: `score` does what the model's text says, `problem` and
+`reply` what their parameters say."""
 import asyncio, ctypes, os, random, re, signal, sys, threading, time
 from moe_rl.rollout.environments import Environment, Task
 

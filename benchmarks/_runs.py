@@ -1,4 +1,5 @@
-"""Runs of the program as a user starts them, watched from outside: time, memory, figures of their files. And several side by side, each on cores of its own."""
+"""Runs of the program as a user starts them, watched from outside: time, memory, figures of their files. And several
+side by side, each on cores of its own."""
 import argparse, json, os, queue, signal, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,7 +94,8 @@ def jobs_option(p: argparse.ArgumentParser, what: str):
 
 
 def parts(name: str, each: list[list[str]], jobs: int, cores: int = 2) -> list[dict]:
-    "The records of `moe-rl bench NAME` with each of these arguments, side by side; their other lines are shown as they come. Raises `RuntimeError` for one that fails."
+    """The records of `moe-rl bench NAME` with each of these arguments, side by side; their other lines are shown as
+    they come. Raises `RuntimeError` for one that fails."""
     def one(args):
         p = subprocess.Popen([sys.executable, '-m', 'moe_rl.cli', 'bench', name, *args], stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True)

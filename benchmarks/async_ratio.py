@@ -1,4 +1,5 @@
-"""Time to 0.9 exact answers, synchronous over asynchronous: the same run with max_staleness 0 and 2, one thread a process, three seeds in turn."""
+"""Time to 0.9 exact answers, synchronous over asynchronous: the same run with max_staleness 0 and 2, one thread a
+process, three seeds in turn."""
 import argparse, statistics
 from _runs import Lanes, Run, finish, folders, jobs_option
 from moe_rl.bench import repository

@@ -1,8 +1,10 @@
-"""A bfloat16 and a float32 folder that hold the same values are the same start: what is trained is float32, whatever a file stores.
+"""A bfloat16 and a float32 folder that hold the same values are the same start: what is trained is float32, whatever a
+file stores.
 
     moe-rl bench bf16_start [--steps 10]
 
-Both are trained on the same recorded batches, at learning rates that are usual for RL on a pretrained model. `moved_share` is the share of matrix entries that moved; beside it, what would be left of the same
+Both are trained on the same recorded batches, at learning rates that are usual for RL on a pretrained model.
+`moved_share` is the share of matrix entries that moved; beside it, what would be left of the same
 movement if the weights themselves were kept in bfloat16.
 """
 import argparse

@@ -1,4 +1,5 @@
-"""Runs under SIGKILL, SIGTERM and SIGSTOP in every phase, one or two processes at a time: each is resumed to its end, and its ledger and weights are whole."""
+"""Runs under SIGKILL, SIGTERM and SIGSTOP in every phase, one or two processes at a time: each is resumed to its end,
+and its ledger and weights are whole."""
 import argparse, os, random, signal, subprocess, sys, threading, time
 from pathlib import Path
 import psutil
@@ -138,7 +139,8 @@ class Story:
         return False
 
     def stays(self):
-        "A finished run is resumed once more, with a higher limit in its settings: it says that it is finished, and nothing is trained."
+        """A finished run is resumed once more, with a higher limit in its settings: it says that it is finished, and
+        nothing is trained."""
         config, model = self.folder / 'config.toml', self.folder / 'model' / 'model.safetensors'
         steps, before = self.steps(), (model.stat().st_mtime_ns, model.read_bytes())
         config.write_text(config.read_text().replace(f'\nsteps = {30 * (len(self.plan) + 1)}\n', '\nsteps = 100000\n'))
@@ -164,7 +166,8 @@ class Story:
 
 
 def books(folder: Path) -> dict:
-    "Audit of a run that is over: every rollout ever issued is trained, dropped with a reason, waiting, or being played; once. And the weights are those of the last step."
+    """Audit of a run that is over: every rollout ever issued is trained, dropped with a reason, waiting, or being
+    played; once. And the weights are those of the last step."""
     state = state_at(folder, latest(folder))
     buffer = decode(BufferState, state.buffer)
     every = issued(state.next_group, buffer.group_size)

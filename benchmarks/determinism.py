@@ -1,4 +1,5 @@
-"""Deterministic mode: two runs, and a run killed at random moments and resumed, agree bit for bit in weights and in every metric that is not a time."""
+"""Deterministic mode: two runs, and a run killed at random moments and resumed, agree bit for bit in weights and in
+every metric that is not a time."""
 import argparse, random, time
 from _runs import Run, finish, folders
 from moe_rl.bench import repository

@@ -1,4 +1,5 @@
-"""Environments that misbehave, and answers that are code, against the guard and against whole runs: each costs what it must and no more, and nothing runs with the run's rights."""
+"""Environments that misbehave, and answers that are code, against the guard and against whole runs: each costs what it
+must and no more, and nothing runs with the run's rights."""
 import argparse, asyncio, base64, collections, os, random, shutil, signal, socket, subprocess, sys, tempfile, time
 from pathlib import Path
 import psutil
@@ -79,7 +80,8 @@ def draws(count, names, hides):
 
 
 class Bait:
-    "What an attack is after: a file outside, a token in the environment, a run folder with a secret, a port that listens, a process that counts signals."
+    """What an attack is after: a file outside, a token in the environment, a run folder with a secret, a port that
+    listens, a process that counts signals."""
     def __init__(self, folder):
         self.folder = Path(folder)
         self.secret, self.signals = 'secret-' + base64.b16encode(os.urandom(8)).decode(), 0

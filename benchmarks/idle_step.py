@@ -2,7 +2,8 @@
 
     moe-rl bench idle_step [--steps 100]
 
-First the trainer alone, for every loss; then the program: a run on a task whose reward never differs. Beside it what the small regularisers would have done at full speed.
+First the trainer alone, for every loss; then the program: a run on a task whose reward never differs. Beside it what
+the small regularisers would have done at full speed.
 """
 import argparse
 import torch
@@ -59,7 +60,8 @@ def full_speed(steps: int) -> float:
 
 
 def program(steps: int) -> tuple[float, int]:
-    "A run whose answers end after one token and so are never right: how far its last checkpoint is from its first, and its idle steps."
+    """A run whose answers end after one token and so are never right: how far its last checkpoint is from its first,
+    and its idle steps."""
     root, out = repository(), folders(repository(), 'idle_step')
     job = finish(Run(out / 'run', '--config', str(root / 'configs' / 'main_job.toml'), '--dir', str(out / 'run'),
                      '--warm_start.steps', '3', '--rl.steps', str(steps),

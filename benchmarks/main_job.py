@@ -1,4 +1,5 @@
-"""The main job on two CPU cores: an AFMoE learns to spell words backward; a control that cannot learn; a second task by `--env` alone."""
+"""The main job on two CPU cores: an AFMoE learns to spell words backward; a control that cannot learn; a second task
+by `--env` alone."""
 import argparse
 from _runs import Lanes, Run, finish, folders, jobs_option
 from moe_rl.bench import repository

@@ -1,6 +1,8 @@
-"""Broken settings, models, tokenizers and run folders: one clear line and exit code 2, nothing written, no file outside the folder read.
+"""Broken settings, models, tokenizers and run folders: one clear line and exit code 2, nothing written, no file
+outside the folder read.
 
-Mutants are drawn by a seed and go through the commands themselves, many in one process. `--seed N`, `--configs N` and `--folders N` choose; `--only I` shows one case, `--part I/N` every N-th from the I-th on."""
+Mutants are drawn by a seed and go through the commands themselves, many in one process. `--seed N`, `--configs N` and
+`--folders N` choose; `--only I` shows one case, `--part I/N` every N-th from the I-th on."""
 import argparse, contextlib, hashlib, io, json, os, random, shutil, signal, struct, sys, tempfile, time, traceback
 from pathlib import Path
 from _runs import jobs_option, parts, summed
@@ -182,10 +184,12 @@ def tree_of(folder:Path) -> str:
         if p.is_file(): digest.update(p.read_bytes())
     return digest.hexdigest()
 
+FIGURES = ("cases", "refused", "accepted", "tracebacks", "unclear", "overwritten", "outside", "hangs")
+
 class Tally:
     "What became of the cases."
     def __init__(self):
-        self.cases = self.refused = self.accepted = self.tracebacks = self.unclear = self.overwritten = self.outside = self.hangs = 0
+        for key in FIGURES: setattr(self, key, 0)
         self.shown = []
 
     def bad(self, kind:str, what:str, more:str):
@@ -279,8 +283,6 @@ def sources(here:Path) -> tuple[list[Path], Path]: # model folders, a run that c
     tokenizer = wording_tokenizer([f'Compute {i}*{i}: ' for i in range(20)])
     save_pretrained(build_model(s, tokenizer.vocab_size), parts, extra_files=tokenizer.save, shard_bytes=40_000)
     return [whole, parts], run
-
-FIGURES = ('cases', 'refused', 'accepted', 'tracebacks', 'unclear', 'overwritten', 'outside', 'hangs')
 
 def part(seed:int, n:int, m:int, mine) -> dict: # mine(i): whether a case is ours
     "The cases of one process."

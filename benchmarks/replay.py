@@ -1,9 +1,13 @@
-"""Router replay: an engine in bfloat16 and a trainer in float32 choose different experts; replaying the engine's choice brings their probabilities together.
+"""Router replay: an engine in bfloat16 and a trainer in float32 choose different experts; replaying the engine's
+choice brings their probabilities together.
 
-    moe-rl bench replay [--run FOLDER]     a finished run that kept its checkpoints; else the main job's, which is run if there is none
+    moe-rl bench replay [--run FOLDER]     a finished run that kept its checkpoints; else the main job's, which is run
+    if there is none
 
-The policy is looked at all along its training, at every checkpoint that the run kept; the figures are means over checkpoints, each with as many prompts. The last one
-is also given alone: a policy that has finished learning is nearly deterministic, hardly any KL is left, and what is left is the rounding of bfloat16 itself.
+The policy is looked at all along its training, at every checkpoint that the run kept; the figures are means over
+checkpoints, each with as many prompts. The last one
+is also given alone: a policy that has finished learning is nearly deterministic, hardly any KL is left, and what is
+left is the rounding of bfloat16 itself.
 """
 import argparse
 import copy

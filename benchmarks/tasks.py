@@ -1,4 +1,5 @@
-"Any stock task of reasoning-gym by `--env NAME` alone: which of them reach a first step, and what twelve drawn ones learn in three minutes of RL; who learns nothing says why."
+"""Any stock task of reasoning-gym by `--env NAME` alone: which of them reach a first step, and what twelve drawn ones
+learn in three minutes of RL; who learns nothing says why."""
 import argparse, random, resource, subprocess, sys, threading, time
 from pathlib import Path
 from _runs import Lanes, folders, jobs_option
@@ -57,8 +58,8 @@ def learn(name: str, out: Path, config: str, seconds: float) -> dict:
                named=bool(said) or run.code == 2 and not run.traceback(), traceback=run.traceback(),
                silence=round(run.silence, 1),
                seconds=round(run.seconds), line=line)
-    print(
-        f'{name:28} {"learned" if row["learned"] else "not learned" if said else "refused" if row["named"] else "FAILED":11} {run.seconds:5.0f} s, silent for {run.silence:.0f} s at most: {line}', flush=True)
+    end = "learned" if row["learned"] else "not learned" if said else "refused" if row["named"] else "FAILED"
+    print(f"{name:28} {end:11} {run.seconds:5.0f} s, silent for {run.silence:.0f} s at most: {line}", flush=True)
     return row
 
 

@@ -37,7 +37,8 @@ def graded(row:dict)->str:
     "Share of exact answers, or the mean score where there are no reference answers, with the 95 % interval."
     key, name = ("exact", "interval") if row["exact"] is not None else ("score", "score_interval")
     bars = " (95 %: {:.3f} to {:.3f})".format(*row[name]) if row[name] else ""
-    return f"{row[key]:.3f} of {row['prompts']} held-out problems exact{bars}" if key == "exact" else f"mean score {row[key]:.3f} on {row['prompts']} held-out problems{bars}"
+    if key == "exact": return f"{row[key]:.3f} of {row['prompts']} held-out problems exact{bars}"
+    return f"mean score {row[key]:.3f} on {row['prompts']} held-out problems{bars}"
 
 def who(row:dict) -> str:
     "The slower side in words."
@@ -122,7 +123,8 @@ class Display:
 
 # %% ../nbs/06_app/00_display.ipynb #8c80268c
 class Ticker:
-    "Callable with a text that says what is going on: a spinner on a terminal, a line every `every` seconds and at the end elsewhere. Use it as a context manager."
+    """Callable with a text that says what is going on: a spinner on a terminal, a line every `every` seconds and at
+    the end elsewhere. Use it as a context manager."""
     def __init__(self, title:str, console:Console|None=None, every:float=5.0):
         self.title, self.console, self.every, self.unsaid = title, console or Console(file=Screen()), every, ""
         self.status, self.last = self.console.status(title) if self.console.is_terminal else None, -math.inf

@@ -1,6 +1,8 @@
-"""Stop points for `moe-rl bench chaos`, loaded by every process of its runs: an armed point holds its process for a moment, so that a signal hits exactly there.
+"""Stop points for `moe-rl bench chaos`, loaded by every process of its runs: an armed point holds its process for a
+moment, so that a signal hits exactly there.
 
-MOE_CHAOS names a folder. `arm.POINT` in it arms a point; the process that comes by takes it away, leaves `reached.POINT` and waits. Engines load for MOE_CHAOS_LOADING seconds."""
+MOE_CHAOS names a folder. `arm.POINT` in it arms a point; the process that comes by takes it away, leaves
+`reached.POINT` and waits. Engines load for MOE_CHAOS_LOADING seconds."""
 import importlib.abc, importlib.machinery, os, sys, time
 from pathlib import Path
 

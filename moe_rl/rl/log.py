@@ -144,7 +144,7 @@ def audit(ledger:list[dict], issued:set[str], waiting:set[str]) -> dict[str, lis
 def issued(
     groups:int,                              # the first number that no group has had
     size:int,                                # rollouts of a group
-    cursors:dict[str, int]={},               # of a mixture: environment -> the first of its numbers that was not issued
+    cursors:dict[str, int]|None=None,        # of a mixture: environment -> the first of its numbers to come
     pick:Callable[[int], str]=lambda g: "",  # the environment that a number belongs to
 ) -> set[str]:                               # rollout ids
     "Every rollout that was ever issued."

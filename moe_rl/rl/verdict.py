@@ -59,7 +59,8 @@ def nothing_seen(c:Course)->str:
     played, seen = total(c, "played") + len(c.rest), [v for v in (mean(c, "score"),
         float(np.mean(c.rest)) if c.rest else math.nan) if math.isfinite(v)]
     if not seen or max(seen) > .002: return ""
-    what = f'was exact (their score is {c.last.get("score") or 0:.2f} in the evaluation)' if c.reward == "exact" else "scored"
+    score = c.last.get("score") or 0
+    what = f"was exact (their score is {score:.2f} in the evaluation)" if c.reward == "exact" else "scored"
     return f"no reward seen: {'hardly any' if max(seen) else 'none'} of {played:,.0f} answers {what}"
 
 def already_best(c:Course)->str:

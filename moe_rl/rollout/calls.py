@@ -62,7 +62,8 @@ class Loop:
         return mark
     def cancel(self, call:Call): self.leave_mark(lambda: call.task and call.task.cancel())
     def guilty(self, call:Call)->bool:
-        "Whether a late call is late by itself: it holds the loop, or the loop turns. To be asked again until it is, or the loop is found blocked."
+        """Whether a late call is late by itself: it holds the loop, or the loop turns. To be asked again until it is,
+        or the loop is found blocked."""
         if call.task and asyncio.current_task(self.loop) is call.task: return True
         if call.mark is None: call.mark = self.leave_mark()
         return call.mark.is_set()
@@ -73,7 +74,8 @@ class Loop:
 
 # %% ../../nbs/04_rollout/06_calls.ipynb #ca000016
 class Caller:
-    "Runs functions of others: `start` begins a call, `expire` ends those that are too late, `answer` is told each result once, from any thread."
+    """Runs functions of others: `start` begins a call, `expire` ends those that are too late, `answer` is told each
+    result once, from any thread."""
     # threads that may hang; seconds between two looks after which some call must have held the interpreter
     LOST, HELD = 8, .3
     def __init__(self, answer:Callable[[Any, str, Any], None]):
@@ -120,7 +122,8 @@ class Caller:
         except BaseException as e: return self.end(call, *verdict(e))
 
     def expire(self):
-        "Answer the calls that are too late, and find out whether this process is still fit. To be called a few times a second."
+        """Answer the calls that are too late, and find out whether this process is still fit. To be called a few times
+        a second."""
         now = time.monotonic()
         held, self.looked = now - self.looked > self.HELD, now
         for call in [c for c in list(self.live.values()) if c.late(now)]:

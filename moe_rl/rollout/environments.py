@@ -50,7 +50,8 @@ class Unusable(ValueError):
     "A reward that is none."
 
 def usable_reward(value)->float:
-    "`value` as a float. `Unusable` unless it is one finite number of at most a million: advantages are squared in float32."
+    """`value` as a float. `Unusable` unless it is one finite number of at most a million: advantages are squared in
+    float32."""
     if type(value).__module__ != 'builtins' and getattr(value, 'shape', None) == () and hasattr(value, 'item'):
         value = value.item()    # a NumPy or torch scalar
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -109,7 +110,8 @@ class Environment:
     """Source of problems and rewards. Subclass it and write `problem`; `reply` and `score` may be `async def` or `def`.
 
     Who has numbered problems of his own writes `sample` instead of `problem`.
-    `sample` and `train_examples` never give a prompt of the held-out side, `held_out` never one of the training side."""
+    `sample` and `train_examples` never give a prompt of the held-out side, `held_out` never one of the training
+    side."""
     name, seed, held_out_share, train_share, draws, recipe = 'environment', 0, 1/16, 0., 256, ()
 
     def problem(self, key:int)->Task:
@@ -118,7 +120,8 @@ class Environment:
             raise NotImplementedError(f'{type(self).__name__} must define problem(key)')
         return self.sample(key & 0x7fffffff)
     async def reply(self, task:Task, turns:list[str])->str|None:
-        "Text that the model reads before its next turn, or None: the conversation is over. `turns`: model, environment, model, ..."
+        """Text that the model reads before its next turn, or None: the conversation is over. `turns`: model,
+        environment, model, ..."""
         return None
     async def score(self, task:Task, turns:list[str])->float:
         "The reward of a finished conversation."
@@ -137,10 +140,12 @@ class Environment:
         "Whether `reply` need not be asked: it is the default, which ends every conversation."
         return type(self).reply is Environment.reply
     def keeps_out(self, prompt:str)->bool:
-        "Whether training must not meet `prompt`: it is held out here, or in another part of the mixture (`train_share`)."
+        """Whether training must not meet `prompt`: it is held out here, or in another part of the mixture
+        (`train_share`)."""
         return is_held_out(prompt, max(self.held_out_share, self.train_share))
     def candidates(self, number:int=0):
-        "Problems of both sides, the same for every seed, without end: their numbers, the problems (a proxy gives None for one that can't be drawn), and the seconds that they took."
+        """Problems of both sides, the same for every seed, without end: their numbers, the problems (a proxy gives
+        None for one that can't be drawn), and the seconds that they took."""
         while True:
             began = time.monotonic()
             task = made(self.problem(mix('held out', self.name, number)), 'problem')
@@ -211,7 +216,8 @@ def solved_examples(
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #ev000013
 def training_task(env:Environment, i:int)->Task:
-    "Training problem number `i`, also of an environment with a `sample` of its own, whose held-out texts are replaced by others."
+    """Training problem number `i`, also of an environment with a `sample` of its own, whose held-out texts are
+    replaced by others."""
     for attempt in range(env.draws):
         task = made(env.sample(mix('again', i, attempt) & 0x7fffffff if attempt else i), 'sample')
         if type(env).held_out is not Environment.held_out or not env.keeps_out(task.prompt): return task
@@ -237,7 +243,8 @@ def last_number(text:str)->str|None: # without separators of thousands
 class ReasoningGym(Environment):
     """Task `name` of the suite reasoning-gym with generator settings `params`.
 
-    With `answer_tag='answer'` only the text inside the last `<answer>...</answer>` is scored, with `last_number=True` the last
+    With `answer_tag='answer'` only the text inside the last `<answer>...</answer>` is scored, with `last_number=True`
+    the last
     number of the answer, in whatever words; by default all of it, stripped."""
     SIZE = 1<<14
     def __init__(self, name:str, answer_tag:str|None=None, last_number:bool=False, **params):
@@ -280,7 +287,8 @@ def make_dataset(name:str, params:dict):
 EXECUTING = {'eval', 'exec', 'compile', 'parse_expr', 'sympify', 'parse_latex'}
 
 def executes(cls:type, method:str='score_answer')->bool:
-    "Whether `method` of a class may execute text: it or a function that it calls names one of `EXECUTING`. True when the source can't be read."
+    """Whether `method` of a class may execute text: it or a function that it calls names one of `EXECUTING`. True when
+    the source can't be read."""
     todo, seen = [getattr(cls, method)], set()
     while todo:
         function = inspect.unwrap(todo.pop())
@@ -324,7 +332,8 @@ def calculate(
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #f7eb3738
 class Calculator(Environment):
-    "Sums of `terms` products; a turn that starts with `=` is computed and answered, any other turn is the final answer."
+    """Sums of `terms` products; a turn that starts with `=` is computed and answered, any other turn is the final
+    answer."""
     name = 'calculator'
     def __init__(self, terms:int=2, largest:int=99, seed:int=0, **unknown):
         for name in unknown:
@@ -378,7 +387,8 @@ def choose(
     i:int,               # problem number
     weights:list[float]  # positive, any scale
 )->int:                  # index into `weights`
-    "Which part of a mixture makes problem `i`: shares are within a few problems of the weights in every stretch of numbers."
+    """Which part of a mixture makes problem `i`: shares are within a few problems of the weights in every stretch of
+    numbers."""
     borders = np.cumsum(weights)/np.sum(weights)
     return int(min(np.searchsorted(borders, (0.5 + i*GOLDEN) % 1, side='right'), len(weights)-1))
 

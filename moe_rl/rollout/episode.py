@@ -53,7 +53,8 @@ async def play(
     max_length:int=1<<30 # tokens of the whole conversation
 # scored; `stop_reason` 'stop', or 'length' (cut by the engine or by `max_length`), or 'turns' (`max_turns` reached)
 )->Rollout:
-    "Play one conversation and score it. Raises `RolloutLost` (reason 'aborted') when the engine gave up the request, `EnvError` when the environment failed."
+    """Play one conversation and score it. Raises `RolloutLost` (reason 'aborted') when the engine gave up the request,
+    `EnvError` when the environment failed."""
     episode, texts = Episode(tokenizer.render_prompt(task.prompt)), []
     for turn in range(max_turns):
         part = await generate(episode.tokens, turn)

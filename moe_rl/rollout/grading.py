@@ -41,8 +41,10 @@ def grade(
     got:list[tuple[float|None, float|None]], # exact and score of k answers per problem, in order
     k:int
 )->dict:
-    """What an evaluation reports: `exact` with `interval` over the problems that have a reference answer (None without any), `score` with `score_interval` over problems,
-    `pass_at_k` where every outcome is 0 or 1, and the numbers of problems, of answers per problem, and of lost answers."""
+    """What an evaluation reports: `exact` with `interval` over the problems that have a reference answer (None without
+    any), `score` with `score_interval` over problems,
+    `pass_at_k` where every outcome is 0 or 1, and the numbers of problems, of answers per problem, and of lost
+    answers."""
     exact = np.array([[math.nan if e is None else e for e, _ in got[i:i+k]] for i in range(0, len(got), k)],
         float).reshape(-1, k)
     score = np.array([[math.nan if s is None else s for _, s in got[i:i+k]] for i in range(0, len(got), k)],

@@ -29,7 +29,8 @@ class RolloutLost(Exception):
         self.reason = reason
 
 class EnvError(RolloutLost):
-    "A call of an environment that raised or died (`env_error`), took too long (`env_timeout`) or gave no usable reward (`env_reward`)."
+    """A call of an environment that raised or died (`env_error`), took too long (`env_timeout`) or gave no usable
+    reward (`env_reward`)."""
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000008
 class HereDesk(Desk):
@@ -179,7 +180,8 @@ class Nurse:
         theirs.close(), os.close(into)
         self.prints, self.end = Prints(out, log), weakref.finalize(self, kill, self.process, self.inside)
     async def open(self):
-        "Await its imports. `NotIsolated` if the system refuses the sandbox, `UserError` if the environments can't be made."
+        """Await its imports. `NotIsolated` if the system refuses the sandbox, `UserError` if the environments can't be
+        made."""
         self.control.send(msgspec.msgpack.encode(self.setup))
         while (word := await self.hear()) != 'ready':
             kind, _, rest = word.partition(' ')
@@ -413,7 +415,8 @@ class Local:
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000022
 class Outage:
-    "Counts failures in a row of one function; from `AFTER` of them on, calls wait until one has succeeded, for `patience` seconds at most."
+    """Counts failures in a row of one function; from `AFTER` of them on, calls wait until one has succeeded, for
+    `patience` seconds at most."""
     AFTER, LONGEST, TRIES = 8, 30., 3
     def __init__(self, what:str, patience:float, say:Callable[[str], None]):
         self.what, self.patience, self.say, self.row, self.worked = what, patience, say, 0, 0.
@@ -453,11 +456,15 @@ def recipe_of(env:Environment)->list[dict]:
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000024
 class Guard:
-    """The calls of environments: of `Apart`, or of an object. One that was made by name goes to processes of its own, any other is called in this one. What else `Apart` takes (`hides`, `workers`, `memory`, `log`) is passed on.
+    """The calls of environments: of `Apart`, or of an object. One that was made by name goes to processes of its own,
+    any other is called in this one. What else `Apart` takes (`hides`, `workers`, `memory`, `log`) is passed on.
 
-    `reward='exact'` scores every task by `exact_match` instead of the environment's own score, `'module:attribute'` by a
-    function `(task, turns) -> float`, `async def` or `def`. `reward='auto'` is the mean of score and exact match, or the exact match alone for the
-    environments in `sharp`; without a reference answer it is the score. `width` calls are open at a time; the clock of a call starts when it does."""
+    `reward='exact'` scores every task by `exact_match` instead of the environment's own score, `'module:attribute'`
+    by a
+    function `(task, turns) -> float`, `async def` or `def`. `reward='auto'` is the mean of score and exact match, or
+    the exact match alone for the
+    environments in `sharp`; without a reference answer it is the score. `width` calls are open at a time; the clock
+    of a call starts when it does."""
     def __init__(self, env:Environment|Apart, timeout:float=10., reward:str='score', width:int=64, patience:float=300.,
             say:Callable[[str], None]=lambda line: None, **apart):
         if reward not in ('auto', 'score', 'exact') and ':' not in reward:
@@ -470,7 +477,8 @@ class Guard:
         self.width, self.patience, self.say, self.failures = width, patience, say, Counter()
         self.outages, self.seats = {}, {}
     def beside(self, reward:str|None=None)->'Guard':
-        "The same environments and the same count of failures, with a width of its own: for an evaluation that must not wait for training's calls."
+        """The same environments and the same count of failures, with a width of its own: for an evaluation that must
+        not wait for training's calls."""
         other = copy.copy(self)
         other.reward, other.seats = reward or self.reward, {}
         return other

@@ -165,7 +165,8 @@ def profile_tokenizer(profiles:list[Profile])->TextTokenizer:
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f0001f
 def best_constant(tasks:list[Task])->tuple[str, float]: # an answer, the share of problems that it solves
-    "The answer that is right most often without a look at the problem; `('', 0.)` where there are no reference answers."
+    """The answer that is right most often without a look at the problem; `('', 0.)` where there are no reference
+    answers."""
     answers = Counter(t.answer.strip() for t in tasks if t.answer is not None)
     return (lambda a, n: (a, n/len(tasks)))(*answers.most_common(1)[0]) if answers else ('', 0.)
 
@@ -182,7 +183,8 @@ def answer_limit(answers:np.ndarray, conversation:bool=False)->int: # [n] tokens
     return min(LONGEST_ANSWER, max(limit, 64) if conversation else limit)
 
 def groups_for(mean:float, group_size:int)->int: # mean: tokens of a conversation
-    "Groups of a step of some `STEP_TOKENS` tokens: a power of two from 8 to 32. Fewer say too little about a direction in which the weights then move by a fixed distance."
+    """Groups of a step of some `STEP_TOKENS` tokens: a power of two from 8 to 32. Fewer say too little about a
+    direction in which the weights then move by a fixed distance."""
     return int(min(32, max(8, 2**math.floor(math.log2(STEP_TOKENS/(mean*group_size) + 1e-9)))))
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f00027
@@ -198,7 +200,8 @@ def task_lines(profile:Profile, size:Lengths)->list[str]:
             f'of {profile.drawn} draws ({1000*profile.seconds:.2g} ms each)']
 
 def facts(profile:Profile, size:Lengths)->dict[str, float]:
-    "What a run keeps of a profile, for its verdict: median tokens, seconds of a draw, share of the best constant answer."
+    """What a run keeps of a profile, for its verdict: median tokens, seconds of a draw, share of the best constant
+    answer."""
     return dict(prompt=float(np.median(size.prompts)), answer=float(np.median(size.answers)) if len(size.answers)
         else 0., draw=profile.seconds, constant=best_constant(profile.tasks)[1])
 

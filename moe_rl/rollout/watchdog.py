@@ -18,7 +18,8 @@ def culprit(stack:str, thread:int, frames:int=3)->str:
 
 # %% ../../nbs/04_rollout/11_watchdog.ipynb #wd000009
 def watch(pid:int, thread:int, seconds:float, stack:str, log:str):
-    "Read signs of life from standard input; after `seconds` without one, name what the thread is doing, on standard error and in `log`."
+    """Read signs of life from standard input; after `seconds` without one, name what the thread is doing, on standard
+    error and in `log`."""
     def say(line):
         print(f'moe-rl: {line}', file=sys.stderr, flush=True)
         with open(log, 'a') as f: f.write(line + '\n')
@@ -28,7 +29,8 @@ def watch(pid:int, thread:int, seconds:float, stack:str, log:str):
             Path(stack).write_text('')
             os.kill(pid, signal.SIGUSR2)
             time.sleep(.2)
-            say(f'the loop has not turned for {seconds:g} s: {culprit(Path(stack).read_text(errors="replace"), thread)}')
+            where = culprit(Path(stack).read_text(errors="replace"), thread)
+            say(f'the loop has not turned for {seconds:g} s: {where}')
             select.select([0], [], [])
             if os.read(0, 4096): say(f'the loop turns again, after {time.monotonic() - began:.0f} s')
             else: return
