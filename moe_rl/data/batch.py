@@ -189,6 +189,8 @@ class TensorBatch(SimpleNamespace):
 
     `tokens`, `loss_tokens` are this batch's own counts and `step` those of the whole step, as Python numbers: asking
     for them never waits for a GPU."""
+    documents = None # [N] document of every row, where the rows are not all documents in order
+
     @property
     def share(self)->float: return self.tokens/max(1, self.step.tokens) # of the real tokens of the step
 

@@ -6,6 +6,8 @@
 __all__ = ['max_vio', 'mean_load', 'sign_update', 'smebu_update', 'sequence_aux_loss', 'router_z_loss']
 
 # %% ../../nbs/01_moe/01_balance.ipynb #3d2c0615
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -69,6 +71,8 @@ def sequence_aux_loss(
     idx:Tensor, # [T,k] int64 chosen experts; rows of -1 are left out
     cu_seqlens:Tensor, # [S+1] integer: document s is rows cu_seqlens[s] to cu_seqlens[s+1]
     alpha:float=1e-4, # weight of the loss
+    documents:Tensor|None=None, # [T] document of every row; None: the rows are the documents, in order
+    add:Callable[[Tensor],Tensor]=lambda x: x, # sums over all ranks that hold rows of the same documents
 )->Tensor: # scalar, a mean over the routed tokens
     """Sequence-wise balance loss `alpha * sum_i f_i P_i` of each document (arXiv 2412.19437), averaged over documents
     by their routed tokens.
@@ -76,11 +80,13 @@ def sequence_aux_loss(
     Uniform routing gives `alpha`. The gradient runs through `P` only. Zero if no token is routed."""
     (T, E), k, S = scores.shape, idx.shape[-1], len(cu_seqlens)-1
     off = idx[:,:1] < 0                                                       # [T,1]
-    doc = torch.repeat_interleave(torch.arange(S, device=idx.device), cu_seqlens.diff().long(), output_size=T) # [T]
+    doc = documents # [T]
+    if doc is None:
+        doc = torch.repeat_interleave(torch.arange(S, device=idx.device), cu_seqlens.diff().long(), output_size=T)
     share = (scores/scores.sum(-1, keepdim=True)).masked_fill(off, 0.)
     chosen = torch.zeros_like(share).scatter_(-1, idx.clamp(min=0), 1.).masked_fill_(off, 0.)
     zeros = share.new_zeros(S, E)
-    p, f = zeros.index_add(0, doc, share), zeros.index_add(0, doc, chosen)    # [S,E], times the document's length
+    p, f = (add(zeros.index_add(0, doc, x)) for x in (share, chosen))    # [S,E], times the document's length
     length = f.sum(-1, keepdim=True)/k                                        # [S,1]
     return alpha*E/k*(f*p/length.clamp(min=1)).sum()/length.sum().clamp(min=1)
 

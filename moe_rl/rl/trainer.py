@@ -16,7 +16,6 @@ from torch import Tensor
 from ..config import BalanceSection, OptimSection, RLSection, Settings
 from ..errors import UserError
 from ..data.batch import TensorBatch
-from ..moe.attention import packed_attend
 from ..moe.checkpoint import load_pretrained
 from ..moe.families import new_afmoe
 from ..moe.model import Model, init_weights
@@ -25,7 +24,7 @@ from ..records import MicroBatch, Sampling
 from .loss import loss_means, loss_sums, policy_loss, resolve
 from .replay import replay_of, watch_routes
 from ..train.checkpoint import load_tensors, save_tensors
-from ..train.mesh import Mesh
+from ..train.mesh import Context, Mesh
 from ..train.optim import build_optimizer, lr_schedule
 from ..train.precision import Working, logprobs_of
 from ..train.step import LossParts, Outcomes, StepReport, optimizer_step, regularisers
@@ -65,6 +64,7 @@ class Recipe(NamedTuple):
     replay:bool=True           # train on the engine's routes
     kl_coef:float=0.           # weight of the KL to the reference
     reference:Model|None=None  # frozen: where the KL is measured from
+    context:Context=Context()  # ranks that share a micro-batch
 
 def target_logprobs(
     model:Model,
@@ -76,12 +76,17 @@ def target_logprobs(
     "Log-probabilities, entropies and log-sum-exps of the trained tokens, of the distribution that was sampled from."
     return logprobs_of(model)(hidden[at], model.lm_head.weight, b.targets[at], s.temperature, s.top_k, s.top_p)
 
-def reference_logprobs(how:Recipe, b:TensorBatch, at:Tensor)->Tensor|None: # [n] of the trained tokens
+def reference_logprobs(
+    how:Recipe,
+    b:TensorBatch,
+    at:Tensor    # [n] trained tokens among the rows of this rank
+)->Tensor|None:  # [n'] of all trained tokens
     "What the frozen reference says, or None without one."
     if how.reference is None: return None
     with torch.no_grad():
-        hidden = how.reference(b.token_ids, b.positions, packed_attend(b.cu_seqlens), token_mask=b.token_mask).hidden
-        return target_logprobs(how.reference, hidden, b, at, how.sampling)[0]
+        here = how.context.take(b)
+        out = how.reference(here.token_ids, here.positions, how.context.attend(b), token_mask=here.token_mask)
+        return how.context.whole(target_logprobs(how.reference, out.hidden, here, at, how.sampling)[0], b)
 
 def rl_loss(
     model:Model,
@@ -91,21 +96,27 @@ def rl_loss(
 )->LossParts:
     "Forward with replayed routes, the policy loss and the small parts: this micro-batch's shares of the step."
     with torch.set_grad_enabled(b.signal > 0):
-        routes, at = replay_of(b, how.replay), b.loss_mask.nonzero()[:, 0]
-        out = model(b.token_ids, b.positions, packed_attend(b.cu_seqlens), replay=routes, token_mask=b.token_mask)
-        logp, entropy, lse = target_logprobs(model, out.hidden, b, at, how.sampling)
+        context, here = how.context, how.context.take(b)
+        routes, mine = replay_of(here, how.replay), here.loss_mask.nonzero()[:, 0]
+        out = model(here.token_ids, here.positions, context.attend(b), replay=routes, token_mask=here.token_mask)
+        scored = target_logprobs(model, out.hidden, here, mine, how.sampling)
+        logp, entropy, lse = (context.whole(x, b) for x in scored)
+        at = b.loss_mask.nonzero()[:, 0]
         every, old, adv = torch.ones_like(at, dtype=torch.bool), b.logprobs[at], b.advantages[at]
         length = b.step.loss_tokens/max(1, b.step.sequences)
-        base = reference_logprobs(how, b, at)
+        base = reference_logprobs(how, b, mine)
         told = policy_loss(how.policy, logp, old, adv, every, borders(b), base, how.kl_coef, length)
         loss = told.per_token.sum()/max(1, b.step.loss_tokens)
-        sane = out.hidden[at].isfinite().all() & ~(told.invalid.all() & bool(len(at)))
+        sane = out.hidden[mine].isfinite().all() & ~(told.invalid.all() & bool(len(at)))
         loss = loss.where(sane, math.nan) # a model whose states or probabilities are not finite is broken, not silent
-        parts = dict(policy=loss, **regularisers(out, lse, b, how.balance, strength=min(1., b.signal)))
+        parts = dict(policy=loss/context.ranks, **regularisers(out, lse, b, how.balance, min(1., b.signal), context))
     sums = loss_sums(told, logp, old, every) | dict(entropy=entropy.double().sum(), informative=(adv != 0).sum())
+    sums = {k: v/context.ranks for k, v in sums.items()} # each rank of the context has them all
     if watch and routes is not None:
-        sums |= dict(rerouted=watch_routes(model, out, routes, b.token_mask)*b.tokens, watched=b.tokens)
-    return LossParts(parts, out.counts(), ((adv != 0) & ~told.masked & ~told.invalid).sum(), sums)
+        rerouted = watch_routes(model, out, routes, here.token_mask)
+        sums |= dict(rerouted=rerouted*here.tokens, watched=here.tokens)
+    teaching = ((adv != 0) & ~told.masked & ~told.invalid).sum()/context.ranks
+    return LossParts(parts, out.counts(), teaching, sums)
 
 # %% ../../nbs/05_rl/05_trainer.ipynb #962ab87c
 def ages(batches:list[MicroBatch], step:int, oldest:int)->dict[str, float]:
@@ -155,9 +166,11 @@ class Trainer:
         work:Model|Working|None=None # what is called in the model's place, see `working`; None: the model
     ):
         self.model, self.rl, self.optim, self.mesh, self.counted = model, rl, optim, mesh, Outcomes()
-        self.how = Recipe(resolve(rl.loss, **rl.loss_params), sampling, balance, rl.replay, rl.kl_coef, reference)
+        self.how = Recipe(resolve(rl.loss, **rl.loss_params), sampling, balance, rl.replay, rl.kl_coef, reference,
+            mesh.context)
         self.work = model if work is None else work
-        self.optimizers = build_optimizer(model, optim.muon_lr, optim.adamw_lr, optim.weight_decay)
+        self.optimizers = build_optimizer(model, optim.muon_lr, optim.adamw_lr, optim.weight_decay,
+            parameters=mesh.parameters(model), muon=mesh.muon)
 
     @property
     def step_number(self)->int: return self.counted.step

@@ -8,6 +8,7 @@ __all__ = ['NS_COEFFS', 'orthogonalise', 'matrices', 'Muon', 'optimiser_of', 'Op
 
 # %% ../../nbs/03_train/00_optim.ipynb #11478f18
 import math
+from collections.abc import Callable
 import torch
 from torch import Tensor
 from ..errors import UserError
@@ -55,26 +56,36 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts))
         for group in self.param_groups:
             for p in group['params']:
-                if p.ndim < 2 or p.shape[-2] % group['parts'] or not p.is_contiguous():
-                    raise ValueError(f'Muon got a parameter of shape {list(p.shape)}: it takes contiguous matrices of '
+                shape = self.shape(p)
+                if len(shape) < 2 or shape[-2] % group['parts'] or not p.is_contiguous():
+                    raise ValueError(f'Muon got a parameter of shape {list(shape)}: it takes contiguous matrices of '
                                      f'{group["parts"]} equal parts')
                 self.state[p]['momentum'] = torch.zeros_like(p)
 
+    def shape(self, p): return p.shape # of the whole parameter, where `p` is a part of it
+
     @torch.no_grad()
-    def step(self, closure=None):
-        jobs = {}
+    def step(self, closure=None): self._together(self._ahead())
+
+    def _ahead(self):
+        "Move the momenta; parameters with their gradients, the directions that Muon orthogonalises, and their groups."
         for group in self.param_groups:
             ps = [p for p in group['params'] if p.grad is not None]
             if not ps: continue
             grads,bufs,beta = [p.grad for p in ps],[self.state[p]['momentum'] for p in ps],group['momentum']
             torch._foreach_lerp_(bufs, grads, 1-beta)
             if group['weight_decay']: torch._foreach_mul_(ps, 1-group['lr']*group['weight_decay'])
-            for triple in zip(ps, grads, torch._foreach_lerp(grads, bufs, beta)):
-                p,g,n = (matrices(t, group['parts']) for t in triple)
-                r,c = p.shape[1:]
-                if r > c: p,g,n = p.mT,g.mT,n.mT
-                rate = group['lr']*math.sqrt(max(1, r/c))
-                jobs.setdefault((p.device, p.dtype, *p.shape[1:]), []).append((p, g, n, rate))
+            for p,g,n in zip(ps, grads, torch._foreach_lerp(grads, bufs, beta)): yield p,g,n,group
+
+    def _together(self, whole):
+        "Take the step for whole parameters, all matrices of one shape at once."
+        jobs = {}
+        for *triple,group in whole:
+            p,g,n = (matrices(t, group['parts']) for t in triple)
+            r,c = p.shape[1:]
+            if r > c: p,g,n = p.mT,g.mT,n.mT
+            rate = group['lr']*math.sqrt(max(1, r/c))
+            jobs.setdefault((p.device, p.dtype, *p.shape[1:]), []).append((p, g, n, rate))
         for job in jobs.values(): self._move(*zip(*job))
 
     def _move(self, ps, gs, ns, rates):
@@ -144,9 +155,11 @@ def build_optimizer(
     weight_decay:float=0.,                # on matrices
     betas:tuple[float,float]=(0.9, 0.95), # of AdamW
     momentum:float=0.95,                  # of Muon
+    parameters:dict[str,Tensor]|None=None, # this rank's part of each, by name; None: the model's own
+    muon:Callable=Muon,                   # (groups, lr, momentum, weight_decay) -> a Muon
 )->Optimizers:
     "Muon for the parameters whose role in the model says so, AdamW for all others."
-    names = {p: n for n,p in model.named_parameters() if p.requires_grad}
+    names = {p: n for n,p in (parameters or dict(model.named_parameters())).items() if p.requires_grad}
     for p,n in names.items():
         if p.dtype != torch.float32:
             raise ValueError(f'{n} is {p.dtype}: steps are smaller than its last digit; train float32 weights '
@@ -163,7 +176,7 @@ def build_optimizer(
     for p in (p for g in rest for p in g['params']):
         moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         adamw.state[p].update(step=torch.zeros((), device=p.device), **moments)
-    return Optimizers(Muon(hidden, muon_lr, momentum, weight_decay) if hidden else None, adamw, names)
+    return Optimizers(muon(hidden, muon_lr, momentum, weight_decay) if hidden else None, adamw, names)
 
 # %% ../../nbs/03_train/00_optim.ipynb #90a0f13c
 def lr_schedule(
@@ -188,12 +201,13 @@ def grad_norm(
 def clip_grads(
     params,         # parameters; gradients are shortened in place
     max_norm:float, # longest global norm allowed
+    norm_of:Callable=grad_norm, # of all gradients, on whatever ranks they lie
 )->float: # the norm before
     """Shorten all gradients together to `max_norm`.
 
     When the norm is not finite nothing is changed: the caller skips the step."""
     params = list(params)
-    norm = grad_norm(params)
+    norm = norm_of(params)
     if math.isfinite(norm) and norm > max_norm:
         torch._foreach_mul_([p.grad for p in params if p.grad is not None], max_norm/norm)
     return norm

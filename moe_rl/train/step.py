@@ -18,7 +18,7 @@ from ..data.batch import TensorBatch, to_torch
 from ..moe.balance import max_vio, router_z_loss, sequence_aux_loss, sign_update, smebu_update
 from ..moe.model import Model, ModelOutput, moe_modules
 from ..records import Packed
-from .mesh import Mesh
+from .mesh import Context, Mesh
 from .objective import head_z_loss
 from .optim import Optimizers, clip_grads
 
@@ -38,17 +38,20 @@ def regularisers(
     lse:Tensor,         # [n] log-sum-exp of the logits of the trained tokens
     b:TensorBatch,
     s:BalanceSection,   # the coefficients
-    strength:float=1.   # of the signal in this step, 0 to 1
+    strength:float=1.,  # of the signal in this step, 0 to 1
+    context:Context=Context(), # ranks that share the micro-batch; each gives a share
 )->dict[str,Tensor]:    # this micro-batch's share of each, weighed
     "The small parts of a loss: `aux` and `router_z` for the routers, `head_z` for the logits."
+    here, n = context.take(b), context.ranks
     parts, every = {}, torch.ones_like(lse, dtype=torch.bool)
     if s.aux_coef:
-        uneven = sum(sequence_aux_loss(r.scores, r.idx, b.cu_seqlens, s.aux_coef) for r in out.routings)
-        parts['aux'] = strength*b.share*uneven
+        uneven = sum(sequence_aux_loss(r.scores, r.idx, b.cu_seqlens, s.aux_coef, here.documents, context.add)
+            for r in out.routings)
+        parts['aux'] = strength*b.share*uneven/n
     if s.z_coef:
-        large = sum(router_z_loss(r.logits, b.token_mask) for r in out.routings)
-        parts['router_z'] = strength*b.share*s.z_coef*large
-    if s.head_z_coef: parts['head_z'] = strength*s.head_z_coef*head_z_loss(lse, every, max(1, b.step.loss_tokens))
+        large = sum(router_z_loss(r.logits, here.token_mask) for r in out.routings)
+        parts['router_z'] = strength*here.share*s.z_coef*large
+    if s.head_z_coef: parts['head_z'] = strength*s.head_z_coef*head_z_loss(lse, every, max(1, b.step.loss_tokens))/n
     return parts
 
 # %% ../../nbs/03_train/05_step.ipynb #9929f914
@@ -90,8 +93,8 @@ def _gradients(model, optim, batches, loss, mesh, alive)->tuple[dict, dict, Tens
         parts, sums, counts = _add(parts, p.parts), _add(sums, p.sums), counts + p.counts
         teaching = teaching + torch.as_tensor(p.teaching, device=device)
     mesh.gradients(optim.params)
-    add_up = lambda d: {k: mesh.sum(v) for k, v in d.items()}
-    return add_up(parts), add_up(sums), mesh.sum(counts), mesh.sum(teaching)
+    add_up = lambda d: dict(zip(d, mesh.sum(torch.stack([v.to(device) for v in d.values()])))) if d else d
+    return add_up(parts), add_up(sums), mesh.sum(counts), mesh.sum(teaching.double())
 
 # %% ../../nbs/03_train/05_step.ipynb #6aa1bde7
 def optimizer_step(
@@ -109,7 +112,7 @@ def optimizer_step(
     parts, sums, counts, teaching = _gradients(model, optim, batches, loss, mesh, alive)
     parts, sums = [{k: float(v) for k, v in d.items()} for d in (parts, sums)]
     teaching = float(teaching)
-    norm, total = clip_grads(optim.params, clip), sum(parts.values())
+    norm, total = clip_grads(optim.params, clip, mesh.norm), sum(parts.values())
     if not (math.isfinite(norm) and math.isfinite(total)): outcome = 'skipped'
     elif not teaching: outcome = 'idle'
     else:
