@@ -16,7 +16,7 @@ import torch
 from _runs import Run, finish, folders
 from moe_rl.bench import repository
 from moe_rl.data.batch import micro_batches, to_torch
-from moe_rl.data.tokens import load_tokenizer
+from moe_rl.data.tokens import load_tokenizer, says
 from moe_rl.moe.attention import packed_attend
 from moe_rl.moe.checkpoint import load_pretrained
 from moe_rl.moe.model import moe_modules
@@ -51,7 +51,7 @@ def policies(run: Path):
 def sample(model, tokenizer, dtype, prompts, per_prompt, max_tokens) -> list[Rollout]:
     "Rollouts of an engine that computes in `dtype`, with logprobs and routes."
     engine = Engine(copy.deepcopy(model), kv_tokens=1 << 15, max_seqs=128, dtype=dtype)
-    ids = [tokenizer.render_prompt(p) for p in prompts]
+    ids = [tokenizer.render(says(p)) for p in prompts]
     for g, prompt in enumerate(ids):
         for i in range(per_prompt):
             engine.add(Request(id=f'{g}-{i}', prompt=prompt, max_tokens=max_tokens, seed=g*per_prompt+i,

@@ -17,7 +17,7 @@ TASK = dict(last_number=True, min_terms=2, max_terms=2, min_digits=2, max_digits
 SIZES = {'engine.dtype': 'bfloat16', 'engine.max_tokens': 32, 'engine.max_seqs': 512, 'engine.kv_tokens': 65536,
          'rl.groups_per_step': 64, 'rl.group_size': 8, 'rl.tokens_per_batch': 16384, 'eval.prompts': 512}
 SHORT = {'engine.max_tokens': 8, 'engine.max_seqs': 16, 'rl.groups_per_step': 2, 'rl.group_size': 4,
-         'rl.steps': 2, 'rl.seconds': 0, 'eval.prompts': 16}
+         'rl.steps': 2, 'rl.seconds': 0, 'rl.zero_variance': 'keep', 'eval.prompts': 16}
 
 
 def shortened(folder: Path, layers: int = 2) -> Path:
@@ -43,7 +43,7 @@ def largest_difference(dense: Path, mixture: Path, ids: torch.Tensor) -> float:
 def prompts(folder: Path, n: int) -> torch.Tensor: # token ids
     "Training problems as the model will read them."
     tokenizer, env = load_tokenizer(folder), ReasoningGym('chain_sum', **TASK)
-    return torch.tensor([i for n in range(n) for i in tokenizer.render_prompt(env.sample(n).prompt)])
+    return torch.tensor([i for n in range(n) for i in tokenizer.render(env.sample(n).opening)])
 
 
 def learn(out: Path, mixture: Path, seed: int, minutes: float, short: bool, more: list[str]) -> Run:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 import moe_rl.rollout.environments as environments
 from moe_rl.errors import UserError
-from moe_rl.data.tokens import byte_tokenizer
+from moe_rl.data.tokens import byte_tokenizer, says as message
 from moe_rl.rollout.environments import Calculator, Environment, Mixture, ReasoningGym, Task, calculate, choose, load_env, load_envs, text_hash
 from moe_rl.rollout.episode import play
 from moe_rl.rollout.guard import EnvError, Guard, RolloutLost
@@ -207,7 +207,7 @@ def test_sampled_text_is_never_tokenised_again_and_tool_text_never_trained(texts
     sampled = [i for t in texts[:turns] for i in TOK.encode(t) + [TOK.eos_id]]
     assert r.token_ids[r.loss_mask].tolist() == sampled and (r.versions[~r.loss_mask]
         == -1).all() and not r.logprobs[~r.loss_mask].any()
-    told = TOK.render_prompt(task.prompt) + [i for t in replies[:turns-1] for i in TOK.render_reply(t)]
+    told = TOK.render(task.opening) + [i for t in replies[:turns-1] for i in TOK.render_next(message(t))]
     assert r.token_ids[~r.loss_mask].tolist() == told and r.turns == turns and r.reward == 2*turns-1
     assert r.stop_reason == ('turns' if turns < len(texts) else 'stop') and len(r.routes) == len(r)-1
 

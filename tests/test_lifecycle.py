@@ -2,20 +2,22 @@
 import asyncio, os, signal, time
 from pathlib import Path
 from types import SimpleNamespace
+import msgspec
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 from moe_rl.config import load_settings
-from moe_rl.data.tokens import byte_tokenizer
+from moe_rl.data.tokens import TextTokenizer, byte_tokenizer, says
 from moe_rl.errors import StorageError, UserError
-from moe_rl.rl import orchestrator, run, workers
-from moe_rl.rl.ask import EVAL, PROBE, TRAIN, build_engine, probe, request
+from moe_rl.rl import ask, orchestrator, run, workers
+from moe_rl.rl.ask import EVAL, PROBE, TRAIN, answers, build_engine
 from moe_rl.rl.log import RunLog, read_lines
 from moe_rl.rl.orchestrator import END, Interrupted, Orchestrator, Playing, State, answer, watch
 from moe_rl.rl.pool import EnginePool, Worker
 from moe_rl.rl.wire import Abort, Generate, Generated, Save, Train, Update
 from moe_rl.rollout.engine import Finished
-from moe_rl.rollout.environments import Environment, Task
+from moe_rl.rollout.environments import Calculator, Environment, Task
 from moe_rl.rollout.guard import Guard
 from moe_rl.train.checkpoint import commit, latest, save_state, stage, step_path
 
@@ -351,19 +353,76 @@ def test_large_answers_travel_in_parts():
 
 # ---- one distribution for all who ask
 
-@pytest.mark.parametrize('seed', range(20))
-def test_all_roads_ask_the_same(seed):
-    "Drawn settings: training, evaluation and probe differ in temperature and noise alone; evaluations share their noise."
-    rng = np.random.default_rng(seed)
-    s = load_settings(overrides={'engine.top_k': int(rng.integers(0, 30)), 'engine.top_p': float(rng.uniform(.2, 1)),
-                                 'engine.temperature': float(rng.uniform(.1, 2)),
-                                 'engine.max_tokens': int(rng.integers(1, 50)),
-                                 'eval.temperature': float(rng.uniform(.1, 2)), 'seed': int(rng.integers(0, 99))})
-    asked = {lane: request(s, byte_tokenizer(), [5], lane, 3, 1) for lane in (TRAIN, EVAL, PROBE)}
-    assert len({(r.top_k, r.top_p, r.max_tokens, r.stop_ids)
-        for r in asked.values()}) == 1 and asked[TRAIN].temperature == asked[PROBE].temperature == s.engine.temperature
-    assert asked[EVAL].temperature == s.eval.temperature and len({r.seed for r in asked.values()}) == 3
-    assert request(s, byte_tokenizer(), [5], EVAL, 3, 1, name=9).seed == asked[EVAL].seed
+TALK = [dict(role='system', content='Use the calculator.'), dict(role='user', content='Hi'), dict(role='assistant', content='Yes?')]
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if "
+          "add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+class Recorder:
+    "An engine that notes what it is asked, calculates in its first turn and answers in its second."
+    def __init__(self, tokenizer): self.tokenizer, self.heard, self.waiting = tokenizer, [], []
+    def finish(self, r):
+        self.heard.append(r)
+        ids = self.tokenizer.encode('42' if r.id.endswith('.1') else '= 40+2') + [self.tokenizer.eos_id]
+        return Finished(id=r.id, token_ids=ids, logprobs=[-1.]*len(ids), versions=[0]*len(ids), routes=None, stop_reason='stop')
+    async def ask(self, r): return self.finish(r)
+    async def generate(self, requests):
+        for r in requests: yield self.finish(r)
+    def add(self, r): self.waiting.append(r)
+    @property
+    def has_work(self): return bool(self.waiting)
+    def step(self): return [self.finish(self.waiting.pop())]
+
+
+def roads(s, tokenizer, task, monkeypatch):
+    "The requests of one conversation by training, evaluation in a run, `moe-rl eval`, probe, and a cell of the tour."
+    guard, limit, out = Guard(Calculator()), (512, 'here'), {}
+    def fresh(name): out[name] = Recorder(tokenizer); return out[name]
+    def loop(name): return SimpleNamespace(s=s, guard=guard, judge=guard, tokenizer=tokenizer, longest=limit, pool=SimpleNamespace(generate=fresh(name).ask))
+    asyncio.run(Playing.play(loop('train'), TRAIN, 3, 1, task))
+    asyncio.run(Playing.play(loop('run'), EVAL, 0, 0, task, name=7))
+    model = SimpleNamespace(max_position_embeddings=512, to=lambda device: None)
+    with monkeypatch.context() as m:
+        m.setattr(run, 'check_pretrained', lambda folder: None)
+        m.setattr(run, 'make_ready', lambda s, **_: (s, guard.env, tokenizer, model, [task]))
+        m.setattr(run, 'build_model', lambda *_: model)
+        m.setattr(run, 'build_engine', lambda *_: fresh('eval'))
+        m.setattr(run, 'guard_of', lambda *_: guard)
+        asyncio.run(run.evaluate_async(s, 'folder'))
+        for name, lane, number in (('probe', PROBE, 1), ('tour', EVAL, 0)):
+            m.setattr(ask, 'build_engine', lambda *_: fresh(name))
+            ask.answers(s, model, tokenizer, [task.opening]*4, lane, number)
+    return {k: sorted(r.heard, key=lambda r: r.id) for k, r in out.items()}
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 30), st.floats(.2, 1), st.floats(.1, 2), st.integers(1, 50), st.floats(0, 2), st.integers(0, 99), st.booleans(), st.booleans())
+def test_all_roads_ask_the_same(monkeypatch, top_k, top_p, warm, max_tokens, exam, seed, template, system):
+    "Run, evaluation, probe and tour differ in temperature and noise alone, turn by turn; evaluations share their noise."
+    s = load_settings(overrides={'engine.top_k': top_k, 'engine.top_p': top_p, 'engine.temperature': warm, 'engine.dtype': 'float32',
+                                 'engine.max_tokens': max_tokens, 'engine.kv_tokens': 1024, 'rl.tokens_per_batch': 1024,
+                                 'eval.temperature': exam, 'seed': seed, 'schedule.env_timeout': 10.0})
+    core = byte_tokenizer().core
+    core.add_special_tokens(['<|im_start|>', '<|im_end|>'])
+    tokenizer = TextTokenizer(core, dict(eos_token='<|im_end|>'), CHATML) if template else byte_tokenizer()
+    task = Task(env='calculator', prompt='40+2: ', answer='42', replies='tool', before=tuple(TALK if system else ()))
+    asked = roads(s, tokenizer, task, monkeypatch)
+    same = lambda r: (r.prompt, r.max_tokens, r.stop_ids)
+    assert [len(asked[k]) for k in ('train', 'run', 'eval', 'probe', 'tour')] == [2, 2, 2, 4, 4]
+    for one, two, three in zip(asked['train'], asked['run'], asked['eval']):
+        assert same(one) == same(two) == same(three) and one.seed != two.seed == three.seed
+        assert (one.temperature, one.top_k, one.top_p, one.lane) == (warm, top_k, top_p, 'train')
+        assert (two.temperature, two.top_k, two.top_p, two.lane) == (three.temperature, three.top_k, three.top_p, three.lane)
+        assert (two.temperature, two.lane) == (exam, 'eval')
+        assert (two.top_k, two.top_p) == ((top_k, top_p) if exam else (0, 1.0))
+    opened = asked['train'][0]
+    assert all(same(r) == same(opened) for r in asked['probe'] + asked['tour'])
+    assert all((r.temperature, r.top_k, r.top_p) == (warm, top_k, top_p) for r in asked['probe'])
+    assert asked['tour'][0] == msgspec.structs.replace(asked['eval'][0], id='1-0-0.0')
+    assert len({r.seed for r in asked['probe']}) == 4
+    turn = asked['train'][1].prompt
+    assert turn[:len(opened.prompt)] == opened.prompt and tokenizer.encode('= 40+2') == turn[len(opened.prompt):len(opened.prompt) + 6]
+    assert tokenizer.decode(turn).count('42') == 1
 
 
 def test_the_probe_leaves_a_model_in_training_as_it_is():
@@ -372,7 +431,7 @@ def test_the_probe_leaves_a_model_in_training_as_it_is():
     from moe_rl.rl.trainer import build_model
     model = build_model(s, tokenizer.vocab_size)
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    assert len(probe(s, model, tokenizer, ['a', 'b'])) == 2
+    assert len(answers(s, model, tokenizer, [says('a'), says('b')], PROBE)) == 2
     assert all(torch.equal(before[n], t) and before[n].dtype == t.dtype for n, t in model.state_dict().items())
 
 

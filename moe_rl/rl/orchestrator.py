@@ -17,14 +17,13 @@ from ..errors import UserError, replace_file
 from ..data.batch import micro_batches
 from ..records import Rollout, encode
 from .advantage import resolve
-from .ask import EVAL, TRAIN, check_prompt, longest, request
+from .ask import EVAL, TRAIN, converse, longest
 from .buffer import Buffer, Group
 from .gate import room
 from .pool import EnginePool, Worker
 from .wire import Beat, Failure, Generated, Missing, Save, Saved, Server, Train, Trained, Updated
 from ..rollout.environments import Task
-from ..rollout.episode import play
-from ..rollout.grading import grade
+from ..rollout.grading import examine
 from ..rollout.guard import Guard, RolloutLost
 from ..train.checkpoint import commit, keep_last, latest, save_state, stage, step_path
 
@@ -226,7 +225,7 @@ class Playing(Issuing):
         "Draw the problem once, then play its rollouts side by side."
         try:
             task = await self.guard.sample(group)
-            if (tokens := len(self.tokenizer.render_prompt(task.prompt))) + self.s.engine.max_tokens > self.longest[0]:
+            if (tokens := len(self.tokenizer.render(task.opening))) + self.s.engine.max_tokens > self.longest[0]:
                 raise RolloutLost('too_long', f'{task.env}: a prompt of {tokens} tokens leaves no room for an answer '
                                               f'in {self.longest[1]} ({self.longest[0]})')
         except RolloutLost as e:
@@ -266,12 +265,8 @@ class Playing(Issuing):
 
     async def play(self, lane:int, group:int, index:int, task, name:int|None=None) -> Rollout:
         "One conversation with an engine; `name` is the first part of its requests' ids."
-        def ask(ids, turn):
-            check_prompt(len(ids), task.env, self.s, self.longest)
-            return self.pool.generate(request(self.s, self.tokenizer, ids, lane, group, index, turn, name))
-        return await play(self.guard if lane == TRAIN else self.judge, task, self.tokenizer, ask, group, index,
-                          max_turns=self.s.rl.max_turns,
-                          max_length=self.longest[0] - self.s.engine.max_tokens)
+        guard = self.guard if lane == TRAIN else self.judge
+        return await converse(self.s, guard, task, self.tokenizer, self.pool.generate, self.longest, lane, group, index, name)
 
 # %% ../../nbs/05_rl/08_orchestrator.ipynb #0ac10006
 class Records(Playing):
@@ -406,31 +401,24 @@ class Evaluating(Books):
         self.state.rounds += 1
         self.pool.playing += len(tasks) * k
         name, seen = self.state.rounds, []
-        got = await self.until(asyncio.gather(*(self.answer(name, i, j, t, seen) for i, t in enumerate(tasks)
-            for j in range(k))))
+        report = await self.until(examine(tasks, k, lambda i, j, task: self.answer(name, i, j, task, seen)))
         low, high = (min(seen), max(seen)) if seen else (step, step)
-        envs = {e: grade([r for i, r in enumerate(got) if tasks[i//k].env == e], k)
-            for e in dict.fromkeys(t.env for t in tasks)}
-        self.state.last = dict(step=low, newest=high) | grade(got,
-            k) | (dict(envs=envs) if len(envs) > 1 else {}) | dict(eval_seconds=time.monotonic() - started,
+        self.state.last = dict(step=low, newest=high) | report | dict(eval_seconds=time.monotonic() - started,
             seconds=self.seconds())
         self.log.eval(self.state.last)
         self.show(self.state.last)
-        for e, g in envs.items() if len(envs) > 1 else (): self.say(f'{e}: {standing(g)}')
+        for e, g in report.get('envs', {}).items(): self.say(f'{e}: {standing(g)}')
         return self.state.last
 
-    async def answer(self, name:int, i:int, j:int, task, seen:list[int]) -> tuple[float|None, float]: # exact, score
+    async def answer(self, name:int, i:int, j:int, task, seen:list[int]) -> Rollout:
         "One rollout of an evaluation; the versions that sampled it are added to `seen`."
-        try:
-            r = await self.play(EVAL, i, j, task, name)
-            self.missed = 0
-            versions = r.versions[r.versions >= 0]
-            seen += [int(versions.min()), int(versions.max())]
-            return r.metrics.get('exact'), r.reward
-        except RolloutLost as e:
-            self.miss(e)
-            return (None if task.answer is None else 0.0), 0.0
+        try: r = await self.play(EVAL, i, j, task, name)
+        except RolloutLost as e: self.miss(e); raise
         finally: await self.pool.done()
+        self.missed = 0
+        versions = r.versions[r.versions >= 0]
+        seen += [int(versions.min()), int(versions.max())]
+        return r
 
 # %% ../../nbs/05_rl/08_orchestrator.ipynb #0ac1000a
 class GoOn:

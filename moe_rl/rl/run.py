@@ -24,7 +24,7 @@ from ..data.tokens import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from ..moe.checkpoint import check_pretrained, check_vocabulary
 from ..moe.spec import ModelSpec
 from . import advantage, loss
-from .ask import EVAL, build_engine, check_prompt, longest, request
+from .ask import EVAL, build_engine, check_prompt, converse, longest
 from .log import RunLog, claim, read_lines, require_whole
 from .orchestrator import END, Orchestrator, State, receive, watch
 from .pool import Clocked, EnginePool, Free, Worker
@@ -33,9 +33,8 @@ from .verdict import course_of, verdict
 from .wire import Server, Stop
 from .workers import device_of, prepare
 from ..rollout.environments import Mixture, Task
-from ..rollout.episode import play
-from ..rollout.grading import grade
-from ..rollout.guard import Guard, RolloutLost, open_envs
+from ..rollout.grading import examine
+from ..rollout.guard import Guard, open_envs
 from ..rollout.watchdog import Watchdog
 from ..rollout.profile import Lengths, Profile, draw_profile, facts, fit, profile_tokenizer, recall, task_lines, warnings
 from ..train.checkpoint import committed_steps, load_state, step_path, verify
@@ -157,7 +156,7 @@ def measured(s:Settings, env:Mixture, said:list[str], show) -> Ready:
     room = longest(s, model.max_position_embeddings)[0]
     lines = said + [line for p, size in zip(profiles, sizes)
         for line in [*task_lines(p, size), *warnings(s, p, size, room)]]
-    fits = lambda t: len(tokenizer.render_prompt(t.prompt)) + s.engine.max_tokens <= room
+    fits = lambda t: len(tokenizer.render(t.opening)) + s.engine.max_tokens <= room
     kept = {p.env: [(n, t) for n, t in zip(p.numbers, p.held_out) if fits(t)] for p in profiles}
     held = [t for part in kept.values() for _, t in part]
     if asked != 'auto' and len(held) < asked:
@@ -464,21 +463,16 @@ async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder wi
         raise UserError('eval.samples > 1 needs eval.temperature > 0: greedy answers are all the same')
     check_pretrained(folder)
     s, env, tokenizer, model, tasks, *_ = make_ready(s, hides=[str(folder)])
-    limit = longest(s, model.max_position_embeddings)[0]
+    limit = longest(s, model.max_position_embeddings)
     engine = build_engine(s, build_model(s, tokenizer.vocab_size).to(prepare(s)))
     guard, done = guard_of(s, env, 'score'), itertools.count(1)
+    async def generate(r): return [part async for part in engine.generate([r])][0]
     async def answer(i, j, task):
-        async def generate(ids, turn):
-            return [part async for part in engine.generate([request(s, tokenizer, ids, EVAL, i, j, turn)])][0]
-        try:
-            rollout = await play(guard, task, tokenizer, generate, i, j, max_turns=s.rl.max_turns,
-                max_length=limit - s.engine.max_tokens)
-        except RolloutLost: return None if task.answer is None else 0.0, 0.0
+        try: return await converse(s, guard, task, tokenizer, generate, limit, EVAL, i, j)
         finally: show(next(done), len(tasks) * k)
-        return rollout.metrics.get('exact'), rollout.reward
-    got = await asyncio.gather(*(answer(i, j, t) for i, t in enumerate(tasks) for j in range(k)))
+    report = await examine(tasks, k, answer)
     guard.close()
-    return grade(got, k) | dict(failures=dict(guard.failures))
+    return report | dict(failures=dict(guard.failures))
 
 def evaluate(s:Settings, folder:str|Path, show=lambda done, total: None) -> dict:
     "`evaluate_async` for scripts, cells and the command line."

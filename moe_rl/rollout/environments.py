@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from ..errors import UserError
 from ..plugins import load_attribute
+from ..data.tokens import says
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #ev000001
 SHORT = reprlib.Repr()
@@ -69,10 +70,20 @@ class Task(msgspec.Struct, kw_only=True, frozen=True):
     prompt:str             # text the model sees
     answer:str|None=None   # text that solves it
     data:Any=None          # anything `reply` and `score` need; each call gets a copy
+    before:tuple[dict[str,str],...]=() # messages that come before the prompt: a system's, worked examples
+    replies:str='user'     # role of what the environment says later: user or tool
+
+    @property
+    def opening(self)->list[dict[str,str]]: # role and content of each
+        "The messages of the conversation until the model's first answer."
+        return [*self.before, *says(self.prompt)]
 
     def __post_init__(self):
         for field, none in (('env', False), ('prompt', False), ('answer', True)):
             msgspec.structs.force_setattr(self, field, usable_text(getattr(self, field), f'{field} of a task', none))
+        for m in self.before:
+            if not (isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str)):
+                raise TypeError(f'a message before the prompt has a role and a content, both text; got {brief(m)}')
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #4e7d13d1
 def exact_match(
@@ -350,7 +361,7 @@ class Calculator(Environment):
         expression = '+'.join(f'{rng.randint(2, self.largest)}*{rng.randint(2, self.largest)}'
             for _ in range(self.terms))
         return Task(env=self.name, prompt=f'Compute {expression} (write "= 1+2" to use the calculator): ',
-            answer=calculate(expression))
+            answer=calculate(expression), replies='tool')
     async def reply(self, task, turns):
         text = turns[-1].strip()
         return calculate(text[1:]) if text.startswith('=') else None

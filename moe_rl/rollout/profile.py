@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from ..config import Settings
 from ..errors import UserError
-from ..data.tokens import TextTokenizer, Tokenizer, find_wording, with_phrases
+from ..data.tokens import TextTokenizer, Tokenizer, find_wording, says, with_phrases
 from .environments import Environment, Task, mix, text_hash
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f00007
@@ -143,7 +143,7 @@ def lengths(
 )->Lengths:
     "How long prompts and answers are."
     tasks = profile.tasks[:most]
-    return Lengths(np.array([len(tokenizer.render_prompt(t.prompt)) for t in tasks]),
+    return Lengths(np.array([len(tokenizer.render(t.opening)) for t in tasks]),
         np.array([len(tokenizer.encode(t.answer)) + 1 for t in tasks if t.answer is not None], dtype=int))
 
 # %% ../../nbs/04_rollout/07_profile.ipynb #70f00019
@@ -156,7 +156,7 @@ def profile_phrases(prompts:list[str])->list[str]:
     for share in (.9, .2):
         phrases = find_wording(prompts, share)
         tokenizer = with_phrases(phrases)
-        if np.median([len(tokenizer.render_prompt(p)) for p in prompts[:100]]) <= LONG: break
+        if np.median([len(tokenizer.render(says(p))) for p in prompts[:100]]) <= LONG: break
     return phrases
 
 def profile_tokenizer(profiles:list[Profile])->TextTokenizer:
