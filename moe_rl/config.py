@@ -376,7 +376,10 @@ def all_keys(model:type[BaseModel]|None=None, prefix:str="") -> dict[str, Any]: 
 def meant(key:str) -> list[str]: # keys, none if nothing is near
     "What a person who wrote the unknown `key` may have meant."
     keys, leaf = list(all_keys()), key.rpartition(".")[2]
-    return ([k for k in keys if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    beside = [k for k in keys if k.rpartition(".")[0] == key.rpartition(".")[0]]
+    return (difflib.get_close_matches(key, beside, n=1, cutoff=.9)
+            or [k for k in keys if k.rpartition(".")[2] == leaf]
+            or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
             or [k for k in keys if leaf in k.rpartition(".")[2].split("_")]
             or difflib.get_close_matches(key, keys, n=1, cutoff=0.5))[:4]
 
