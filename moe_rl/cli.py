@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OWN', 'RUN', 'SFT', 'EVAL', 'COMMANDS', 'SETTINGS', 'start_again', 'check_names', 'check_folder', 'say', 'run_folder',
            'run_settings', 'rehearse', 'cmd_run', 'cmd_sft', 'cmd_eval', 'cmd_report', 'cmd_doctor', 'cmd_bench',
-           'cmd_completion', 'cmd_upcycle', 'cmd_gguf', 'cmd_plan', 'cmd_simulate', 'usage', 'help_of', 'obey', 'main',
-           'entry']
+           'cmd_completion', 'cmd_upcycle', 'cmd_gguf', 'cmd_plan', 'cmd_simulate', 'cmd_profile', 'cmd_calibrate',
+           'cmd_export', 'usage', 'help_of', 'obey', 'main', 'entry']
 
 # %% ../nbs/06_app/04_cli.ipynb #0c74f87e
 import json, os, re, subprocess, sys
@@ -139,12 +139,13 @@ def cmd_sft(args:list[str]) -> int:
     from moe_rl.rl.run import make_ready
     from moe_rl.rl.trainer import build_model
     from moe_rl.rl.workers import prepare, warm_start
+    from moe_rl.train.precision import working
     ready = make_ready(s)
     s, tokenizer, folder = ready.settings, ready.tokenizer, Path(s.dir)
     lock = claim(folder, s, resume=False)
-    with lock, Ticker(s.dir) as alive:
-        report = warm_start(model := build_model(s, tokenizer.vocab_size).to(prepare(s)), tokenizer, ready.env, s,
-            alive)
+    model = build_model(s, tokenizer.vocab_size).to(prepare(s))
+    work = working(model, s.train.precision, s.train.forward, s.model.experts)
+    with lock, Ticker(s.dir) as alive: report = warm_start(model, tokenizer, ready.env, s, alive, work)
     save_pretrained(model, folder/"model", extra_files=tokenizer.save)
     say(json.dumps(report))
     return 0
@@ -211,6 +212,18 @@ def cmd_simulate(args:list[str]) -> int:
     say(load_attribute("moe_rl.scale.plan:simulate_command")(args))
     return 0
 
+def cmd_profile(args:list[str]) -> int:
+    say(load_attribute("moe_rl.ep.profile:profile_command")(args))
+    return 0
+
+def cmd_calibrate(args:list[str]) -> int:
+    say(load_attribute("moe_rl.fp8.commands:calibrate_command")(args))
+    return 0
+
+def cmd_export(args:list[str]) -> int:
+    say(load_attribute("moe_rl.fp8.commands:export_command")(args))
+    return 0
+
 # %% ../nbs/06_app/04_cli.ipynb #90f1c0c7
 COMMANDS = dict(run=(cmd_run, RUN, "warm start, asynchronous RL, evaluation, report"),
                 sft=(cmd_sft, SFT, "the warm start alone; model in DIR/model"),
@@ -222,6 +235,12 @@ COMMANDS = dict(run=(cmd_run, RUN, "warm start, asynchronous RL, evaluation, rep
                                       "a Mixtral of a dense Llama-type checkpoint, with the same answers at first"),
                 gguf=(cmd_gguf, "gguf [FILE.gguf] [--out FOLDER]", "a Hugging Face folder of a GGUF file; without one, of "
                                                                    "SmolLM2-135M-Instruct"),
+                profile=(cmd_profile, "profile FOLDER [--env NAME,NAME] [--prompts 256] [--routes FILE.npz]",
+                    "which experts a model uses on which task"),
+                calibrate=(cmd_calibrate, "calibrate FOLDER [--env NAME,NAME] [--prompts 512] [--held-out 128] "
+                    "[--max-kl .01] [--max-drop .01]", "what FP8 does to a model, on worked problems of a task"),
+                export=(cmd_export, "export FOLDER --fp8 [--out FOLDER] [--env NAME,NAME] [--held-out 128] "
+                    "[--max-kl .01] [--max-drop .01] [--overwrite]", "the model in block FP8, which vLLM serves, if that changes little"),
                 plan=(cmd_plan, "plan SETUP.toml [--why] [--json] [--run FOLDER]",
                     "nodes, split, layouts, seconds and dollars of a run, before you rent"),
                 simulate=(cmd_simulate, "simulate SETUP.toml [--steps N] [--seed N] [--picture FILE.png] [--json]",

@@ -38,8 +38,7 @@ class FusedForward(Working):
 
     def __init__(self, model:Model, experts:ExpertsFn, attention:str="flash4", dtype:torch.dtype=torch.bfloat16):
         super().__init__(model, dtype, experts)
-        self.pieces = _Pieces(FusedModel(model, experts, attention, torch.float32))
-        self.pieces.fused.dtype = dtype
+        self.pieces = _Pieces(FusedModel(model, experts, attention, torch.float32, dtype=dtype))
         self.rope = next(l.rope for l in model.layers if l.rope is not None)
 
     def __call__(self,

@@ -121,12 +121,13 @@ def working(
     experts:str,    # `model.experts`
 )->Model|Working: # called as the model is
     "What a trainer calls. In float32 with experts that nobody chose it is the model itself."
-    compute, afmoe = experts_of(experts, precision, model), model.spec.family == "afmoe"
+    compute = experts_of(experts, precision, model)
+    afmoe = model.spec.family == "afmoe" and [m.n_group for m in model.spec.mixtures[:1]] == [1]
     can = afmoe and precision != "float32" and not lacks(model.device, PIECES)
     if forward == "fused" and not can:
         if not afmoe:
-            raise UserError(f'train.forward = "fused": its pieces are those of AFMoE, and this model is '
-                            f'{model.spec.family}; use "plain", which may have fused experts (model.experts)')
+            raise UserError(f'train.forward = "fused": its pieces are those of AFMoE without groups of experts, and this model '
+                            f'is {model.spec.family}; use "plain", which may have fused experts (model.experts)')
         if precision == "float32": raise UserError('train.forward = "fused" needs train.precision = "bf16" or "fp8"')
         require('train.forward = "fused"', model.device, PIECES, 'train.forward = "plain"')
     if can and forward != "plain": return load_attribute("moe_rl.gpu.forward:FusedForward")(model, compute)
