@@ -1452,6 +1452,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'moe_rl.rl.advantage.group_rewards': ('05_rl/advantage.html#group_rewards', 'moe_rl/rl/advantage.py'),
                                      'moe_rl.rl.advantage.grpo': ('05_rl/advantage.html#grpo', 'moe_rl/rl/advantage.py'),
                                      'moe_rl.rl.advantage.grpo_std': ('05_rl/advantage.html#grpo_std', 'moe_rl/rl/advantage.py'),
+                                     'moe_rl.rl.advantage.kept_in': ('05_rl/advantage.html#kept_in', 'moe_rl/rl/advantage.py'),
                                      'moe_rl.rl.advantage.maxrl': ('05_rl/advantage.html#maxrl', 'moe_rl/rl/advantage.py'),
                                      'moe_rl.rl.advantage.mean_reward': ('05_rl/advantage.html#mean_reward', 'moe_rl/rl/advantage.py'),
                                      'moe_rl.rl.advantage.resolve': ('05_rl/advantage.html#resolve', 'moe_rl/rl/advantage.py'),

@@ -113,8 +113,9 @@ def cmd_run(args:list[str]) -> int:
     try:
         with Display(s.dir, s.rl.steps) as show: last = run(s, resume, show, flags["step"])
     except (KeyboardInterrupt, Interrupted) as e:
-        print(f"{str(e) or 'interrupted'}; `moe-rl run --resume {s.dir}` goes on from the last checkpoint",
-            file=sys.stderr)
+        known = (Path(s.dir)/"config.toml").exists()
+        more = f"`moe-rl run --resume {s.dir}` goes on from the last checkpoint" if known else "nothing was written yet"
+        print(f"{str(e) or 'interrupted'}; {more}", file=sys.stderr)
         return 130
     report = write_report(Path(s.dir))
     key = "exact" if last["exact"] is not None else "score"

@@ -43,6 +43,16 @@ def odd(tmp_path_factory):
     env.host.close()
     sys.path.remove(str(folder))
 
+def test_closing_ends_what_waits(tmp_path, monkeypatch):
+    "A call that is under way, or waits for the processes to come up, is cancelled and not left to be destroyed."
+    (tmp_path/"late_env.py").write_text(MODULE.replace("key % 40 == 3", "not time.sleep(10**6)"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    env = open_envs([dict(name="late_env:Odd")])
+    known = env.host.send(env.host.pass_on("sample", env.host.labels[0], (0,), 60.))
+    env.host.close()
+    assert known.cancelled() or known.exception(timeout=5)
+    assert not [t for t in asyncio.all_tasks(env.host.loop) if not t.done()]
+
 async def ends(guard, task, texts):
     async def one(text):
         try: return await guard.score(task, [text])

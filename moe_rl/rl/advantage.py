@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'HIGHEST', 'ADVANTAGES', 'group_rewards', 'mean_reward', 'bounded', 'grpo', 'grpo_std', 'rloo', 'maxrl',
-           'resolve']
+           'kept_in', 'resolve']
 
 # %% ../../nbs/05_rl/00_advantage.ipynb #5586cf21
+import os
 from typing import Callable
 import numpy as np
 from ..errors import UserError
@@ -68,6 +69,22 @@ def maxrl(
     mean = mean_reward(r)
     return bounded((r - mean)/mean if mean > 0 else np.zeros_like(r))
 
+# %% ../../nbs/05_rl/00_advantage.ipynb #7caff712
+def kept_in(
+    function:Callable, # of a user
+    what:str           # the setting and the name, for the message
+)->Callable:
+    "`function`, whose errors and attempts to leave the process are a `UserError`."
+    def call(*args):
+        def leave(code=0): raise SystemExit(code)
+        before, os._exit = os._exit, leave
+        try: return function(*args)
+        except SystemExit as e: raise UserError(f"{what} tried to end the run (exit code {e.code}): return") from None
+        except UserError: raise
+        except Exception as e: raise UserError(f"{what} raised {type(e).__name__}: {e}") from e
+        finally: os._exit = before
+    return call
+
 # %% ../../nbs/05_rl/00_advantage.ipynb #c44643f2
 ADVANTAGES:dict[str, Callable] = dict(grpo=grpo, grpo_std=grpo_std, rloo=rloo, maxrl=maxrl)
 
@@ -79,7 +96,7 @@ def resolve(
     `UserError` for an unknown name or a result that is none."""
     function = choose_by_name(name, ADVANTAGES, 'rl.advantage')
     def checked(rewards):
-        advantages = np.asarray(function(rewards), dtype=np.float32)
+        advantages = np.asarray(kept_in(function, f'rl.advantage: {name}')(rewards), dtype=np.float32)
         if advantages.shape != (len(rewards),) or not np.isfinite(advantages).all():
             raise UserError(f'rl.advantage: {name} returned {advantages.tolist()} for {len(rewards)} rewards, expected '
                             'as many finite numbers')

@@ -397,9 +397,12 @@ class Doors(Apart):
         return self.send(self.pass_on(op, label, args, limit)).result()
     def facts_now(self)->dict[str, Facts]: return self.known or self.send(self.open()).result()
     def close(self):
-        "End all processes."
+        "End all processes, and every call that still waits for them."
         async def end():
             for crew in self.crews.values(): crew.close()
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left: task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
         if self.loop.is_running(): self.send(end()).result()
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000020
