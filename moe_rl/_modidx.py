@@ -1876,6 +1876,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'moe_rl.rollout.apart.Nursery.serve': ( '04_rollout/apart.html#nursery.serve',
                                                                               'moe_rl/rollout/apart.py'),
                                       'moe_rl.rollout.apart.Parcel': ('04_rollout/apart.html#parcel', 'moe_rl/rollout/apart.py'),
+                                      'moe_rl.rollout.apart.Parcel.task': ('04_rollout/apart.html#parcel.task', 'moe_rl/rollout/apart.py'),
                                       'moe_rl.rollout.apart.Section': ('04_rollout/apart.html#section', 'moe_rl/rollout/apart.py'),
                                       'moe_rl.rollout.apart.Section.load': ( '04_rollout/apart.html#section.load',
                                                                              'moe_rl/rollout/apart.py'),

@@ -61,6 +61,12 @@ class Parcel(msgspec.Struct, array_like=True):
     answer:str|None
     data:bytes|None
     origin:list
+    before:tuple[dict[str, str], ...] = ()
+    replies:str = 'user'
+
+    def task(self, env:str, data)->Task:
+        "The task again, under the name that `env` has here."
+        return Task(env=env, prompt=self.prompt, answer=self.answer, data=data, before=self.before, replies=self.replies)
 
 MOST = 1<<20    # bytes of a task's data that travel
 
@@ -68,7 +74,8 @@ def sealed(task:Task, label:str, origin:list)->Parcel:
     "`task` for the wire."
     try: data = msgspec.msgpack.encode(pack(task.data))
     except (TypeError, ValueError, RecursionError): data = None
-    return Parcel(label, task.prompt, task.answer, data if data is None or len(data) <= MOST else None, origin)
+    return Parcel(label, task.prompt, task.answer, data if data is None or len(data) <= MOST else None, origin,
+        task.before, task.replies)
 
 # %% ../../nbs/04_rollout/07_apart.ipynb #ap000012
 class Desk:
@@ -120,7 +127,7 @@ class Desk:
         p = msgspec.convert(p, Parcel)
         env = self.envs[p.env].name
         if p.data is not None:
-            return Task(env=env, prompt=p.prompt, answer=p.answer, data=unpack(msgspec.msgpack.decode(p.data)))
+            return p.task(env, unpack(msgspec.msgpack.decode(p.data)))
         task = self.make(p.origin[0], p.env, *p.origin[1:])
         if task.prompt != p.prompt:
             raise RuntimeError('the problem could not be drawn again; make `data` plain values, or the draw depend on '

@@ -530,7 +530,7 @@ class Guard:
     def _task(self, value, label:str)->Task:
         if isinstance(value, Task): return value
         p = msgspec.convert(value, Parcel)
-        return Task(env=label, prompt=p.prompt, answer=p.answer, data=p)
+        return p.task(label, p)
     def _sent(self, task:Task):
         if isinstance(self.host, Local): return task
         return task.data if isinstance(task.data, Parcel) else sealed(task, self.host.numbers[task.env], [])
@@ -559,7 +559,7 @@ class Proxy(Environment):
         return self.task(value) if op == 'sample' else value
     def task(self, parcel)->Task:
         p = msgspec.convert(parcel, Parcel)
-        return Task(env=self.label, prompt=p.prompt, answer=p.answer, data=p)
+        return p.task(self.label, p)
     def one(self, op:str, number:list)->Task:
         found, _ = self.piece(op, [number])[0]
         if isinstance(found, str): raise UserError(f'env {self.name}: {op} failed: {found}')
