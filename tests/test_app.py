@@ -341,6 +341,21 @@ def test_a_loop_is_running(finished, home):
     assert asyncio.run(cell()) == (8, 0, 1)
 
 
+def test_an_evaluation_asks_what_the_run_asked(finished, home, monkeypatch):
+    "The held-out problems that the run kept, and so its own figures; of another task, others that are drawn."
+    from moe_rl.rl import run as module
+    from moe_rl.rl.log import read_lines
+    def drawn(*_, **__): raise AssertionError("drawn anew")
+    monkeypatch.setattr(module, "make_ready", drawn)
+    s, (folder, *_) = load_settings(overrides={"env": "my_task:Letters"}), finished
+    last, got = read_lines(folder / "evals.jsonl")[-1], module.evaluate(s, folder / "model")
+    assert all(got[k] == last[k] for k in ("prompts", "exact", "score"))
+    s.eval.prompts = 3
+    assert module.evaluate(s, folder / "model")["prompts"] == 3
+    with pytest.raises(AssertionError, match="drawn anew"):
+        module.evaluate(load_settings(overrides={"env": "calculator"}), folder / "model")
+
+
 def test_bad_command(capsys):
     assert 'doctor takes one folder' in refused(capsys, 'doctor', 'the', 'house')
     assert 'completion needs the name of a shell' in refused(capsys, 'completion')

@@ -7,7 +7,7 @@ __all__ = ['DONE', 'DRAW_SECONDS', 'EXTENDS', 'tokenizer_at', 'keep_tokenizer', 
            'check_first', 'idle_goals', 'check', 'Ready', 'processes', 'guard_of', 'draw_profiles', 'make_ready',
            'measured', 'ready_again', 'get_ready', 'keep_ready', 'job_of', 'end', 'stop', 'finished', 'extend',
            'state_at', 'choose', 'set_aside', 'code_of', 'flat', 'provenance', 'complete', 'first_version', 'verdicts',
-           'Crew', 'drive', 'run_async', 'signals', 'run', 'evaluate_async', 'evaluate']
+           'Crew', 'drive', 'run_async', 'signals', 'run', 'with_sizes', 'ready_for', 'evaluate_async', 'evaluate']
 
 # %% ../../nbs/05_rl/09_run.ipynb #c87043bf
 import asyncio, hashlib, importlib.util, itertools, json, math, os, platform, shutil, signal, sys, threading, time
@@ -166,16 +166,17 @@ def measured(s:Settings, env:Mixture, said:list[str], show) -> Ready:
     found = {p.env: facts(p, size) for p, size in zip(profiles, sizes)}
     return Ready(s, env, tokenizer, model, held, numbers, lines + idle_goals(s, held), found)
 
-def ready_again(s:Settings) -> Ready:
-    "The same for a run that is resumed."
-    folder = Path(s.dir)
+def ready_again(s:Settings, folder:Path|None=None, most:int=0, hides:list[str]=()) -> Ready:
+    "The same from what a run, that of `s` or the one in `folder`, has kept; `most` of its held-out problems, 0: all."
+    folder = folder or Path(s.dir)
     check_first(s)
     said = []
     tokenizer = tokenizer_at(folder/'tokenizer')
     try: numbers = msgspec.json.decode((folder/'held_out.json').read_bytes(), type=dict[str, list[int]])
     except msgspec.DecodeError as e:
         raise StorageError(f'{folder}/held_out.json was altered ({e}): take it from a copy') from None
-    env = processes(s, said.append)
+    env = processes(s, said.append, hides)
+    if most: numbers = {label: numbers.get(label, [])[:n] for label, n in zip(env.envs, env.portions(most))}
     if lost := [label for label in env.envs if label not in numbers]:
         env.host.close()
         raise StorageError(f'{folder}/held_out.json has no problems of {lost[0]}: take it from a copy')
@@ -453,6 +454,27 @@ def run(s:Settings, resume:bool=False, show=lambda row: None, step:int|None=None
     def control(loop): loops.append((asyncio.get_running_loop(), loop))
     with signals(ask): return complete(run_async(s, resume, show, step, control))
 
+# %% ../../nbs/05_rl/09_run.ipynb #b20bf587
+def with_sizes(s:Settings, known:Settings) -> Settings:
+    "`s`, in which what is `auto` is taken from `known`."
+    out = s.model_copy(deep=True)
+    for name in type(s).model_fields:
+        mine, theirs = getattr(out, name), getattr(known, name)
+        for a, b in zip(mine, theirs) if name == "env" else [(mine, theirs)] if hasattr(mine, "model_fields_set") else []:
+            for key in type(a).model_fields:
+                if getattr(a, key) == "auto": setattr(a, key, getattr(b, key))
+    return out
+
+def ready_for(s:Settings, model:Path) -> Ready:
+    "What an evaluation of the model in a folder needs: what the run around it has kept, if it fits, else made anew."
+    run, what = model.resolve().parent, lambda s: [(e.name, e.params) for e in s.env]
+    if (run/"held_out.json").exists() and (run/"config.toml").exists():
+        known = load_settings(run/"config.toml")
+        if what(known) == what(s):
+            most = 0 if s.eval.prompts == "auto" else s.eval.prompts
+            return ready_again(with_sizes(s, known), run, most, hides=[str(run)])
+    return make_ready(s, hides=[str(model)])
+
 # %% ../../nbs/05_rl/09_run.ipynb #b20bf585
 async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder with a tokenizer
                          show=lambda done, total: None) -> dict:
@@ -462,7 +484,7 @@ async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder wi
     if k > 1 and not s.eval.temperature:
         raise UserError('eval.samples > 1 needs eval.temperature > 0: greedy answers are all the same')
     check_pretrained(folder)
-    s, env, tokenizer, model, tasks, *_ = make_ready(s, hides=[str(folder)])
+    s, env, tokenizer, model, tasks, *_ = ready_for(s, Path(folder))
     limit = longest(s, model.max_position_embeddings)
     engine = build_engine(s, build_model(s, tokenizer.vocab_size).to(prepare(s)))
     guard, done = guard_of(s, env, 'score'), itertools.count(1)
