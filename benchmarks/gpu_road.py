@@ -7,6 +7,8 @@ one. Parts, each in a process of its own:
     engine   256 sequences at a time: tokens a second by the recorded step and by the plain one
     train    steps of RL on 64 rollouts of 513 tokens, routes replayed: float32 plain, 16 bits plain, with fused experts
              and with fused pieces, 8 bits
+    curves   `moe-rl run` of the main job with a model of width 256 in float32, bf16 and fp8, three seeds each: held-out
+             answers over steps, and whether the curves lie within their seeds' spread
 
     moe-rl bench gpu_road [PART ...]        all parts unless said otherwise
 """
@@ -22,8 +24,9 @@ import torch
 
 from moe_rl.bench import NeedsHardware
 
-PARTS = ("check", "engine", "train")
+PARTS = ("check", "engine", "train", "curves")
 SEATS, PROMPT, ANSWER = 256, 64, 192
+BUDGET = 32768 # rows of a micro-batch: all of a step
 
 
 def model_of(dtype, vocab=32768, layers=12, seed=0):
@@ -82,8 +85,8 @@ def check():
         pairs = [(fast[r.id], again[r.id]) for r in asked]
         exact = all(a.token_ids == b.token_ids and (a.logprobs == b.logprobs).all() for a, b in pairs)
         name = str(dtype).removeprefix("torch.")
-        print(f"check {name}: tokens equal {np.mean(same):.3f}, worst |d logprob| up to there {worst:.2e}, routes equal "
-              f"{np.mean(routes):.4f}, twice the same bits {exact}, steps {step.counts}", flush=True)
+        print(f"check {name}: tokens equal {np.mean(same):.3f}, worst |d logprob| up to there {worst:.2e}, routes "
+              f"equal {np.mean(routes):.4f}, twice the same bits {exact}, steps {step.counts}", flush=True)
         out |= {f"equal_{name}": float(np.mean(same)), f"dlogprob_{name}": worst, f"repeats_{name}": exact}
         if worst > (1e-3 if dtype == torch.float32 else .2) or not exact:
             raise AssertionError("the recorded step computes something else, or not the same twice")
@@ -141,12 +144,13 @@ def rollouts(model, n=64, tokens=513, at_once=16):
 
 
 WAYS = dict(float32=("float32", "plain", "auto"), bf16=("bf16", "plain", "grouped"),
-    gpu_bf16=("bf16", "plain", "gpu"), fused_bf16=("bf16", "plain", "fused"), pieces_bf16=("bf16", "fused", "fused"), fp8=("fp8", "plain", "auto"),
+    gpu_bf16=("bf16", "plain", "gpu"), fused_bf16=("bf16", "plain", "fused"), pieces_bf16=("bf16", "fused", "fused"),
+    fp8=("fp8", "plain", "auto"),
     pieces_fp8=("fp8", "fused", "auto"))
 
 
 def train(repeats=5):
-    "Trained tokens a second of whole RL steps, Muon and AdamW included, and the gradient of each way against float32's."
+    "Trained tokens a second of whole RL steps, Muon and AdamW included, and the first step's numbers of each way."
     from moe_rl.config import BalanceSection, OptimSection, RLSection
     from moe_rl.data.batch import micro_batches
     from moe_rl.records import Sampling
@@ -154,14 +158,14 @@ def train(repeats=5):
     from moe_rl.train.precision import working
     base = model_of(torch.float32)
     texts = rollouts(base)
-    batches = micro_batches(texts, [2*r.reward-1 for r in texts], 16384)
+    batches = micro_batches(texts, [2*r.reward-1 for r in texts], BUDGET)
     start = {n: t.clone() for n, t in base.state_dict().items()}
     base.requires_grad_(True)
     out = {}
     for name, (precision, forward, experts) in WAYS.items():
         try:
             base.load_state_dict(start)
-            trainer = Trainer(base, RLSection(tokens_per_batch=16384), OptimSection(muon_lr=1e-6, adamw_lr=1e-6),
+            trainer = Trainer(base, RLSection(tokens_per_batch=BUDGET), OptimSection(muon_lr=1e-6, adamw_lr=1e-6),
                 BalanceSection(), Sampling(), work=working(base, precision, forward, experts))
             first = trainer.step(batches)
             trainer.step(batches)
@@ -188,6 +192,48 @@ def train(repeats=5):
     return out
 
 
+JOB = {"model.hidden_size": 256, "model.intermediate_size": 512, "model.moe_intermediate_size": 128,
+    "model.num_hidden_layers": 4, "model.head_dim": 64, "engine.dtype": "bfloat16", "rl.steps": 100, "rl.stop_at": 0,
+    "warm_start.seconds": 60, "eval.every": 25, "eval.prompts": 256}
+SEEDS, AT_ONCE, PATIENCE = 3, 5, 480
+
+
+def curves(job=JOB):
+    "Held-out share of exact answers by step, of each precision and seed."
+    from concurrent.futures import ThreadPoolExecutor
+    from _runs import Run, finish
+    root, began = Path(__file__).resolve().parents[1], time.monotonic()
+    with tempfile.TemporaryDirectory() as home, ThreadPoolExecutor(AT_ONCE) as pool:
+        def one(precision, seed):
+            folder = Path(home)/f"{precision}-{seed}"
+            words = dict(job) | {"seed": seed, "train.precision": precision, "dir": str(folder)}
+            args = [w for k, v in words.items() for w in (f"--{k}", str(v))]
+            left = PATIENCE-(time.monotonic()-began)
+            if left < 60: raise RuntimeError(f"{folder.name} was not begun: no time left")
+            run = finish(Run(folder, "--config", str(root/"configs"/"main_job.toml"), *args), left)
+            m = run.metrics
+            print(f"{folder.name}: mismatch KL {np.mean([x['mismatch_kl'] for x in m]):.2e}, "
+                  f"{np.median([x['train_seconds'] for x in m]):.3f} s a step", flush=True)
+            return [round(e["exact"], 4) for e in run.evals]
+        jobs = {(p, s): pool.submit(one, p, s) for s in range(SEEDS) for p in ("float32", "bf16", "fp8")}
+        out = {}
+        for (p, s), future in jobs.items():
+            try: out[f"{p}-{s}"] = future.result()
+            except Exception as e: print(f"curves {p}-{s}: {str(e)[-700:]}", flush=True)
+    return out
+
+
+def spread_of(curves):
+    "Last evaluations: the mean of each precision, the widest range of seeds, the largest distance from float32's mean."
+    ends = {}
+    for name, curve in curves.items(): ends.setdefault(name.split("-")[0], []).append(curve[-1])
+    means = {p: float(np.mean(x)) for p, x in ends.items()}
+    spread = max(max(x)-min(x) for x in ends.values())
+    apart = max(abs(m-means["float32"]) for m in means.values()) if "float32" in means else float("nan")
+    return {f"exact_{p}": m for p, m in means.items()} | dict(seed_spread=spread, apart=apart,
+        seeds=min(map(len, ends.values())))
+
+
 def figures(r):
     f = {}
     if "check" in r: f |= r["check"]
@@ -196,6 +242,7 @@ def figures(r):
         f |= dict(engine_tokens_per_s=e["bfloat16_full"], engine_waiting_tokens_per_s=e["bfloat16_waiting"],
             engine_float32_tokens_per_s=e["float32_full"], engine_plain_tokens_per_s=e["bfloat16_plain"],
             engine_step_ms=e["bfloat16_full_step_ms"])
+    if r.get("curves"): f |= spread_of(r["curves"])
     if "train" in r:
         rate = {n: w["tokens_per_s"] for n, w in r["train"].items()}
         f |= {f"tokens_per_s_{n}": v for n, v in rate.items()}
