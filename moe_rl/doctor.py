@@ -271,8 +271,9 @@ def isolation_check() -> Check:
     why = isolation()
     return judge('isolation', 'processes of environments have no network and a read-only view' if not why
                  else f'refused: {why}',
-                 warn='allow user namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone): '
-                      'tasks that execute answers are refused until then' if why else '')
+                 warn="allow user namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, "
+                      "kernel.apparmor_restrict_unprivileged_userns); bubblewrap needs them as well and does not help. "
+                      "Tasks that execute answers are refused until then" if why else "")
 
 # %% ../nbs/06_app/01_doctor.ipynb #c3476e4b
 def safely(what:str, check:Callable) -> list[Check]:

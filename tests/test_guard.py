@@ -191,3 +191,29 @@ def test_a_share_and_a_mean_are_two_things():
     assert report['exact'] is None and report['pass_at_k'] == {} and report['score'] == 3. and report['score_interval'][
         0] < 0
     assert grade([(None, .9)]*9, 1)['pass_at_k'] == {} and grade([(1., .5), (0., .5)], 1)['pass_at_k'] == {'1': .5}
+
+
+def python_for_all():
+    "A Python of this version that any user may start, or None."
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for python in (sys.executable, f"/usr/bin/{name}", f"/usr/local/bin/{name}"):
+        try: r = subprocess.run([python, "-c", "import sys; print(sys.version_info[:2])"], user=65534, group=65534,
+            extra_groups=[], capture_output=True, text=True)
+        except OSError: continue
+        if r.stdout.strip() == str(sys.version_info[:2]): return python
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user: wants the superuser")
+@pytest.mark.skipif(isolation() != "", reason="no isolation on this system")
+def test_an_ordinary_user_is_isolated_too(tmp_path):
+    if not (python := python_for_all()): pytest.skip("no Python of this version that an ordinary user may start")
+    code = ("import asyncio, os\nfrom moe_rl.rollout.guard import Guard, open_envs\n"
+        "env = open_envs([dict(name='string_insertion')], say=print)\nguard = Guard(env, timeout=5., patience=0)\n"
+        "async def main():\n    task = await guard.sample(0)\n"
+        "    return [await guard.score(task, [a]) for a in (task.answer, \"open('/tmp/x', 'w')\", 'os._exit(0)')]\n"
+        "print(os.getuid(), asyncio.run(main()))\nenv.host.close()\n")
+    places = os.pathsep.join(p for p in sys.path if p)
+    r = subprocess.run([python, "-c", code], user=65534, group=65534, extra_groups=[], cwd="/", capture_output=True,
+        text=True, timeout=60, env=dict(PATH=os.environ["PATH"], HOME="/tmp", PYTHONPATH=places))
+    if "PermissionError" in r.stderr or "ModuleNotFoundError" in r.stderr:
+        pytest.skip("an ordinary user may not read this environment")
+    assert r.stdout == "65534 [1.0, 0.0, 0.0]\n", (r.stdout, r.stderr[-500:])
