@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Natural', 'Positive', 'Countable', 'Depth', 'Share', 'NotNegative', 'Size', 'Seconds', 'Part', 'Folder',
-           'EXPERTS', 'NOTHING', 'STEPS', 'ADVANTAGES', 'LOSSES', 'REWARDS', 'LAUNCHERS', 'OPEN', 'Section', 'or_auto',
-           'as_path', 'one_of', 'ModelSection', 'mapped', 'without_none', 'with_none', 'in_order', 'storable',
-           'TokenizerSection', 'EnvSection', 'WarmStartSection', 'OptimSection', 'BalanceSection', 'TrainSection',
-           'EngineSection', 'RLSection', 'EvalSection', 'ScheduleSection', 'LaunchSection', 'CheckpointSection',
-           'Settings', 'parse_env', 'env_sections', 'all_keys', 'meant', 'source_of', 'explain', 'literal', 'from_text',
-           'one_environment', 'set_key', 'read_toml', 'leaves', 'merge', 'load_settings', 'to_toml']
+           'EXPERTS', 'NOTHING', 'ENGINES', 'STEPS', 'ADVANTAGES', 'LOSSES', 'REWARDS', 'LAUNCHERS', 'OPEN', 'Section',
+           'or_auto', 'as_path', 'one_of', 'ModelSection', 'mapped', 'without_none', 'with_none', 'in_order',
+           'storable', 'TokenizerSection', 'EnvSection', 'WarmStartSection', 'OptimSection', 'BalanceSection',
+           'TrainSection', 'EngineSection', 'RLSection', 'EvalSection', 'ScheduleSection', 'LaunchSection',
+           'CheckpointSection', 'Settings', 'parse_env', 'env_sections', 'all_keys', 'meant', 'source_of', 'explain',
+           'literal', 'from_text', 'one_environment', 'set_key', 'read_toml', 'leaves', 'merge', 'load_settings',
+           'to_toml']
 
 # %% ../nbs/00_start/03_config.ipynb #053aa9f9
 import ast, datetime, difflib, json, re, tomllib
@@ -199,10 +200,15 @@ class TrainSection(Section):
         "of fused pieces, on Hopper, in 16 or 8 bits; auto: fused where that can be")
 
 # %% ../nbs/00_start/03_config.ipynb #bc7391b7
+ENGINES = ("embedded",)
 STEPS = ("auto", "plain", "graphs")
 
 class EngineSection(Section):
     "The rollout engines and how they sample."
+    kind: Annotated[str, one_of(ENGINES)] = Field("embedded", description="embedded: the engine of this package; or "
+        '"module:attribute" of one of yours')
+    params: Annotated[dict[str, Any], BeforeValidator(storable)] = Field({}, description="the engine's own settings, "
+        "if it is one of yours")
     replicas: Positive = Field(1, description="engine processes")
     kv_tokens: Size = Field("auto", description="KV cache of one engine, in tokens; auto: at least 16384")
     block_size: Positive = Field(16, description="tokens of one block of the cache")

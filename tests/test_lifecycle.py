@@ -15,6 +15,8 @@ from moe_rl.rl.ask import EVAL, PROBE, TRAIN, answers, build_engine
 from moe_rl.rl.log import RunLog, read_lines
 from moe_rl.rl.orchestrator import END, Interrupted, Orchestrator, Playing, State, answer, watch
 from moe_rl.rl.pool import EnginePool, Worker
+from moe_rl.rollout.protocol import Embedded, Folder
+from moe_rl.train.weights import describe
 from moe_rl.rl.wire import Abort, Generate, Generated, Save, Train, Update
 from moe_rl.rollout.engine import Finished
 from moe_rl.rollout.environments import Calculator, Environment, Task
@@ -66,7 +68,7 @@ class Puppet:
         await self.loop.pool.finished(name, Generated(got, dict(seconds=1., idle_seconds=.5)))
     async def take(self, name, version):
         self.version = version
-        await self.loop.pool.took(name, version, '')
+        await self.loop.pool.took(name, version)
         await self.loop.pool.flush()
         self.loop.changed.set()
     async def done(self, target, what):
@@ -442,14 +444,16 @@ def test_the_fingerprint_that_an_engine_says_is_compared(tmp_path, dtype):
     from moe_rl.rl.trainer import build_model
     model = build_model(s, tokenizer.vocab_size)
     said = workers.release(model, tmp_path, 3, dtype)
-    engine = build_engine(s, build_model(s, tokenizer.vocab_size))
-    updated = workers.take(engine, 3, str(tmp_path/'weights'), torch.device('cpu'))
+    engine = Embedded(build_engine(s, build_model(s, tokenizer.vocab_size)))
+    updated = workers.take(engine, 3, Folder(tmp_path/'weights'))
+    other = describe(model.state_dict() | {'norm.weight': torch.zeros_like(model.norm.weight)}, 3)
     async def go():
         pool = EnginePool(None)
-        pool.published(3, said)
-        await pool.took('engine-0.0', updated.version, updated.fingerprint)
-        with pytest.raises(UserError, match='engine-0.0: says that it took weights v3, but computes with others'):
-            await pool.took('engine-0.0', 3, 'f' * 16)
+        pool.published(said)
+        await pool.took('engine-0.0', updated.version, updated.held)
+        with pytest.raises(UserError, match='engine-0.0: says that it took weights v3, but computes with others: '
+                '.*norm.weight has other contents'):
+            await pool.took('engine-0.0', 3, other)
     asyncio.run(go())
 
 

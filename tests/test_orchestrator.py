@@ -35,6 +35,7 @@ from moe_rl.rl.wire import Beat, Client, Failure, Generate, Generated, Hello, Mi
 from moe_rl.rollout.engine import Engine
 from moe_rl.rollout.environments import Environment, Task
 from moe_rl.rollout.guard import Guard
+from moe_rl.rollout.protocol import Folder
 from moe_rl.train import weights
 from moe_rl.train.checkpoint import CheckpointError, commit, latest, load_state, stage, verify
 
@@ -277,10 +278,11 @@ def test_an_order_that_waited_is_stale(tmp_path, bug):
         mail = [Update(83, str(tmp_path)), Generate([]), Update(84, str(tmp_path)), Update(120, str(tmp_path))]
         def poll(self, seconds): return self.mail.pop(0) if self.mail else None
     weights.publish(tmp_path, 120, dict(w=torch.zeros(2)))
-    engine = SimpleNamespace(update_weights=lambda version, tensors, manifest: 'fingerprint')
+    engine = SimpleNamespace(update=lambda version, source: source.load(version)[1])
     mail = Post.mail[:] if bug else workers.inbox(Post(), 1)
-    answers = [workers.take(engine, m.version, m.folder, 'cpu') for m in mail if isinstance(m, Update)]
-    assert answers == [Missing(83), Missing(84), Updated(120, 'fingerprint')][0 if bug else 2:]
+    answers = [workers.take(engine, m.version, Folder(m.folder)) for m in mail if isinstance(m, Update)]
+    held = weights.read_manifest(tmp_path, 120)
+    assert answers == [Missing(83), Missing(84), Updated(120, held)][0 if bug else 2:]
 
 
 @pytest.mark.parametrize('bug', [False, True])
@@ -294,10 +296,10 @@ def test_versions_that_an_engine_was_told_to_take_stay(monkeypatch, bug):
         for v in range(1, 6):
             waits = asyncio.ensure_future(pool.update(v, 'weights'))
             await asyncio.sleep(0)
-            await pool.took('engine-0.0', v, '')
+            await pool.took('engine-0.0', v)
             waits.cancel()
         assert pool.oldest() == (5 if bug else 1)
-        await pool.took('engine-1.0', 4, '')
+        await pool.took('engine-1.0', 4)
         assert pool.oldest() == 5
         await pool.missing('engine-1.0', 3)                              # told again, of the newest
         assert pool.server.sent[-1] == ('engine-1.0', Update(5, 'weights'))

@@ -40,7 +40,7 @@ def loads(*args, **kwargs):
 HOOKS = {'moe_rl.train.weights': weights,
          'moe_rl.train.checkpoint': lambda m: before(m, '_mark', lambda *a: point('commit')),
          'moe_rl.train.sft': lambda m: before(m, 'index_batches', lambda *a, **k: point('warm_start')),
-         'moe_rl.rl.ask': lambda m: (before(m, 'build_engine', loads),
+         'moe_rl.rl.ask': lambda m: (before(m, 'engine_plan', loads),
              before(m, 'grade', lambda *a: point('evaluation'))),
          'moe_rl.moe.checkpoint': lambda m: before(m, 'save_pretrained', lambda *a, **k: point('end'))}
 

@@ -588,12 +588,12 @@ async def receive(loop:Orchestrator):
             case Beat(): loop.show(dict(doing=worker.doing)) if loop.began is None and worker is loop.trainer else None
             case Generated(): await pool.finished(name, message)
             case Missing(version=version): await pool.missing(name, version)
-            case Updated(version=version, fingerprint=fingerprint):
-                await pool.took(name, version, fingerprint)
+            case Updated(version=version, held=held):
+                await pool.took(name, version, held)
                 await pool.flush()
                 loop.changed.set()
-            case Trained(step=step, metrics=metrics, fingerprint=fingerprint):
-                pool.published(step, fingerprint)
+            case Trained(metrics=metrics, published=manifest):
+                if manifest: pool.published(manifest)
                 answer(loop, metrics)
             case Saved(folder=folder): answer(loop, folder)
 

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..launch import Handle
 from .wire import Abort, Beat, Failure, Generate, Generated, Hello, Message, Server, Update
 from ..records import Finished, Request
+from ..train.weights import Manifest, differences
 
 # %% ../../nbs/05_rl/07_pool.ipynb #b0010007
 STARTING = 50 # seconds without a use of the CPU that a process may take to import and connect
@@ -19,9 +20,9 @@ STARTING = 50 # seconds without a use of the CPU that a process may take to impo
 class Worker:
     "One worker process: its name on the wire, its process handle, when it was last heard, when its work last moved and what it was doing."
     def __init__(self, name:str, process:Handle):
-        self.name, self.process, self.doing, self.ready = name, process, 'starting', asyncio.Event()
+        self.name, self.process, self.doing, self.ready = name, process, "starting", asyncio.Event()
         self.heard = self.moved = time.monotonic()
-        self.turns, self.cpu, self.failure, self.final = 0, 0.0, '', False
+        self.turns, self.cpu, self.failure, self.final = 0, 0.0, "", False
 
     def heed(self, message:Message):
         "Note a sign of life, and whether the work has moved. A beat may be overtaken by a younger one: it counts as life, its words don't."
@@ -44,21 +45,21 @@ class Worker:
         if self.failure: return self.failure
         code = self.process.poll()
         if code is not None:
-            return f'{self.name} died (exit code {code}) while {self.doing} (logs/{self.name}.log has its last words)'
+            return f"{self.name} died (exit code {code}) while {self.doing} (logs/{self.name}.log has its last words)"
         now, limit = time.monotonic(), silence if self.ready.is_set() else max(silence, STARTING)
         if now - self.heard > min(2, limit/2) and self.works(): self.heard = now
         if (quiet := now - self.heard) > limit:
-            return (f'{self.name} has been silent for {quiet:.0f} s while {self.doing} (no beat, no CPU time; '
-                    f'schedule.silence_seconds = {silence:g})')
+            return (f"{self.name} has been silent for {quiet:.0f} s while {self.doing} (no beat, no CPU time; "
+                    f"schedule.silence_seconds = {silence:g})")
         if (still := now - self.moved) > max(stall, limit):
-            return (f'{self.name} lives, but has not moved for {still:.0f} s while {self.doing}: if that is honest '
-                    f'work, raise schedule.stall_seconds = {stall:g}')
-        return ''
+            return (f"{self.name} lives, but has not moved for {still:.0f} s while {self.doing}: if that is honest "
+                    f"work, raise schedule.stall_seconds = {stall:g}")
+        return ""
 
 # %% ../../nbs/05_rl/07_pool.ipynb #b001000d
 def natural(id:str) -> tuple: # numbers compare as numbers
     "Sort key of ids such as `12-3.0`."
-    return tuple(int(p) if p.isdigit() else p for p in id.replace('.', '-').split('-'))
+    return tuple(int(p) if p.isdigit() else p for p in id.replace(".", "-").split("-"))
 
 # %% ../../nbs/05_rl/07_pool.ipynb #b0010010
 class Fleet:
@@ -69,8 +70,8 @@ class Fleet:
         self.latest, self.updated = None, asyncio.Condition()
         # name -> versions that it was told to take and has not confirmed
         self.told = {}
-        # version -> fingerprint, of the last few that the trainer published
-        self.prints = {}
+        # version -> what engines that have it hold, of the last few that the trainer published
+        self.manifests = {}
 
     async def introduce(self, engine:Worker):
         "Tell an engine that has just come up of the newest version there is."
@@ -83,17 +84,19 @@ class Fleet:
         try: await self.server.send(engine, Update(*self.latest))
         except ConnectionError: pass
 
-    def published(self, version:int, fingerprint:str):
-        "The trainer says what engines with `version` compute with."
-        self.prints[version] = fingerprint
-        for old in sorted(self.prints)[:-64]: del self.prints[old]
+    def published(self, manifest:Manifest):
+        "The trainer says what engines with a version compute with."
+        self.manifests[manifest.version] = manifest
+        for old in sorted(self.manifests)[:-64]: del self.manifests[old]
 
-    async def took(self, engine:str, version:int, fingerprint:str):
-        "An engine computes with `version` now. `UserError` when it computes with something else."
-        want = self.prints.get(version, fingerprint)
-        if fingerprint != want:
-            raise UserError(f'{engine}: says that it took weights v{version}, but computes with others (fingerprint '
-                            f'{fingerprint}, published {want}): look at its machine, then --resume')
+    async def took(self, engine:str, version:int, held:Manifest|None=None): # None: it does not say what it holds
+        "An engine computes with `version` now. `UserError` names the tensors when it computes with something else."
+        want = self.manifests.get(version)
+        if want and held and held.fingerprint != want.fingerprint:
+            wrong = differences(want, held)
+            raise UserError(f'{engine}: says that it took weights v{version}, but computes with others: '
+                            f'{"; ".join(wrong[:3])}{f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""}: look at '
+                            'its machine, then --resume')
         self.version[engine] = version
         self.told[engine] = {v for v in self.told.get(engine, ()) if v > version}
         async with self.updated: self.updated.notify_all()
@@ -101,8 +104,8 @@ class Fleet:
     async def missing(self, engine:str, version:int):
         "An engine did not find a version. It is told of the newest one, unless that is the one that is gone."
         if version >= self.latest[0]:
-            raise UserError(f'{engine}: weights v{version} are not in {self.latest[1]}: leave that folder to the run, '
-                            'then --resume')
+            raise UserError(f"{engine}: weights v{version} are not in {self.latest[1]}: leave that folder to the run, "
+                            "then --resume")
         await self.tell(engine)
 
     def oldest(self) -> int:
@@ -126,16 +129,16 @@ class Fleet:
 class Free:
     "Everybody goes on as soon as possible."
     clocked = False
-    async def asked(self, pool:'EnginePool'):
+    async def asked(self, pool:"EnginePool"):
         if len(pool.held) == 1: asyncio.get_running_loop().call_soon(pool.post)
-    async def played(self, pool:'EnginePool'): pass
+    async def played(self, pool:"EnginePool"): pass
 
 FREE = Free()
 
 class Clocked:
     "A logical clock: requests wait until every rollout that is being played waits."
     clocked = True
-    async def asked(self, pool:'EnginePool'):
+    async def asked(self, pool:"EnginePool"):
         if len(pool.held) == pool.playing: await pool.flush()
     played = asked
 
@@ -188,7 +191,7 @@ class EnginePool(Fleet):
         "Hand results to those who wait for them; an answer nobody waits for any more is ignored."
         self.stats[engine] = message.stats
         for f in message.finished:
-            if self.out.get(f.id, ('',))[0] != engine: continue
+            if self.out.get(f.id, ("",))[0] != engine: continue
             del self.out[f.id]
             if not (future := self.waiting.pop(f.id)).done(): future.set_result(f)
 
@@ -196,7 +199,7 @@ class EnginePool(Fleet):
         "Stop the training requests of these groups: nobody will use what they write. Each still comes back, as `aborted`."
         mail = collections.defaultdict(list)
         for id, (engine, request) in self.out.items():
-            if request.lane == 'train' and natural(id)[1] in groups: mail[engine].append(id)
+            if request.lane == "train" and natural(id)[1] in groups: mail[engine].append(id)
         for engine, ids in mail.items(): await self.send(engine, Abort(ids))
 
     async def lost(self, engine:str):

@@ -35,6 +35,7 @@ from .workers import device_of, prepare
 from ..rollout.environments import Mixture, Task
 from ..rollout.grading import examine
 from ..rollout.guard import Guard, open_envs
+from ..rollout.protocol import engine_maker
 from ..rollout.watchdog import Watchdog
 from ..rollout.profile import Lengths, Profile, draw_profile, facts, fit, profile_tokenizer, recall, task_lines, warnings
 from ..train.checkpoint import committed_steps, load_state, step_path, verify
@@ -78,9 +79,10 @@ def launcher_of(s:Settings) -> Launcher:
     return open_launcher(s.launch.kind, Path(s.dir)/'logs', s.launch.bind, s.launch.host, s.launch.params)
 
 def check_first(s:Settings):
-    "What costs nothing: raise `UserError` for a device, a launcher, an advantage or a loss that is not there."
+    "What costs nothing: raise `UserError` for a device, a launcher, an engine, an advantage or a loss that is not there."
     device_of(s)
     launcher_of(s).close()
+    engine_maker(s.engine.kind, s.engine.params)
     advantage.resolve(s.rl.advantage)
     loss.resolve(s.rl.loss, **s.rl.loss_params)
 
@@ -288,7 +290,7 @@ def code_of(s:Settings) -> dict[str, str]: # module -> hash of its source
     "This package's code, and the user's modules that the settings name."
     package = Path(sys.modules['moe_rl'].__file__).parent
     files = {'moe_rl': sorted(package.rglob('*.py'))}
-    for name in [e.name for e in s.env] + [s.rl.reward, s.rl.loss, s.rl.advantage]:
+    for name in [e.name for e in s.env] + [s.rl.reward, s.rl.loss, s.rl.advantage, s.engine.kind, s.launch.kind]:
         if ':' not in name: continue
         found = importlib.util.find_spec(module := name.partition(':')[0])
         if found and found.origin and Path(found.origin).is_file(): files[module] = [Path(found.origin)]

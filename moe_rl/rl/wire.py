@@ -12,6 +12,7 @@ from collections.abc import Callable
 import msgspec, zmq, zmq.asyncio
 from ..errors import UserError
 from ..records import Finished, MicroBatch, Request, decode, encode
+from ..train.weights import Manifest
 
 # %% ../../nbs/05_rl/04_wire.ipynb #5225b682
 class Hello(msgspec.Struct, tag=True):
@@ -53,9 +54,9 @@ class Missing(msgspec.Struct, tag=True):
     version: int
 
 class Updated(msgspec.Struct, tag=True):
-    "The version that the engine now computes with, and the fingerprint of its own tensors."
+    "The version that the engine now computes with, and what its own tensors are."
     version: int
-    fingerprint: str
+    held: Manifest
 
 class Train(msgspec.Struct, tag=True):
     "Step number `step` on these micro-batches; `checkpoint` is the folder to save the trainer's state in, or empty; versions from `oldest` on may still be read."
@@ -69,10 +70,10 @@ class Save(msgspec.Struct, tag=True):
     folder: str
 
 class Trained(msgspec.Struct, tag=True):
-    "Step `step` is done and version `step` is published (step 0: the warm start); engines that take it have this fingerprint."
+    "Step `step` is done and version `step` is published (step 0: the warm start); engines that take it hold `published`."
     step: int
     metrics: dict[str, float|list[list[float]]]
-    fingerprint: str = ''
+    published: Manifest|None = None
 
 class Saved(msgspec.Struct, tag=True):
     "What `Save` or `Stop` asked for is in `folder`."

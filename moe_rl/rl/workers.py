@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOPE', 'PASSES', 'device_of', 'prepare', 'Probes', 'Examples', 'warm_start', 'train_worker', 'save', 'release',
-           'reference_model', 'inbox', 'take', 'engine_worker', 'letters', 'main']
+           'reference_model', 'inbox', 'take', 'obey', 'drive_engine', 'engine_worker', 'letters', 'main']
 
 # %% ../../nbs/05_rl/07_workers.ipynb #2988639f
 import copy, math, os, sys, time
@@ -17,18 +17,19 @@ from ..errors import UserError
 from ..data.tokens import Tokenizer, load_tokenizer
 from ..moe.checkpoint import save_pretrained
 from ..moe.model import Model
-from .trainer import Trainer, build_model
-from .ask import PROBE, answers, build_engine
+from .trainer import Trainer, build_model, spec_of
+from .ask import PROBE, answers, engine_plan
 from .wire import LARGEST, Abort, Client, Generate, Generated, Message, Missing, Save, Saved, Stop, Train, Trained, Update, Updated, serve
 from ..records import Example, Finished, sampling_of
 from ..rollout.engine import Engine
+from ..rollout.protocol import EngineProtocol, Folder, Source, engine_maker
 from ..rollout.environments import Environment, Task
 from ..rollout.guard import open_envs
 from ..train.checkpoint import stage
 from ..train.optim import build_optimizer
 from ..train.precision import Working, working
 from ..train.sft import example, majority, run_sft, skill
-from ..train.weights import WeightsGone, fingerprint, load_version, prune, publish
+from ..train.weights import Manifest, WeightsGone, describe, load_version, prune, publish
 
 # %% ../../nbs/05_rl/07_workers.ipynb #d15056af
 def device_of(settings:Settings) -> torch.device:
@@ -199,10 +200,10 @@ def train_worker(folder:Path, checkpoint:str, client:Client):
                                     'checkpoint and the orchestrator disagree')
                 metrics, started = trainer.step(batches, client.beat), time.perf_counter()
                 client.beat(f'publishing version {step}')
-                fingerprint = release(model, folder, step, s.engine.dtype)
+                published = release(model, folder, step, s.engine.dtype)
                 prune(folder/'weights', min(oldest, step - s.rl.max_staleness - 1))
                 if target: save(trainer, target, client)
-                client.send(Trained(step, metrics | dict(publish_seconds=time.perf_counter() - started), fingerprint))
+                client.send(Trained(step, metrics | dict(publish_seconds=time.perf_counter() - started), published))
             case Save(folder=target):
                 save(trainer, target, client)
                 client.send(Saved(target))
@@ -217,14 +218,13 @@ def save(trainer:Trainer, target:str, client:Client):
     client.beat(f'saving {Path(target).name.removeprefix(".").removesuffix(".tmp")}')
     trainer.save(Path(target))
 
-# fingerprint of what an engine with this version computes with
-def release(model:Model, folder:Path, version:int, dtype:str) -> str:
-    "Publish the model as a version. An engine of 16 bits rounds what it takes; its fingerprint is of the rounded tensors."
+def release(model:Model, folder:Path, version:int, dtype:str) -> Manifest: # of what an engine with this version holds
+    "Publish the model as a version. An engine of 16 bits rounds what it takes, and holds the rounded tensors."
     state = model.state_dict()
     manifest = publish(folder/'weights', version, state)
-    if dtype == 'float32': return manifest.fingerprint
+    if dtype == 'float32': return manifest
     rounded = {n for n, _ in model.named_parameters() if not model.spec.tensors[n].role.float32}
-    return fingerprint({n: t.to(getattr(torch, dtype)) if n in rounded else t for n, t in state.items()})
+    return describe({n: t.to(getattr(torch, dtype)) if n in rounded else t for n, t in state.items()}, version)
 
 def reference_model(model:Model, folder:Path, checkpoint:str) -> Model:
     "A frozen copy of the policy that RL started from; kept in the run folder so that a resumed run has the same."
@@ -244,40 +244,46 @@ def inbox(client:Client, seconds:float) -> list[Message]: # oldest first
         message = client.poll(0)
     return mail
 
-def take(engine:Engine, version:int, folder:str, device:torch.device) -> Updated|Missing:
+def take(engine:EngineProtocol, version:int, source:Source) -> Updated|Missing:
     "Load a version into the engine; one that is gone is asked for again, since there is a newer one."
-    try: tensors, manifest = load_version(folder, version, device)
+    try: return Updated(version, engine.update(version, source))
     except WeightsGone: return Missing(version)
-    return Updated(version, engine.update_weights(version, tensors, manifest))
 
-def engine_worker(folder:Path, client:Client):
-    "Loop of an engine: requests in, finished requests out, weights as they come; its counters at least five times a second."
-    client.beat('building the model')
-    s = load_settings(folder/'config.toml')
-    device, tokenizer = prepare(s), load_tokenizer(folder/'tokenizer')
-    engine = build_engine(s, build_model(s, tokenizer.vocab_size).to(device), record_routes=s.rl.replay)
+def obey(engine:EngineProtocol, message:Message, client:Client) -> bool: # False: it was told to stop
+    "Do what a message asks of an engine."
+    match message:
+        case Generate(requests=requests): engine.submit(requests)
+        case Abort(ids=ids): engine.abort(ids)
+        case Update(version=version, folder=weights):
+            client.beat(f'loading version {version}')
+            client.send(take(engine, version, Folder(weights)))
+        case Stop(): return False
+    return True
+
+def drive_engine(engine:EngineProtocol, client:Client):
+    "Requests in, finished requests out, weights as they come; its counters at least five times a second."
     idle, since, told = 0.0, time.perf_counter(), 0.0
     while True:
-        finished = []
-        client.beat('sampling' if engine.has_work else 'waiting for requests')
+        client.beat('sampling' if engine.busy else 'waiting for requests')
         started = time.perf_counter()
-        mail = inbox(client, 0 if engine.has_work else 0.2)
+        mail = inbox(client, 0 if engine.busy else 0.2)
         idle += time.perf_counter() - started
-        for message in mail:
-            match message:
-                case Generate(requests=requests):
-                    for r in requests: engine.add(r)
-                case Abort(ids=ids): finished += [f for id in ids if (f := engine.abort(id))]
-                case Update(version=version, folder=weights):
-                    client.beat(f'loading version {version}')
-                    client.send(take(engine, version, weights, device))
-                case Stop(): return
-        if engine.has_work: finished += engine.step()
+        if not all(obey(engine, message, client) for message in mail): return
+        finished = engine.poll() if engine.busy else []
         if finished or started - told > 0.2:
             told = started
-            for part in letters(finished):
-                client.send(Generated(part, engine.stats() | dict(idle_seconds=idle,
-                    seconds=time.perf_counter() - since)))
+            counters = engine.stats() | dict(idle_seconds=idle, seconds=time.perf_counter() - since)
+            for part in letters(finished): client.send(Generated(part, counters))
+
+def engine_worker(folder:Path, client:Client):
+    "The process of an engine, whatever `engine.kind` names."
+    client.beat('building the engine')
+    s = load_settings(folder/'config.toml')
+    device, tokenizer = prepare(s), load_tokenizer(folder/'tokenizer')
+    make = engine_maker(s.engine.kind, s.engine.params)
+    engine = make(engine_plan(s, spec_of(s, tokenizer.vocab_size), folder, device, s.rl.replay))
+    try: drive_engine(engine, client)
+    finally: engine.close()
 
 def letters(finished:list[Finished], most:int=LARGEST//4) -> list[list[Finished]]: # at least one, perhaps empty
     "Finished requests in parts that the wire carries."

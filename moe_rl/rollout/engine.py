@@ -301,17 +301,17 @@ class Engine(StepRunner):
         version:int,
         tensors:dict[str,Tensor],      # the model's state, by name
         manifest:Manifest|None=None,   # of the sender; None: the tensors were made in this process
-    )->str: # fingerprint of what the engine computes with
+    )->Manifest: # of what the engine computes with
         "Take new weights between two steps. `WeightError` names what is wrong with them; then nothing was changed."
         manifest = manifest or describe(tensors, version)
         if manifest.version != version:
             raise WeightError(f'weights v{manifest.version} were sent as v{version}: send the manifest of v{version}')
-        mark = apply_weights(self.model, tensors, manifest, cast=True)
+        held = apply_weights(self.model, tensors, manifest, cast=True)
         self.make_way(self.scheduler.new_version(version, self.kv_update == 'recompute'), self.version)
         self.ledger.replays.clear() # routes of other weights
         self.version = version
         self.counters['updates'] += 1
-        return mark
+        return held
 
     def abort(self, id:str)->Finished|None: # None: no such request (any more)
         "Take a request out now, with the tokens it has."
