@@ -21,7 +21,6 @@ from .trainer import Trainer, build_model, spec_of
 from .ask import PROBE, answers, engine_plan
 from .wire import LARGEST, Abort, Client, Generate, Generated, Message, Missing, Save, Saved, Stop, Train, Trained, Update, Updated, serve
 from ..records import Example, Finished, sampling_of
-from ..rollout.engine import Engine
 from ..rollout.protocol import EngineProtocol, Folder, Source, engine_maker
 from ..rollout.environments import Environment, Task
 from ..rollout.guard import open_envs
