@@ -32,7 +32,7 @@ class Picture:
 def canvas(
     rows:int=1, columns:int=1, # of axes
     height:float=2.1, # inches of a row
-    width:float=4.6, # inches of the figure: readable where a telephone shows it
+    width:float=4.2, # inches of the figure: readable where a telephone shows it
     **ratios, # of `Figure.subplots`
 )->tuple[Figure,list]: # axes, row by row
     "An empty figure of a panel."
@@ -95,8 +95,8 @@ def figure_html(picture:Picture)->str:
     "A picture as wide as there is room, with its text alternative, and the same sentence below it for everybody."
     source, text = b64encode(picture.png).decode(), html.escape(picture.text, quote=True)
     return (f'<figure style="margin:0"><img src="data:image/png;base64,{source}" alt="{text}" '
-            f'style="width:100%;max-width:46rem;height:auto"><figcaption aria-live="polite" '
-            f'style="line-height:1.45;max-width:46rem">{text}</figcaption></figure>')
+            f'style="width:100%;max-width:38rem;height:auto"><figcaption aria-live="polite" '
+            f'style="line-height:1.45;max-width:38rem">{text}</figcaption></figure>')
 
 def code_html(line:str)->str:
     "A line to be copied: one click, or the tabulator key and Ctrl+A, selects it whole."

@@ -70,7 +70,7 @@ def draw_exchanged(x:Exchange):
     bars.bar_label(shown, [f"{sum(x.us[n]):.0f}" for n in names], padding=3, fontsize=7)
     bars.invert_yaxis()
     bars.margins(x=.12)
-    bars.set(title="time of one layer", xlabel="µs of the slowest rank (blue: dispatch, orange: combine)")
+    bars.set(title="time of one layer", xlabel="µs, slowest rank (blue: dispatch, orange: combine)")
     return figure
 
 def tell_exchanged(x:Exchange)->str:
