@@ -171,9 +171,11 @@ def cmd_eval(args:list[str]) -> int:
 
 # %% ../nbs/06_app/04_cli.ipynb #95ab8ac2
 def cmd_report(args:list[str]) -> int:
+    from moe_rl.compare import write_comparison
     from moe_rl.report import write_report
-    if len(args) != 1: raise UserError("report needs one run folder: moe-rl report runs/x")
-    say(str(write_report(as_path(args[0]))))
+    if not args: raise UserError("report needs a run folder, or several to compare: moe-rl report runs/x")
+    folders = [as_path(a) for a in args]
+    say(str(write_report(folders[0]) if len(folders) == 1 else write_comparison(folders)))
     return 0
 
 def cmd_doctor(args:list[str]) -> int:
@@ -229,7 +231,8 @@ def cmd_export(args:list[str]) -> int:
 COMMANDS = dict(run=(cmd_run, RUN, "warm start, asynchronous RL, evaluation, report"),
                 sft=(cmd_sft, SFT, "the warm start alone; model in DIR/model"),
                 eval=(cmd_eval, EVAL, "held-out pass@k of a model"),
-                report=(cmd_report, "report FOLDER", "report/report.md with plots, of a run in any state"),
+                report=(cmd_report, "report FOLDER [FOLDER ...]", "report/report.md of a run in any state; of several, "
+                    "report/compare.md of what differs"),
                 doctor=(cmd_doctor, "doctor [FOLDER]", "machine, versions, GPU, disk, ports"),
                 upcycle=(cmd_upcycle, "upcycle FOLDER [--experts 8] [--top-k 2] [--out FOLDER] [--noise 3e-7] [--seed "
                                       "0]",

@@ -92,7 +92,7 @@ def test_licence():
 # '' holds the leaves, which everybody may import
 LEVELS = ['', 'moe', 'data', 'train', 'rollout', 'rl', 'app', 'gpu', 'fp8', 'ep', 'scale', 'panels']
 LEAVES = {'errors', 'plugins', 'config', 'launch', 'bench', 'routes', 'records'}
-APP = {'cli', 'options', 'display', 'report', 'doctor'}
+APP = {'cli', 'options', 'display', 'report', 'doctor', 'compare'}
 FOLDERS = {'00_start': '', '01_moe': 'moe', '02_data': 'data', '03_train': 'train', '04_rollout': 'rollout',
            '05_rl': 'rl', '06_app': 'app',
            '10_gpu': 'gpu', '11_fp8': 'fp8', '12_ep': 'ep', '13_scale': 'scale', '14_panels': 'panels'}

@@ -286,8 +286,10 @@ class Records(Playing):
         row |= dict(sampled_tokens=sampled, wasted_groups=wasted, requeued=self.pool.requeued,
             buffered=len(self.buffer.complete), running=len(st.live), seconds=self.seconds())
         self.log.metrics(step, row)
-        self.log.sample(dict(step=step, id=rollouts[0].id, reward=rollouts[0].reward,
-            text=self.tokenizer.decode([int(t) for t in rollouts[0].token_ids])))
+        first = rollouts[0]
+        words = lambda ids: self.tokenizer.decode([int(t) for t in ids])
+        self.log.sample(dict(step=step, id=first.id, reward=first.reward,
+            prompt=words(first.token_ids[:int(np.argmax(first.loss_mask))]), text=words(first.token_ids)))
         self.show(dict(step=step) | row)
 
     def by_env(self, rollouts:list[Rollout]) -> dict[str, float]: # 'env/what' -> value; empty for one environment
