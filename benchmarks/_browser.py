@@ -46,7 +46,8 @@ def lab(folder:Path): # -> address
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    quiet = ["--ServerApp.token=", "--ServerApp.password=", "--LabApp.news_url=null", "--LabApp.check_for_updates_class="
+    quiet = ["--ServerApp.token=", "--ServerApp.password=", "--LabApp.news_url=null",
+             "--LabApp.check_for_updates_class="
              "jupyterlab.NeverCheckForUpdate", "--ServerApp.log_level=ERROR"]
     settings = folder/".settings"
     for name, text in (("apputils-extension/notification", '{"fetchNews": "false", "checkForUpdates": false}'),

@@ -1,17 +1,16 @@
-"""The panels as a hand meets them: JupyterLab in a real Chromium, every notebook of nbs/14_panels run, every control moved twice by keyboard, and what the page shows compared with what the package computes.
+"""The panels as a hand meets them: JupyterLab in a real Chromium, every control moved, and page and package compared.
 
-The picture must be the same bytes, its text alternative and its line of code the same text; no error in a cell or in the console, nothing wider
-than a telephone.
+Every notebook of nbs/14_panels with a panel is run, every control is moved twice by keyboard. The picture must then be the
+same bytes that the package computes, its text alternative and its line of code the same text; no error in a cell or in the console, and
+nothing wider than a telephone.
 
     moe-rl bench panels                 screenshots go to runs/screens
     moe-rl bench panels Loss Packing    only these
 """
 import base64
-import html
 import json
 import re
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,8 +27,8 @@ PHONE = dict(width=390, height=844)
 
 # What a panel shows: the bytes of its picture, the texts, and the mistake that it names.
 SHOWN = """panel => { const of = s => panel.querySelector(s)
-    return {source: of('figure img')?.src ?? '', alt: of('figure img')?.alt ?? '', said: of('figcaption')?.textContent ?? '',
-        code: of('pre')?.textContent ?? '', problem: of('[role=alert]')?.textContent ?? ''} }"""
+    return {source: of('figure img')?.src ?? '', alt: of('figure img')?.alt ?? '',
+        said: of('figcaption')?.textContent ?? '', code: of('pre')?.textContent ?? '', problem: of('[role=alert]')?.textContent ?? ''} }"""
 
 def notebooks() -> dict[str, tuple[str, type]]: # name of a panel -> notebook, class
     "The panels with controls, and the notebooks that show them."
@@ -43,20 +42,23 @@ def notebooks() -> dict[str, tuple[str, type]]: # name of a panel -> notebook, c
 def value_of(control, box):
     "What a control in the page says, as Python has it."
     match control:
-        case Slide(): return {control.show(v): v for v in control.values}[box.locator(".widget-readout").inner_text().strip()]
+        case Slide(): return {control.show(v): v
+            for v in control.values}[box.locator(".widget-readout").inner_text().strip()]
         case Pick(): return {str(v): v for v in control.values}[box.locator("select").input_value()]
         case Tick(): return box.locator("input").is_checked()
         case Write(): return box.locator("input").input_value()
 
 def move(page, control, box, turn:int):
     "Move a control once, by keyboard alone."
-    target = box.locator(".noUi-handle" if isinstance(control, Slide) else "select" if isinstance(control, Pick) else "input")
+    target = box.locator(".noUi-handle" if isinstance(control, Slide) else "select" if isinstance(control, Pick)
+        else "input")
     if target.evaluate("e => e.tabIndex") < 0: raise AssertionError("the tabulator key does not reach it")
     target.focus()
     match control:
         case Slide():
             at = control.values.index(value_of(control, box))
-            page.keyboard.press("ArrowRight" if (at + 1 < len(control.values)) != (turn == 1 and at > 0) else "ArrowLeft")
+            page.keyboard.press("ArrowRight" if (at + 1 < len(control.values)) != (turn == 1 and at > 0)
+                else "ArrowLeft")
         case Pick(): page.keyboard.press("ArrowRight" if value_of(control, box) != control.values[-1] else "ArrowLeft")
         case Tick(): page.keyboard.press("Space")
         case Write():
@@ -82,7 +84,8 @@ def differs(box, panel, values:dict, seconds:float=40.) -> str: # empty: the pag
                 said=shown["said"] == text, code=shown["code"] == code, problem=shown["problem"] == "")
             bad = [k for k, ok in same.items() if not ok]
         if not bad: return ""
-        if time.monotonic() > end: return f"{panel.__name__}({values}): {', '.join(bad)} differ: {shown['said'][:120]!r}"
+        if time.monotonic() > end:
+            return f"{panel.__name__}({values}): {', '.join(bad)} differ: {shown['said'][:120]!r}"
         time.sleep(.1)
 
 def journey(page, name:str, panel) -> tuple[int, list[str]]: # interactions, errors
@@ -116,7 +119,8 @@ def narrow(page, name:str) -> list[str]: # errors
     over = box.evaluate("e => e.scrollWidth - e.clientWidth")
     wide = box.locator("figure img").first.evaluate("e => e.getBoundingClientRect().width")
     page.set_viewport_size(dict(width=1280, height=1000))
-    return [f"{name}: {over} pixels wider than a telephone has room for"]*(over > 1) + [f"{name}: its picture is {wide:.0f} pixels wide on "
+    return [f"{name}: {over} pixels wider than a telephone has room for"]*(over
+        > 1) + [f"{name}: its picture is {wide:.0f} pixels wide on "
         "a telephone"]*(wide < 200)
 
 def cell_errors(page) -> list[str]:

@@ -237,14 +237,17 @@ COMMANDS = dict(run=(cmd_run, RUN, "warm start, asynchronous RL, evaluation, rep
                 upcycle=(cmd_upcycle, "upcycle FOLDER [--experts 8] [--top-k 2] [--out FOLDER] [--noise 3e-7] [--seed "
                                       "0]",
                                       "a Mixtral of a dense Llama-type checkpoint, with the same answers at first"),
-                gguf=(cmd_gguf, "gguf [FILE.gguf] [--out FOLDER]", "a Hugging Face folder of a GGUF file; without one, of "
+                gguf=(cmd_gguf, "gguf [FILE.gguf] [--out FOLDER]",
+                                                                   "a Hugging Face folder of a GGUF file; without "
+                                                                   "one, of "
                                                                    "SmolLM2-135M-Instruct"),
                 profile=(cmd_profile, "profile FOLDER [--env NAME,NAME] [--prompts 256] [--routes FILE.npz]",
                     "which experts a model uses on which task"),
                 calibrate=(cmd_calibrate, "calibrate FOLDER [--env NAME,NAME] [--prompts 512] [--held-out 128] "
                     "[--max-kl .01] [--max-drop .01]", "what FP8 does to a model, on worked problems of a task"),
                 export=(cmd_export, "export FOLDER --fp8 [--out FOLDER] [--env NAME,NAME] [--held-out 128] "
-                    "[--max-kl .01] [--max-drop .01] [--overwrite]", "the model in block FP8, which vLLM serves, if that changes little"),
+                    "[--max-kl .01] [--max-drop .01] [--overwrite]",
+                    "the model in block FP8, which vLLM serves, if that changes little"),
                 plan=(cmd_plan, "plan SETUP.toml [--why] [--json] [--run FOLDER]",
                     "nodes, split, layouts, seconds and dollars of a run, before you rent"),
                 simulate=(cmd_simulate, "simulate SETUP.toml [--steps N] [--seed N] [--picture FILE.png] [--json]",

@@ -116,7 +116,8 @@ HEALTH = ("loss", "entropy", "mismatch_kl", "max_vio", "staleness", "utilisation
 def draw_progress(runs:list[RunData]) -> Figure:
     "Held-out grades and rewards, over steps and over minutes."
     figure, panels = sheet(2, 2, 2.1)
-    for ax, (metric, minutes) in zip(panels, ((HELD_OUT, False), (HELD_OUT, True), ("reward", False), ("reward", True))):
+    for ax, (metric, minutes) in zip(panels, ((HELD_OUT, False), (HELD_OUT, True), ("reward", False),
+            ("reward", True))):
         draw_metric(ax, grouped(runs), metric, minutes)
     return with_key(figure, panels)
 
@@ -164,5 +165,6 @@ def write_comparison(folders:list[str|Path]) -> Path: # the page
             draw_progress(runs).savefig(target/"compare_learning.png")
             draw_signs(runs).savefig(target/"compare_health.png")
         (target/"compare.md").write_text(compare_page(runs), encoding="utf-8")
-    except OSError as e: raise UserError(f"cannot write {target}: {e.strerror}: free space; the runs are complete") from None
+    except OSError as e:
+        raise UserError(f"cannot write {target}: {e.strerror}: free space; the runs are complete") from None
     return target/"compare.md"

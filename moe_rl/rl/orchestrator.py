@@ -266,7 +266,8 @@ class Playing(Issuing):
     async def play(self, lane:int, group:int, index:int, task, name:int|None=None) -> Rollout:
         "One conversation with an engine; `name` is the first part of its requests' ids."
         guard = self.guard if lane == TRAIN else self.judge
-        return await converse(self.s, guard, task, self.tokenizer, self.pool.generate, self.longest, lane, group, index, name)
+        return await converse(self.s, guard, task, self.tokenizer, self.pool.generate, self.longest, lane, group, index,
+            name)
 
 # %% ../../nbs/05_rl/08_orchestrator.ipynb #0ac10006
 class Records(Playing):
