@@ -161,7 +161,8 @@ class EnvSection(Section):
 
 # %% ../nbs/00_start/03_config.ipynb #0b5cf93c
 class WarmStartSection(Section):
-    "Supervised warm start on solved examples of the environment."
+    "Supervised warm start on solved examples of the environment, or on conversations of a file."
+    data: Folder = Field("", description="a JSONL of conversations (messages) to learn from; empty: solved examples of the environment")
     seconds: NotNegative = Field(85.0, description="time limit; 0: no warm start")
     steps: Natural = Field(0, description="when > 0: exactly so many steps, no clock and no probe (deterministic)")
     stop_at: Share = Field(0.03, description="stop when sampled answers to fresh problems are so far from the best "

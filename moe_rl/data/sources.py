@@ -8,7 +8,6 @@ __all__ = ['ROLES', 'PAIRS', 'read_lines', 'messages_of', 'talk_example', 'talk_
 # %% ../../nbs/02_data/04_sources.ipynb #e29dcd92
 import json
 from pathlib import Path
-from typing import Any
 from .tokens import Tokenizer, says
 from ..errors import UserError
 from ..records import Example

@@ -20,6 +20,7 @@ from ..config import Settings, load_settings, to_toml
 from ..errors import StorageError, UserError, replace_file
 from ..launch import Job, Launcher, open_launcher
 from ..records import encode
+from ..data.sources import messages_of, read_lines as read_rows
 from ..data.tokens import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from ..moe.checkpoint import check_pretrained, check_vocabulary
 from ..moe.spec import ModelSpec
@@ -81,6 +82,8 @@ def launcher_of(s:Settings) -> Launcher:
 def check_first(s:Settings):
     "What costs nothing: raise `UserError` for a device, a launcher, an engine, an advantage or a loss that is not there."
     device_of(s)
+    if s.warm_start.data:
+        for where, row in read_rows(s.warm_start.data): messages_of(row, where)
     launcher_of(s).close()
     engine_maker(s.engine.kind, s.engine.params)
     advantage.resolve(s.rl.advantage)

@@ -242,5 +242,5 @@ def fit(
     auto(s.schedule, 'env_timeout', max(10.0, math.ceil(20*max(p.slowest for p in profiles))))
     auto(s.eval, 'prompts', sum(len(p.held_out) for p in profiles))
     for section, p in zip(s.env, profiles): auto(section, 'held_out', p.share)
-    if not all(p.answered for p in profiles): s.warm_start.seconds, s.warm_start.steps = 0.0, 0
+    if not (s.warm_start.data or all(p.answered for p in profiles)): s.warm_start.seconds, s.warm_start.steps = 0.0, 0
     return s, sizes
