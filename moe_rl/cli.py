@@ -46,7 +46,7 @@ def say(text:str) -> None:
     except OSError: pass
 
 # %% ../nbs/06_app/04_cli.ipynb #46a8cc30
-RUN = ("run [--config FILE.toml] [--KEY VALUE ...] [--dry-run] | run --resume FOLDER [--step N] | run --extend FOLDER "
+RUN = ("run [--config FILE.toml] [--KEY VALUE ...] [--slurm] [--dry-run] | run --resume FOLDER [--step N] | run --extend FOLDER "
        "--rl.steps N ...")
 
 def run_folder(name:str) -> Path:
@@ -98,6 +98,7 @@ def cmd_run(args:list[str]) -> int:
     s, resume, flags = run_settings(args)
     if flags["print_config"]: print(to_toml(s), end=""); return 0
     check_names(s)
+    if flags["slurm"]: return load_attribute("moe_rl.scale.slurm:submit")(s, resume, flags["dry_run"], say)
     if flags["dry_run"]: return rehearse(s, resume, flags["step"])
     if s.schedule.deterministic and os.environ.get("PYTHONHASHSEED") != "0":
         if flags.get("extend"): args = ["--resume", s.dir]

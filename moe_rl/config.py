@@ -295,12 +295,12 @@ class ScheduleSection(Section):
     engine_restarts: Natural = Field(5, description="dead engines started again in one run")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
 
-LAUNCHERS = ("local",)
+LAUNCHERS = ("local", "slurm")
 
 class LaunchSection(Section):
     "Where processes are started, and where they find the run."
-    kind: Annotated[str, one_of(LAUNCHERS)] = Field("local", description="local: on this machine; or "
-        '"module:attribute"')
+    kind: Annotated[str, one_of(LAUNCHERS)] = Field("local", description="local: on this machine; "
+        'slurm: on the nodes of a job; or "module:attribute"')
     bind: str = Field("127.0.0.1", min_length=1, description="address on which the run listens; 0.0.0.0: all of "
         "this machine's")
     host: str = Field("auto", min_length=1, description="name by which processes find the run; auto: that of the "
