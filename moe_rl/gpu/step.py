@@ -248,6 +248,13 @@ class StepOutput(NamedTuple):
     logprobs: Tensor         # [T] float32 of the targets, without gradient
     routings: list[Routing]  # of every MoE layer
 
+def _check_pieces(spec):
+    if spec.family != "afmoe":
+        raise ValueError(f"FusedModel: its pieces are AFMoE's, and this model is {spec.family}; use the plain model")
+    if (n := spec.mixtures[0].n_group) > 1:
+        raise ValueError(f"FusedModel: the router's kernel knows no groups of experts, and this model has {n}; use the "
+                         "plain model")
+
 class FusedModel:
     """A plain model's parameters in fused pieces. Loss and gradients are the plain model's, to the rounding of its
     dtype."""
@@ -261,12 +268,7 @@ class FusedModel:
         shared:Callable|None=None, # the products of the shared expert; None: as `linear`
         dtype:torch.dtype|None=None, # of the products; None: that of the embedding
     ):
-        if model.spec.family != "afmoe":
-            raise ValueError(f"FusedModel: its pieces are AFMoE's, and this model is {model.spec.family}; use the "
-                             "plain model")
-        if (n := model.spec.mixtures[0].n_group) > 1:
-            raise ValueError(f"FusedModel: the router's kernel knows no groups of experts, and this model has {n}; "
-                             "use the plain model")
+        _check_pieces(model.spec)
         self.model, self.experts, self.linear = model, experts, linear
         self.attend = attention if isinstance(attention, Attend) else attention_of(attention)
         self.shared = shared or linear

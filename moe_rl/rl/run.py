@@ -41,6 +41,7 @@ from ..rollout.watchdog import Watchdog
 from ..rollout.profile import Lengths, Profile, draw_profile, facts, fit, profile_tokenizer, recall, task_lines, warnings
 from ..train.checkpoint import committed_steps, load_state, step_path, verify
 DONE = 'finished.json' # written last: the model is there
+from ..train.precision import chosen
 
 # %% ../../nbs/05_rl/09_run.ipynb #070e5f07
 def tokenizer_at(folder:str|Path) -> Tokenizer:
@@ -103,6 +104,7 @@ def check(s:Settings, tokenizer:Tokenizer, sizes:dict[str, Lengths]) -> ModelSpe
         check_vocabulary(model, tokenizer.vocab_size, s.model.checkpoint)
     else: model = model_config(s, tokenizer.vocab_size)
     check_balance(model, s)
+    chosen(model, device_of(s), s.train.precision, s.train.forward, s.model.experts)
     for name, size in sizes.items():
         check_prompt(int(np.quantile(size.prompts, .05)), name, s, longest(s, model.max_position_embeddings))
     return model
