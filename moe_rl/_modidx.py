@@ -2471,6 +2471,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'moe_rl/rollout/profile.py'),
                                         'moe_rl.rollout.profile.draw_profile': ( '04_rollout/profile.html#draw_profile',
                                                                                  'moe_rl/rollout/profile.py'),
+                                        'moe_rl.rollout.profile.evaluated': ( '04_rollout/profile.html#evaluated',
+                                                                              'moe_rl/rollout/profile.py'),
                                         'moe_rl.rollout.profile.facts': ('04_rollout/profile.html#facts', 'moe_rl/rollout/profile.py'),
                                         'moe_rl.rollout.profile.fit': ('04_rollout/profile.html#fit', 'moe_rl/rollout/profile.py'),
                                         'moe_rl.rollout.profile.groups_for': ( '04_rollout/profile.html#groups_for',

@@ -268,7 +268,7 @@ class RLSection(Section):
 class EvalSection(Section):
     "Held-out evaluation; its prompts occur in no training prompt."
     prompts: Size = Field(
-        "auto", description="held-out problems; auto: 512, or as many as can be drawn in some seconds")
+        "auto", description="held-out problems; auto: 512, or as many as can be drawn and answered in some seconds")
     every: Natural = Field(0, description="steps between evaluations during RL; 0: only before and after")
     samples: Positive = Field(1, description="answers per prompt (pass@k)")
     temperature: NotNegative = Field(0.0, description="0: greedy")

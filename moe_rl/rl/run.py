@@ -165,6 +165,8 @@ def measured(s:Settings, env:Mixture, said:list[str], show) -> Ready:
         for line in [*task_lines(p, size), *warnings(s, p, size, room)]]
     fits = lambda t: len(tokenizer.render(t.opening)) + s.engine.max_tokens <= room
     kept = {p.env: [(n, t) for n, t in zip(p.numbers, p.held_out) if fits(t)] for p in profiles}
+    if asked == "auto": # no more than an evaluation has time for
+        kept = {name: part[:most] for (name, part), most in zip(kept.items(), env.portions(s.eval.prompts))}
     held = [t for part in kept.values() for _, t in part]
     if asked != 'auto' and len(held) < asked:
         lines.append(f'eval.prompts = {asked}: {len(held)} held-out problems could be had')
