@@ -44,23 +44,24 @@ def value_of(control, box):
     match control:
         case Slide(): return {control.show(v): v
             for v in control.values}[box.locator(".widget-readout").inner_text().strip()]
-        case Pick(): return {str(v): v for v in control.values}[box.locator("select").input_value()]
+        case Pick():
+            said = box.locator("button.mod-active").inner_text().strip()
+            return {str(v): v for v in control.values}[said]
         case Tick(): return box.locator("input").is_checked()
         case Write(): return box.locator("input").input_value()
 
 def move(page, control, box, turn:int):
     "Move a control once, by keyboard alone."
-    target = box.locator(".noUi-handle" if isinstance(control, Slide) else "select" if isinstance(control, Pick)
-        else "input")
+    target = box.locator(".noUi-handle" if isinstance(control, Slide) else "input")
+    if isinstance(control, Pick): target = box.locator("button:not(.mod-active)").nth(turn)
     if target.evaluate("e => e.tabIndex") < 0: raise AssertionError("the tabulator key does not reach it")
     target.focus()
     match control:
         case Slide():
             at = control.values.index(value_of(control, box))
-            page.keyboard.press("ArrowRight" if (at + 1 < len(control.values)) != (turn == 1 and at > 0)
-                else "ArrowLeft")
-        case Pick(): page.keyboard.press("ArrowRight" if value_of(control, box) != control.values[-1] else "ArrowLeft")
-        case Tick(): page.keyboard.press("Space")
+            up = at == 0 if turn else at + 1 < len(control.values)
+            page.keyboard.press("ArrowRight" if up else "ArrowLeft")
+        case Pick() | Tick(): page.keyboard.press("Space")
         case Write():
             page.keyboard.press("Control+a")
             page.keyboard.type(TEXTS[turn % 2])
@@ -150,7 +151,7 @@ def measure(args):
                 wrong += narrow(page, name) + cell_errors(page)
                 moves, bad = moves + n, bad + wrong
                 close_notebook(page)
-                print(f"{name}: {n} moves, {len(wrong)} errors, {time.monotonic() - began:.0f} s", flush=True)
+                print(f"{name}: {n} moves, {len(wrong)} errors, {time.monotonic() - began:.0f} s", *wrong, sep="\n  ", flush=True)
             page.close()
-    for line in bad: print(line)
+    for line in bad: print(line)      # those of the console among them
     return dict(figures=dict(panels=len(panels), interactions=moves, errors=len(bad)))

@@ -1,6 +1,6 @@
 """Panels for a notebook. Each is imported when it is first asked for; only a panel that is shown needs `ipywidgets`."""
 _FROM = dict(Routing="routing", Balance="balance", Eight="fp8", Traffic="traffic", Placing="placement",
-             Packing="packing", Schedule="schedule", Cache="kv", Loss="loss", Live="live")
+             Packing="packing", Schedule="schedule", Cache="kv", Loss="loss", Live="live", Compare="compare")
 __all__ = list(_FROM)
 
 def __getattr__(name):

@@ -68,9 +68,10 @@ class Slide(Control):
 
 @dataclass(frozen=True)
 class Pick(Control):
-    "One of several values without an order."
+    "One of several values without an order: a row of buttons, since JupyterLab takes the arrow keys from a menu."
     values:tuple
-    def widget(self, w): return w.Dropdown(options=list(self.values), value=self.value)
+    def widget(self, w):
+        return w.ToggleButtons(options=list(self.values), value=self.value, style=dict(button_width="auto"))
 
 @dataclass(frozen=True)
 class Tick(Control):

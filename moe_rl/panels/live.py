@@ -234,7 +234,7 @@ class Live:
         self.start, self.stop, self.resume = (w.Button(description=d, tooltip=f"{d} the run in {self.folder}")
             for d in ("start", "stop", "resume"))
         self.words = w.Text(placeholder="words that a sample must have", continuous_update=False)
-        self.reward = w.Dropdown(options=["any", "right", "wrong"])
+        self.reward = w.ToggleButtons(options=["any", "right", "wrong"], style=dict(button_width="auto"))
         for button, act in ((self.start, self.begin), (self.stop, self.halt), (self.resume, self.go_on)):
             button.on_click(lambda _, act=act: self.obey(act))
         for control in (self.words, self.reward): control.observe(lambda _: self.list_samples(), names="value")
