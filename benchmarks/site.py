@@ -1,7 +1,7 @@
-"""The site of docs/build.py: CPU seconds to build it, pages, broken links, weight of its first page, and whether any page asks another machine.
+"""The site of docs/build.py: CPU seconds to build it, pages, broken links, weight of its first page.
 
-Every page is opened in a headless Chromium at 390 pixels and in dark mode: no error in its console, nothing wider than the window, no picture that
-does not load; the search finds a word.
+Every page is opened in a headless Chromium at 390 pixels and in dark mode: no request to another machine, no error in
+its console, nothing wider than the window, no picture that does not load; the search finds a word.
 
     moe-rl bench site           builds into a temporary folder
     moe-rl bench site FOLDER    builds into FOLDER/html and leaves it there

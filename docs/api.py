@@ -1,4 +1,4 @@
-"""The reference: every public name of every module with its signature, comments and docstring, read from the source without importing it."""
+"The reference: public names with signatures, comments and docstrings, read from the source without importing it."
 import ast
 import functools
 import re
@@ -92,7 +92,8 @@ def module_page(module:str) -> str: # Markdown
     "The page of a module."
     path, notebook, title = modules()[module]
     tree, lines = ast.parse(path.read_text()), path.read_text().splitlines()
-    out = ["---", "orphan: true", "---", "", f"# moe_rl.{module}", "", f"> {' '.join((ast.get_docstring(tree) or module).split())}", "",
+    out = ["---", "orphan: true", "---", "", f"# moe_rl.{module}", "",
+        f"> {' '.join((ast.get_docstring(tree) or module).split())}", "",
         f"Explained, built and tested in [{title}](../{notebook.as_posix()}); [all modules](index.md).", ""]
     for node, methods in definitions(tree): out += entry(module, node, methods, lines, notebook)
     return "\n".join(out)

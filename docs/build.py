@@ -1,4 +1,6 @@
-"""The site, offline: `python docs/build.py [OUTPUT]` (docs/_build by default) makes it of nbs/, docs/*.md, moe_rl/ and benchmarks/results/; needs the extra [docs].
+"""The site, offline: `python docs/build.py [OUTPUT]` (docs/_build by default); needs the extra [docs].
+
+It is made of nbs/, docs/*.md, the docstrings of moe_rl/, and benchmarks/results/.
 
 Notebooks are shown with their stored outputs; cells marked `#| hide` and lines with directives are left out."""
 import ast
@@ -35,9 +37,10 @@ def linked(text:str, up:str, done:set) -> str:
     return "".join(p if i % 2 else re.sub(r"(?<!`)`(\w+)`(?!`)", link, p) for i, p in enumerate(parts))
 
 def site_links(text:str) -> str:
-    "Links of a notebook as links of the site: pages of docs/ lie beside the notebooks; what is no page is named without a link."
+    "Links as the site has them: pages of docs/ lie beside the notebooks; what is no page is named without a link."
     text = re.sub(r"\]\((?:\.\./)+docs/(_static/\S+?|\w+\.md(?:#[\w-]+)?)\)", r"](/\1)", text)
-    return re.sub(r"\[([^\]]+)\]\((?:\.\./)+(?:configs|benchmarks|scripts|tests|slurm)?(?:/\S*?|LICENSE)\)", r"\1", text)
+    return re.sub(r"\[([^\]]+)\]\((?:\.\./)+(?:configs|benchmarks|scripts|tests|slurm)?(?:/\S*?|LICENSE)\)", r"\1",
+        text)
 
 def defined(source:str) -> list[str]:
     "Names of the definitions in a cell that is exported."
@@ -99,10 +102,10 @@ def folder_page(folder:str) -> str: # Markdown
 
 def road_cards() -> str: # HTML
     "The three roads as cards."
-    titles = {p.with_suffix("").as_posix(): t for _, p, t, *_ in tables.notebooks()}
     cards = []
-    for who, what, stops in tables.ROADS:
-        items = "".join(f'<li><a href="{s}.html">{html.escape(titles[s])}</a></li>' for s in stops)
+    for who, what, names in tables.ROADS:
+        items = "".join(f'<li><a href="{path.replace(".ipynb", ".html")}">{html.escape(title)}</a></li>'
+            for title, path in tables.stops(names))
         cards.append(f"<section><h3>{who}</h3><p>{html.escape(what)}</p><ol>{items}</ol></section>")
     return f'<div class="roads">{"".join(cards)}</div>'
 

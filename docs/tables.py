@@ -1,4 +1,4 @@
-"Tables that README.md, the index notebook and the pages of docs/ share: made from nbs/ and benchmarks/results/, never typed."
+"Tables that README.md and the pages of docs/ share: made from nbs/ and benchmarks/results/, never typed."
 import ast
 import functools
 import json
@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = { # title, what its notebooks are about
     "00_start": ("Start", "From nothing to a trained model, and the leaves that everything else stands on."),
-    "01_moe": ("Mixture of experts", "Routers, balance, experts and attention; models as records, and their checkpoints."),
+    "01_moe": ("Mixture of experts", "Routers, balance, experts and attention; models as records, and their "
+                                     "checkpoints."),
     "02_data": ("Data", "What stages hand to one another, text as tokens, and sequences packed into budgets."),
     "03_train": ("Training", "Optimisers, objectives, a step, a mesh, checkpoints, and supervised training."),
     "04_rollout": ("Rollouts", "An inference engine, environments, and code of others that is run with care."),
@@ -21,98 +22,103 @@ FOLDERS = { # title, what its notebooks are about
     "14_panels": ("Panels", "The same functions with sliders: look, touch, compare."),
     "90_howto": ("Guides", "One task each, from the question to something that works."),
 }
-ROADS = [ # for whom, what it leads to, notebooks
+ROADS = [ # for whom, what it leads to, notebooks without their numbers
     ("Student", "How a Mixture-of-Experts model works and learns, in ten notebooks.",
-        ["00_start/00_tour", "01_moe/00_routing", "01_moe/01_balance", "01_moe/07_model", "02_data/02_packing",
-            "03_train/01_objective", "04_rollout/02_engine", "05_rl/01_loss", "05_rl/02_replay", "05_rl/08_orchestrator"]),
+        ["00_start/tour", "01_moe/routing", "01_moe/balance", "01_moe/model", "02_data/packing",
+            "03_train/objective", "04_rollout/engine", "05_rl/loss", "05_rl/replay", "05_rl/orchestrator"]),
     ("RL engineer", "A task, a reward and a model of your own, and what to do when nothing is learned.",
-        ["04_rollout/03_environments", "05_rl/00_advantage", "05_rl/01_loss", "00_start/03_config", "05_rl/09_run",
-            "05_rl/11_verdict", "06_app/02_report"]),
+        ["90_howto/environment", "90_howto/reward", "90_howto/loss", "90_howto/tools",
+            "90_howto/not_learning", "05_rl/advantage", "05_rl/orchestrator", "14_panels/live"]),
     ("Cluster engineer", "What a cluster needs and costs, and the parts that make it fast.",
-        ["13_scale/07_plan", "13_scale/00_hardware", "12_ep/01_dispatch", "12_ep/04_placement", "12_ep/08_traffic",
-            "10_gpu/07_step", "11_fp8/05_calibrate"]),
+        ["90_howto/node", "13_scale/plan", "13_scale/parallel", "13_scale/slurm", "12_ep/dispatch",
+            "12_ep/placement", "90_howto/fp8", "90_howto/engine", "90_howto/family"]),
 ]
 
 @functools.cache
 def notebooks() -> list[tuple[str, Path, str, str, str]]: # folder, path below nbs/, title, subtitle, module or ''
     "Every notebook in reading order, by its first cell and its `default_exp`."
     out = []
-    for path in sorted((ROOT/'nbs').glob('*/*.ipynb')):
-        if path.parent.name[0] in '._': continue
-        cells = [''.join(c['source']) for c in json.loads(path.read_text())['cells']]
-        first = re.match(r'# (.+)\n+> (.+)', cells[0].strip())
+    for path in sorted((ROOT/"nbs").glob("*/*.ipynb")):
+        if path.parent.name[0] in "._": continue
+        cells = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"]]
+        first = re.match(r"# (.+)\n+> (.+)", cells[0].strip())
         if not first: raise SystemExit(f'{path}: the first cell has no "# Title" and "> subtitle"')
-        module = next((m[1] for c in cells if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', c, re.M))), '')
-        out.append((path.parent.name, path.relative_to(ROOT/'nbs'), first[1], first[2], module))
+        module = next((m[1] for c in cells if (m := re.search(r"^#\|\s*default_exp\s+(\S+)", c, re.M))), "")
+        out.append((path.parent.name, path.relative_to(ROOT/"nbs"), first[1], first[2], module))
     return out
 
-def notebook_table(link:str='{}') -> str: # Markdown
+def notebook_table(link:str="{}") -> str: # Markdown
     "All notebooks, by folder; `link` makes a target of a path below nbs/."
-    rows, last = ['| notebook | what it is about | module |', '|---|---|---|'], None
+    rows, last = ["| notebook | what it is about | module |", "|---|---|---|"], None
     for folder, path, title, subtitle, module in notebooks():
-        if folder != last: rows.append(f'| **{FOLDERS[folder][0]}** | | |')
+        if folder != last: rows.append(f"| **{FOLDERS[folder][0]}** | | |")
         last = folder
-        about = subtitle.rstrip('.').replace('|', r'\|')
+        about = subtitle.rstrip(".").replace("|", r"\|")
         rows.append(f'| [{title}]({link.format(path.as_posix())}) | {about} | {f"`{module}`" if module else ""} |')
-    return '\n'.join(rows)
+    return "\n".join(rows)
+
+def stops(names:list[str]) -> list[tuple[str, str]]: # title, path below nbs/
+    "Notebooks of a road, whatever their numbers are."
+    have = {(folder, re.sub(r"^\d+_", "", path.stem)): (title, path.as_posix())
+        for folder, path, title, *_ in notebooks()}
+    if gone := [n for n in names if tuple(n.split("/")) not in have]:
+        raise SystemExit(f"docs/tables.py: no notebook {', '.join(gone)} for a road")
+    return [have[tuple(n.split("/"))] for n in names]
 
 def roads() -> str: # Markdown
     "The three roads, a line each."
-    have, rows = {p.with_suffix("").as_posix(): t for _, p, t, *_ in notebooks()}, []
-    for who, what, stops in ROADS:
-        if gone := [s for s in stops if s not in have]: raise SystemExit(f"{who}: no notebook {', '.join(gone)}")
-        rows.append(f"- **{who}.** {what} {', '.join(f'[{have[s]}]({s}.ipynb)' for s in stops)}.")
-    return "\n".join(rows)
+    return "\n".join(f"- **{who}.** {what} " + ", ".join(f"[{t}]({p})" for t, p in stops(names)) + "."
+        for who, what, names in ROADS)
 
-def records(name:str='*') -> list[dict]:
+def records(name:str="*") -> list[dict]:
     "Recorded figures, by name and machine."
-    return [json.loads(p.read_text()) for p in sorted((ROOT/'benchmarks'/'results').glob(f'{name}/*.json'))]
+    return [json.loads(p.read_text()) for p in sorted((ROOT/"benchmarks"/"results").glob(f"{name}/*.json"))]
 
 def about(name:str) -> str:
     "First sentence of the docstring of a bench."
-    text = ast.get_docstring(ast.parse((ROOT/'benchmarks'/f'{name}.py').read_text())) or name
-    return ' '.join(text.split('\n\n')[0].split())
+    text = ast.get_docstring(ast.parse((ROOT/"benchmarks"/f"{name}.py").read_text())) or name
+    return " ".join(text.split("\n\n")[0].split())
 
 def number(x) -> str:
     "A figure as a reader wants it: four digits that count."
-    if isinstance(x, list): return ', '.join(map(number, x))
-    if isinstance(x, bool) or x is None: return {True: 'yes', False: 'no', None: '-'}[x]
-    if isinstance(x, int) or (isinstance(x, float) and x.is_integer() and abs(x) < 1e6): return f'{int(x):,}'
-    return f'{x:.4g}' if isinstance(x, float) else str(x)
+    if isinstance(x, list): return ", ".join(map(number, x))
+    if isinstance(x, bool) or x is None: return {True: "yes", False: "no", None: "-"}[x]
+    if isinstance(x, int) or (isinstance(x, float) and x.is_integer() and abs(x) < 1e6): return f"{int(x):,}"
+    return f"{x:.4g}" if isinstance(x, float) else str(x)
 
 # What README.md shows of each bench, in words. A line whose figure is not recorded is left out.
 HEADLINES = [
-    ('main_job', 'reward_before', 'held-out words spelled backward exactly, after the warm start'),
-    ('main_job', 'reward_after', 'the same after asynchronous RL'),
-    ('main_job', 'control_after', 'the same with a learning rate of 0'),
-    ('main_job', 'minutes', 'minutes of the whole command, on two CPU cores'),
-    ('async_ratio', 'ratio', 'time to 0.9 exact, synchronous over asynchronous'),
-    ('chaos', 'kills', 'SIGKILL, SIGTERM and SIGSTOP in every phase, each run resumed to its end'),
-    ('chaos', 'lost', 'rollouts that vanished there without a counted reason'),
-    ('determinism', 'resumed_equal', 'a run that was killed and resumed, again and again, equals one that was not, '
-                                     'bit for bit'),
-    ('families', 'worst_logprob', "largest difference of a log-probability to transformers', six families of models"),
-    ('engine', 'ratio_vllm', 'tokens/s of the embedded engine over vLLM on the same CPU'),
-    ('mfu', 'ratio_titan', "whole training step, tokens/s over compiled torchtitan's"),
-    ('mfu', 'mfu', 'the same, model FLOPs utilisation'),
-    ('moe_layer', 'ratio_titan', "bf16 MoE layer, speed over torchtitan's"),
-    ('moe_layer', 'ratio_fp8', 'the same layer in FP8, speed over our bf16'),
-    ('route_placement', 'load_ratio', 'load of the fullest GPU: experts placed for past batches over placed for the '
-                                      'batch'),
+    ("main_job", "reward_before", "held-out words spelled backward exactly, after the warm start"),
+    ("main_job", "reward_after", "the same after asynchronous RL"),
+    ("main_job", "control_after", "the same with a learning rate of 0"),
+    ("main_job", "minutes", "minutes of the whole command, on two CPU cores"),
+    ("async_ratio", "ratio", "time to 0.9 exact, synchronous over asynchronous"),
+    ("chaos", "kills", "SIGKILL, SIGTERM and SIGSTOP in every phase, each run resumed to its end"),
+    ("chaos", "lost", "rollouts that vanished there without a counted reason"),
+    ("determinism", "resumed_equal", "a run that was killed and resumed, again and again, equals one that was not, "
+                                     "bit for bit"),
+    ("families", "worst_logprob", "largest difference of a log-probability to transformers', six families of models"),
+    ("engine", "ratio_vllm", "tokens/s of the embedded engine over vLLM on the same CPU"),
+    ("mfu", "ratio_titan", "whole training step, tokens/s over compiled torchtitan's"),
+    ("mfu", "mfu", "the same, model FLOPs utilisation"),
+    ("moe_layer", "ratio_titan", "bf16 MoE layer, speed over torchtitan's"),
+    ("moe_layer", "ratio_fp8", "the same layer in FP8, speed over our bf16"),
+    ("route_placement", "load_ratio", "load of the fullest GPU: experts placed for past batches over placed for the "
+                                      "batch"),
 ]
 
 def learning_picture() -> str: # SVG
-    "Curves of the recorded main job: held-out share of exact answers over minutes of RL, beside the run that cannot learn."
-    figures = records('main_job')[0]['figures']
-    curves = [(figures.get('control_curve', []), '#8a8a8a', 'learning rate 0'),
-        (figures.get('curve', []), '#2f7fd6', 'asynchronous RL')]
+    "The recorded main job: held-out share of exact answers over minutes of RL, beside the run that cannot learn."
+    figures = records("main_job")[0]["figures"]
+    curves = [(figures.get("control_curve", []), "#8a8a8a", "learning rate 0"),
+        (figures.get("curve", []), "#2f7fd6", "asynchronous RL")]
     width, height, left, top, right, bottom = 640, 246, 44, 12, 120, 40
     last = max((minute for curve, *_ in curves for minute, _ in curve), default=1.)
     x = lambda minute: left + minute/last*(width - left - right)
     y = lambda share: height - bottom - share*(height - top - bottom)
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
            'font-size="12" fill="#8a8a8a" role="img">',
-           '<title>Share of held-out problems answered exactly, over minutes of reinforcement learning</title>']
+           "<title>Share of held-out problems answered exactly, over minutes of reinforcement learning</title>"]
     for share in (0, .25, .5, .75, 1):
         out += [f'<path d="M{left} {y(share):.1f}H{width - right}" stroke="#8a8a8a" stroke-opacity=".3"/>',
             f'<text x="{left - 8}" y="{y(share) + 4:.1f}" text-anchor="end">{share:g}</text>']
@@ -125,15 +131,15 @@ def learning_picture() -> str: # SVG
         out += [f'<polyline fill="none" stroke="{colour}" stroke-width="2.5" '
                 f'points="{" ".join(f"{x(m):.1f},{y(s):.1f}" for m, s in curve)}"/>',
                 f'<text x="{x(curve[-1][0]) + 8:.1f}" y="{y(curve[-1][1]) + 4:.1f}" fill="{colour}">{name}</text>']
-    return '\n'.join([*out, '</svg>', ''])
+    return "\n".join([*out, "</svg>", ""])
 
 def headline_table() -> str: # Markdown
     "The recorded figures that README.md shows."
     have = {}
-    for r in records(): have.setdefault(r['name'], []).append(r)
+    for r in records(): have.setdefault(r["name"], []).append(r)
     rows = [f'| {text} | {number(r["figures"][key])} | {r["machine"]} | `{r["command"]}` |'
-            for name, key, text in HEADLINES for r in have.get(name, []) if key in r['figures']]
-    return '\n'.join(['| figure | value | machine | command |', '|---|---|---|---|', *rows])
+            for name, key, text in HEADLINES for r in have.get(name, []) if key in r["figures"]]
+    return "\n".join(["| figure | value | machine | command |", "|---|---|---|---|", *rows])
 
 def spark(points:list, width:int=220, height:int=40) -> str: # SVG
     "A curve as small as a word."
@@ -161,7 +167,8 @@ def record_section(r:dict) -> list[str]: # lines of Markdown
 
 def results_page() -> str: # Markdown
     "Every recorded figure, with machine, versions, date, commit and command."
-    out = ["# Results", "", "Read from `benchmarks/results/`; each table is one run of the command under it. To measure on "
+    out = ["# Results", "", "Read from `benchmarks/results/`; each table is one run of the command under it. To "
+                            "measure on "
         "your own machine and keep it: the same command with `--record`.", ""]
     last = None
     for r in records():

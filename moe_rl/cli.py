@@ -46,7 +46,7 @@ def say(text:str) -> None:
     except OSError: pass
 
 # %% ../nbs/06_app/04_cli.ipynb #46a8cc30
-RUN = ("run [--config FILE.toml] [--KEY VALUE ...] [--dry-run] | run --resume FOLDER [--step N] | run --extend FOLDER "
+RUN = ("run [--config FILE.toml] [--KEY VALUE ...] [--slurm] [--dry-run] | run --resume FOLDER [--step N] | run --extend FOLDER "
        "--rl.steps N ...")
 
 def run_folder(name:str) -> Path:
@@ -98,6 +98,7 @@ def cmd_run(args:list[str]) -> int:
     s, resume, flags = run_settings(args)
     if flags["print_config"]: print(to_toml(s), end=""); return 0
     check_names(s)
+    if flags["slurm"]: return load_attribute("moe_rl.scale.slurm:submit")(s, resume, flags["dry_run"], say)
     if flags["dry_run"]: return rehearse(s, resume, flags["step"])
     if s.schedule.deterministic and os.environ.get("PYTHONHASHSEED") != "0":
         if flags.get("extend"): args = ["--resume", s.dir]
@@ -137,16 +138,17 @@ def cmd_sft(args:list[str]) -> int:
     from moe_rl.moe.checkpoint import save_pretrained
     from moe_rl.rl.log import claim
     from moe_rl.display import Ticker
-    from moe_rl.rl.run import make_ready
+    from moe_rl.rl.run import check_first, make_ready, tokenizer_at
     from moe_rl.rl.trainer import build_model
     from moe_rl.rl.workers import prepare, warm_start
     from moe_rl.train.precision import working
-    ready = make_ready(s)
-    s, tokenizer, folder = ready.settings, ready.tokenizer, Path(s.dir)
+    env, folder = None, Path(s.dir)
+    if s.warm_start.data and s.model.checkpoint: check_first(s); tokenizer = tokenizer_at(s.model.checkpoint)
+    else: s, env, tokenizer, *_ = make_ready(s)
     lock = claim(folder, s, resume=False)
     model = build_model(s, tokenizer.vocab_size).to(prepare(s))
     work = working(model, s.train.precision, s.train.forward, s.model.experts)
-    with lock, Ticker(s.dir) as alive: report = warm_start(model, tokenizer, ready.env, s, alive, work)
+    with lock, Ticker(s.dir) as alive: report = warm_start(model, tokenizer, env, s, alive, work)
     save_pretrained(model, folder/"model", extra_files=tokenizer.save)
     say(json.dumps(report))
     return 0
@@ -229,7 +231,7 @@ def cmd_export(args:list[str]) -> int:
 
 # %% ../nbs/06_app/04_cli.ipynb #90f1c0c7
 COMMANDS = dict(run=(cmd_run, RUN, "warm start, asynchronous RL, evaluation, report"),
-                sft=(cmd_sft, SFT, "the warm start alone; model in DIR/model"),
+                sft=(cmd_sft, SFT, "the warm start alone, or a JSONL of conversations; model in DIR/model"),
                 eval=(cmd_eval, EVAL, "held-out pass@k of a model"),
                 report=(cmd_report, "report FOLDER [FOLDER ...]", "report/report.md of a run in any state; of several, "
                     "report/compare.md of what differs"),

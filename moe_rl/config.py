@@ -161,7 +161,8 @@ class EnvSection(Section):
 
 # %% ../nbs/00_start/03_config.ipynb #0b5cf93c
 class WarmStartSection(Section):
-    "Supervised warm start on solved examples of the environment."
+    "Supervised warm start on solved examples of the environment, or on conversations of a file."
+    data: Folder = Field("", description="a JSONL of conversations (messages) to learn from; empty: solved examples of the environment")
     seconds: NotNegative = Field(85.0, description="time limit; 0: no warm start")
     steps: Natural = Field(0, description="when > 0: exactly so many steps, no clock and no probe (deterministic)")
     stop_at: Share = Field(0.03, description="stop when sampled answers to fresh problems are so far from the best "
@@ -267,7 +268,7 @@ class RLSection(Section):
 class EvalSection(Section):
     "Held-out evaluation; its prompts occur in no training prompt."
     prompts: Size = Field(
-        "auto", description="held-out problems; auto: 512, or as many as can be drawn in some seconds")
+        "auto", description="held-out problems; auto: 512, or as many as can be drawn and answered in some seconds")
     every: Natural = Field(0, description="steps between evaluations during RL; 0: only before and after")
     samples: Positive = Field(1, description="answers per prompt (pass@k)")
     temperature: NotNegative = Field(0.0, description="0: greedy")
@@ -294,12 +295,12 @@ class ScheduleSection(Section):
     engine_restarts: Natural = Field(5, description="dead engines started again in one run")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
 
-LAUNCHERS = ("local",)
+LAUNCHERS = ("local", "slurm")
 
 class LaunchSection(Section):
     "Where processes are started, and where they find the run."
-    kind: Annotated[str, one_of(LAUNCHERS)] = Field("local", description="local: on this machine; or "
-        '"module:attribute"')
+    kind: Annotated[str, one_of(LAUNCHERS)] = Field("local", description="local: on this machine; "
+        'slurm: on the nodes of a job; or "module:attribute"')
     bind: str = Field("127.0.0.1", min_length=1, description="address on which the run listens; 0.0.0.0: all of "
         "this machine's")
     host: str = Field("auto", min_length=1, description="name by which processes find the run; auto: that of the "

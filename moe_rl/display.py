@@ -73,7 +73,7 @@ class Display:
         self.title, self.steps, self.every = title, steps, every
         self.console = console or Console(file=Screen())
         self.row, self.history, self.evals, self.phase, self.doing, self.noted = {}, {}, [], "starting", "", -math.inf
-        self.started = time.monotonic()
+        self.started = self.told = time.monotonic()
         live = dict(get_renderable=self.table, refresh_per_second=2, transient=False)
         self.live = Live(console=self.console, **live) if self.console.is_terminal else None
 
@@ -101,10 +101,11 @@ class Display:
             text, self.noted = f"{self.title}: {self.phase}: {row['doing']}", time.monotonic()
         elif "prompts" in row:
             text = f"evaluation of {versions(row)}: {graded(row)}"
-        elif row["step"] % self.every and row["step"] != self.steps: return
+        elif row["step"] % self.every and row["step"] != self.steps and time.monotonic() - self.told < 15: return
         else:
             text = f"step {row['step']:4}  " + "  ".join(f"{name} {row[k]:{fmt}}" for k, name, fmt in ROWS if k in row)
-        say(self.console, f"[{time.monotonic() - self.started:6.1f} s] {text}")
+        self.told = time.monotonic()
+        say(self.console, f"[{self.told - self.started:6.1f} s] {text}")
 
     def table(self) -> Group:
         "The live picture, no higher than the terminal."

@@ -103,7 +103,7 @@ class Local:
         self.handles = []
 
 # %% ../nbs/00_start/05_launch.ipynb #959f050f
-LAUNCHERS = dict(local="moe_rl.launch:Local")
+LAUNCHERS = dict(local="moe_rl.launch:Local", slurm="moe_rl.scale.slurm:Slurm")
 
 def address(
     bind:str,

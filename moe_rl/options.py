@@ -44,6 +44,7 @@ def fill(p:argparse.ArgumentParser, command:str) -> argparse.ArgumentParser: # c
     if command == "run":
         p.add_argument("--dry-run", action="store_true", help="check everything that can be checked without starting, "
             "and end")
+        p.add_argument("--slurm", action="store_true", help="as a job of Slurm; with --dry-run the script is shown")
         for name, what in RUN: p.add_argument(name, metavar="FOLDER", help=what)
         p.add_argument("--step", type=int, metavar="N", help="with --resume: go on from the checkpoint of this step, "
             "not from the newest")
@@ -106,7 +107,7 @@ def read_command_line(
     args = [re.sub(r"^--[^=]*\.[^=]*", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in args]
     given, rest = parser_of(command, usage).parse_known_args(args)
     given = vars(given)
-    flags = {k: given.pop(k) for k in ("print_config", "dry_run", "resume", "extend", "step") if k in given}
+    flags = {k: given.pop(k) for k in ("print_config", "dry_run", "slurm", "resume", "extend", "step") if k in given}
     files = given.pop("config", None) or []
     given = {k: v[-1] if isinstance(v, list) else v for k, v in given.items() if v is not None}
     environment = from_environment(os.environ if environ is None else environ)

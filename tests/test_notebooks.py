@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 HOUSE = ROOT/"tests"/"house.json"
 NOTEBOOKS = sorted((ROOT/"nbs").glob("*/[0-9]*.ipynb"))
-CODE = ["moe_rl", "nbs", "tests", "benchmarks", "docs"]
+CODE = ["moe_rl/__init__.py", "nbs", "tests", "benchmarks", "docs"] # other modules are made of nbs/
 
 def name_of(path): return path.relative_to(ROOT/"nbs").with_suffix("").as_posix()
 def cells_of(path): return json.loads(path.read_text())["cells"]
@@ -120,7 +120,9 @@ def test_rules_notice(tmp_path, monkeypatch):
     for name in ("00_a", "00_b"):
         (folder/f"{name}.ipynb").write_text(json.dumps(dict(cells=[export]*3 + [whole], metadata={}, nbformat=4,
             nbformat_minor=5)))
-    for folder in CODE: (tmp_path/folder).mkdir(exist_ok=True)
+    for folder in CODE[1:]: (tmp_path/folder).mkdir(exist_ok=True)
+    (tmp_path/"moe_rl").mkdir()
+    (tmp_path/"moe_rl"/"__init__.py").touch()
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     monkeypatch.setitem(globals(), "NOTEBOOKS", sorted((tmp_path/"nbs").glob("*/[0-9]*.ipynb")))
     assert [r.__name__ for r in RULES if not r()] == []

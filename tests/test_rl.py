@@ -459,7 +459,7 @@ def test_exactly_once_check_catches_a_duplicate(monkeypatch):
     for i in (0, 1): b.add(rollout(0, i, float(i)))
     assert b.add(rollout(0, 1)) == 'duplicate' and b.duplicates == 1
     assert [r.id for g in b.take(1, 1) for r in g.rollouts] == ['0-0', '0-1']
-    monkeypatch.setattr(Buffer, '_expected', lambda self, g, i: True) # the bug: requeued rollouts are taken twice
+    monkeypatch.setattr(Buffer, '_expected', lambda self, g, i: self.ledger.row(g)) # the bug: requeued rollouts are taken twice
     with pytest.raises(ValueError, match='rollout 0-1: is taken, cannot become pending'): b.add(rollout(0, 1))
 
 def test_staleness_bound_catches_an_off_by_one(monkeypatch):

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['lognormal_lengths', 'LengthProfile', 'fewest_bins', 'next_fit_decreasing', 'first_fit_decreasing', 'best_subset',
-           'fill_bins', 'pack', 'utilisation', 'batch_token_budget', 'sequence_flops', 'longest_first', 'imbalance',
-           'refine', 'balance']
+           'fill_bins', 'pack', 'utilisation', 'Fill', 'batch_token_budget', 'sequence_flops', 'longest_first',
+           'imbalance', 'refine', 'balance']
 
 # %% ../../nbs/02_data/02_packing.ipynb #760ae691
 import heapq, math, warnings
 from bisect import bisect_left
+from collections import deque
 from dataclasses import dataclass
 import numpy as np
 from ..moe.spec import ModelSpec, forward_flops
@@ -154,6 +155,24 @@ def utilisation(
         warnings.warn(f'utilisation {share:.0%}: {len(bins)} micro-batches of {budget} tokens are mostly empty; lower '
                       'the token budget or raise the batch size', stacklevel=2)
     return share
+
+# %% ../../nbs/02_data/02_packing.ipynb #f1110002
+class Fill:
+    "How full the token budget of the last steps was."
+    STEPS, ENOUGH = 20, .7
+    def __init__(self): self.shares, self.said = deque(maxlen=self.STEPS), False
+
+    def add(self,
+        share:float, # `utilisation` of a step
+        budget:int   # rows of a micro-batch
+    )->str:          # a line for the user, once; else empty
+        "Count a step."
+        self.shares.append(share)
+        mean = sum(self.shares)/len(self.shares)
+        if self.said or len(self.shares) < self.STEPS or mean >= self.ENOUGH: return ""
+        self.said = True
+        return (f"micro-batches were {mean:.0%} full over the last {self.STEPS} steps: rl.tokens_per_batch = {budget} is "
+            f"more than they need, {max(1, math.ceil(1.1*mean*budget/256))*256} would do, or raise rl.groups_per_step")
 
 # %% ../../nbs/02_data/02_packing.ipynb #00e61384
 def batch_token_budget(

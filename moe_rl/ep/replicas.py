@@ -54,8 +54,7 @@ def fill_quotas(
 
 # %% ../../nbs/12_ep/05_replicas.ipynb #0788eb50
 class SlotChoice:
-    """Chooses a slot for every (token, expert) of one layer: quotas by share, tokens that come to a node anyway first.
-    Deterministic; rounding is spread over calls."""
+    "A slot for every (token, expert) of a layer: quotas by share, who comes to a node anyway first; deterministic."
     def __init__(self,
         place:Placement,
         layer:int, # index among the MoE layers

@@ -34,7 +34,7 @@ def examples(
     try:
         for label, part in env.envs.items():
             tasks = (part.draw("warm start", i) for i in range(first, first+n))
-            found = [(tokenizer.render_prompt(t.prompt), tokenizer.encode(t.answer)) for t in tasks
+            found = [(tokenizer.render(t.opening), tokenizer.encode(t.answer)) for t in tasks
                 if t is not None and t.answer is not None]
             if not found: raise UserError(f"env {label}: has no reference answers, so nothing can be compared on it")
             out[label] = [Sample([*p, *a, tokenizer.eos_id], len(p)) for p, a in found]

@@ -15,6 +15,7 @@ import msgspec, numpy as np
 from ..config import Settings
 from ..errors import UserError, replace_file
 from ..data.batch import micro_batches
+from ..data.packing import Fill
 from ..records import Rollout, encode
 from .advantage import resolve
 from .ask import EVAL, TRAIN, converse, longest
@@ -520,7 +521,7 @@ class Orchestrator(Leaving):
     "The asynchronous loop of one run."
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.policy = InTurn() if self.s.schedule.deterministic else GoOn()
+        self.policy, self.fill = InTurn() if self.s.schedule.deterministic else GoOn(), Fill()
 
     async def run(self) -> dict:
         "All steps, with an evaluation before and after; returns the last evaluation. `Interrupted` when it was asked to stop and has saved what there is."
@@ -569,6 +570,8 @@ class Orchestrator(Leaving):
         batches = micro_batches(rollouts, list(advantages), self.s.rl.tokens_per_batch)
         metrics = await self.order(Train(step, batches, self.pool.oldest(),
             str(target))) | dict(step_seconds=time.monotonic() - sent)
+        budget = self.s.rl.tokens_per_batch
+        if line := self.fill.add(sum(len(r)-1 for r in rollouts)/(budget*sum(map(len, batches))), budget): self.say(line)
         # the line of a step, and its checkpoint, are written when nothing is in the air
         await self.policy.still(self)
         self.state.step = step

@@ -20,6 +20,7 @@ from ..config import Settings, load_settings, to_toml
 from ..errors import StorageError, UserError, replace_file
 from ..launch import Job, Launcher, open_launcher
 from ..records import encode
+from ..data.sources import messages_of, read_lines as read_rows
 from ..data.tokens import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from ..moe.checkpoint import check_pretrained, check_vocabulary
 from ..moe.spec import ModelSpec
@@ -40,6 +41,7 @@ from ..rollout.watchdog import Watchdog
 from ..rollout.profile import Lengths, Profile, draw_profile, facts, fit, profile_tokenizer, recall, task_lines, warnings
 from ..train.checkpoint import committed_steps, load_state, step_path, verify
 DONE = 'finished.json' # written last: the model is there
+from ..train.precision import chosen
 
 # %% ../../nbs/05_rl/09_run.ipynb #070e5f07
 def tokenizer_at(folder:str|Path) -> Tokenizer:
@@ -81,6 +83,8 @@ def launcher_of(s:Settings) -> Launcher:
 def check_first(s:Settings):
     "What costs nothing: raise `UserError` for a device, a launcher, an engine, an advantage or a loss that is not there."
     device_of(s)
+    if s.warm_start.data:
+        for where, row in read_rows(s.warm_start.data): messages_of(row, where)
     launcher_of(s).close()
     engine_maker(s.engine.kind, s.engine.params)
     advantage.resolve(s.rl.advantage)
@@ -100,6 +104,7 @@ def check(s:Settings, tokenizer:Tokenizer, sizes:dict[str, Lengths]) -> ModelSpe
         check_vocabulary(model, tokenizer.vocab_size, s.model.checkpoint)
     else: model = model_config(s, tokenizer.vocab_size)
     check_balance(model, s)
+    chosen(model, device_of(s), s.train.precision, s.train.forward, s.model.experts)
     for name, size in sizes.items():
         check_prompt(int(np.quantile(size.prompts, .05)), name, s, longest(s, model.max_position_embeddings))
     return model
@@ -160,6 +165,8 @@ def measured(s:Settings, env:Mixture, said:list[str], show) -> Ready:
         for line in [*task_lines(p, size), *warnings(s, p, size, room)]]
     fits = lambda t: len(tokenizer.render(t.opening)) + s.engine.max_tokens <= room
     kept = {p.env: [(n, t) for n, t in zip(p.numbers, p.held_out) if fits(t)] for p in profiles}
+    if asked == "auto": # no more than an evaluation has time for
+        kept = {name: part[:most] for (name, part), most in zip(kept.items(), env.portions(s.eval.prompts))}
     held = [t for part in kept.values() for _, t in part]
     if asked != 'auto' and len(held) < asked:
         lines.append(f'eval.prompts = {asked}: {len(held)} held-out problems could be had')

@@ -378,6 +378,9 @@ def load_env(
         make = load_attribute(name)
         try: env = make(**params)
         except Exception as e: raise UserError(f'env {name}: params refused: {complaint(e)}') from e
+    elif name == 'jsonl':
+        try: env = load_attribute('moe_rl.rollout.lines:lines')(**params)
+        except TypeError as e: raise UserError(f'env jsonl: params refused: {complaint(e)}: it takes path, test, split, last_number') from None
     else: env = Calculator(**params) if name == 'calculator' else ReasoningGym(name, **params)
     missing = [f for f in ('problem', 'sample', 'held_out', 'reply', 'score', 'draw', 'single_turn')
         if not hasattr(env, f)]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PASSED', 'FIXED', 'RolloutLost', 'EnvError', 'HereDesk', 'Here', 'Remote', 'variables', 'NotIsolated', 'Prints',
-           'kill', 'Nurse', 'Staff', 'Crew', 'Apart', 'Doors', 'Local', 'Outage', 'recipe_of', 'Guard', 'Proxy',
-           'DrawnProxy', 'OwnProxy', 'Proxies', 'open_envs']
+           'kill', 'Nurse', 'Staff', 'Crew', 'Apart', 'Doors', 'Local', 'Outage', 'recipe_of', 'arrived', 'leaving',
+           'Guard', 'Proxy', 'DrawnProxy', 'OwnProxy', 'Proxies', 'open_envs']
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000003
 import asyncio, copy, itertools, os, signal, socket, struct, sys, threading, time, weakref
@@ -457,6 +457,16 @@ def recipe_of(env:Environment)->list[dict]:
     envs, weights = (list(env.envs.values()), env.weights) if hasattr(env, 'envs') else ([env], [1.])
     return [{**e.recipe[0], 'weight': w, 'held_out': e.held_out_share} for e, w in zip(envs, weights)]
 
+# %% ../../nbs/04_rollout/08_guard.ipynb #gu000024b
+def arrived(value, label:str)->Task:
+    "The task that a call of `sample` gave."
+    return value if isinstance(value, Task) else (p := msgspec.convert(value, Parcel)).task(label, p)
+
+def leaving(task:Task, host)->Task|Parcel:
+    "What is sent along with a call about `task`."
+    if isinstance(host, Local): return task
+    return task.data if isinstance(task.data, Parcel) else sealed(task, host.numbers[task.env], [])
+
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000024
 class Guard:
     """The calls of environments: of `Apart`, or of an object. One that was made by name goes to processes of its own,
@@ -511,11 +521,11 @@ class Guard:
         "Training problem number `i`."
         await self.host.facts()
         label = self.pick(i)
-        return self._task(await self._call('sample', label, (i,)), label)
+        return arrived(await self._call('sample', label, (i,)), label)
     async def reply(self, task:Task, turns:list[str])->str|None:
         "The environment's answer to the model's last turn, or None."
         if (await self.host.facts())[task.env].single: return None
-        return usable_text(await self._call('reply', task.env, (self._sent(task), turns)))
+        return usable_text(await self._call('reply', task.env, (leaving(task, self.host), turns)))
     async def score(self, task:Task, turns:list[str])->float:
         "The reward, a finite float."
         if self.reward == 'exact' or self.reward == 'auto' and task.env in self.sharp:
@@ -525,15 +535,8 @@ class Guard:
             return exact_match(task, turns)      # our own and quick: no process
         await self.host.facts()
         value = usable_reward(await self._call('reward' if ':' in self.reward else 'score', task.env,
-            (self._sent(task), turns)))
+            (leaving(task, self.host), turns)))
         return value if self.reward != 'auto' or task.answer is None else (value + exact_match(task, turns))/2
-    def _task(self, value, label:str)->Task:
-        if isinstance(value, Task): return value
-        p = msgspec.convert(value, Parcel)
-        return p.task(label, p)
-    def _sent(self, task:Task):
-        if isinstance(self.host, Local): return task
-        return task.data if isinstance(task.data, Parcel) else sealed(task, self.host.numbers[task.env], [])
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000025a
 class Proxy(Environment):

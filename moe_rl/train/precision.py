@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPERTS', 'FUSED', 'FP8', 'PIECES', 'short_weights', 'lent', 'Working', 'logprobs_of', 'has', 'lacks', 'require',
-           'experts_of', 'working']
+           'experts_of', 'chosen', 'working']
 
 # %% ../../nbs/03_train/07_precision.ipynb #9ec10003
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..moe.experts import ExpertsFn, auto_experts
 from ..moe.model import Model, ModelOutput, moe_modules
+from ..moe.spec import ModelSpec
 from ..plugins import load_attribute
 from .objective import token_logprobs
 
@@ -94,10 +95,11 @@ def require(what:str, device:torch.device, packages:dict[str,str], instead:str):
 def experts_of(
     name:str,      # `model.experts`
     precision:str, # `train.precision`
-    model:Model,
+    spec:ModelSpec,
+    device:torch.device,
 )->ExpertsFn:
     "The experts that the settings ask for."
-    device, spec, said = model.device, model.spec, f'model.experts = "{name}"'
+    said = f'model.experts = "{name}"'
     if precision == "fp8":
         if name != "auto": raise UserError(f'{said}, but train.precision = "fp8" has experts of its own; use "auto"')
         require('train.precision = "fp8"', device, FP8, 'train.precision = "bf16"')
@@ -115,21 +117,30 @@ def experts_of(
         raise UserError(f'{said} needs a GPU, and this run computes on the {device.type.upper()}; use "auto"')
     return load_attribute(EXPERTS.get(name, name))
 
-def working(
-    model:Model,    # float32, on its device
+def chosen(
+    spec:ModelSpec,
+    device:torch.device,
     precision:str, forward:str, # of `train`
-    experts:str,    # `model.experts`
-)->Model|Working: # called as the model is
-    "What a trainer calls. In float32 with experts that nobody chose it is the model itself."
-    compute = experts_of(experts, precision, model)
-    afmoe = model.spec.family == "afmoe" and [m.n_group for m in model.spec.mixtures[:1]] == [1]
-    can = afmoe and precision != "float32" and not lacks(model.device, PIECES)
+    experts:str,                # `model.experts`
+)->tuple[ExpertsFn,bool]: # the experts, and whether the forward pass is that of the fused pieces
+    "What the settings mean for this model on this device. `UserError` for what cannot be had."
+    compute = experts_of(experts, precision, spec, device)
+    afmoe = spec.family == "afmoe" and [m.n_group for m in spec.mixtures[:1]] == [1]
+    can = afmoe and precision != "float32" and not lacks(device, PIECES)
     if forward == "fused" and not can:
         if not afmoe:
-            raise UserError(f'train.forward = "fused": its pieces are those of AFMoE without groups of experts, and this model '
-                            f'is {model.spec.family}; use "plain", which may have fused experts (model.experts)')
+            raise UserError('train.forward = "fused": its pieces are those of AFMoE without groups of experts, and this '
+                            f'model is {spec.family}; use "plain", which may have fused experts (model.experts)')
         if precision == "float32": raise UserError('train.forward = "fused" needs train.precision = "bf16" or "fp8"')
-        require('train.forward = "fused"', model.device, PIECES, 'train.forward = "plain"')
-    if can and forward != "plain": return load_attribute("moe_rl.gpu.forward:FusedForward")(model, compute)
+        require('train.forward = "fused"', device, PIECES, 'train.forward = "plain"')
+    return compute, can and forward != "plain"
+
+def working(
+    model:Model, # float32, on its device
+    precision:str, forward:str, experts:str, # as `chosen`
+)->Model|Working: # called as the model is
+    "What a trainer calls. In float32 with experts that nobody chose it is the model itself."
+    compute, fused = chosen(model.spec, model.device, precision, forward, experts)
+    if fused: return load_attribute("moe_rl.gpu.forward:FusedForward")(model, compute)
     if precision == "float32" and compute is auto_experts: return model
     return Working(model, torch.float32 if precision == "float32" else torch.bfloat16, compute)
