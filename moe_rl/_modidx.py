@@ -32,6 +32,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'moe_rl.cli.cmd_upcycle': ('06_app/cli.html#cmd_upcycle', 'moe_rl/cli.py'),
                             'moe_rl.cli.entry': ('06_app/cli.html#entry', 'moe_rl/cli.py'),
                             'moe_rl.cli.help_of': ('06_app/cli.html#help_of', 'moe_rl/cli.py'),
+                            'moe_rl.cli.in_short': ('06_app/cli.html#in_short', 'moe_rl/cli.py'),
                             'moe_rl.cli.main': ('06_app/cli.html#main', 'moe_rl/cli.py'),
                             'moe_rl.cli.obey': ('06_app/cli.html#obey', 'moe_rl/cli.py'),
                             'moe_rl.cli.rehearse': ('06_app/cli.html#rehearse', 'moe_rl/cli.py'),

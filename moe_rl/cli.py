@@ -6,7 +6,7 @@
 __all__ = ['OWN', 'RUN', 'SFT', 'EVAL', 'COMMANDS', 'SETTINGS', 'start_again', 'check_names', 'check_folder', 'say', 'run_folder',
            'run_settings', 'rehearse', 'cmd_run', 'cmd_sft', 'cmd_eval', 'cmd_report', 'cmd_doctor', 'cmd_bench',
            'cmd_completion', 'cmd_upcycle', 'cmd_gguf', 'cmd_plan', 'cmd_simulate', 'cmd_profile', 'cmd_calibrate',
-           'cmd_export', 'usage', 'help_of', 'obey', 'main', 'entry']
+           'cmd_export', 'usage', 'help_of', 'obey', 'in_short', 'main', 'entry']
 
 # %% ../nbs/06_app/04_cli.ipynb #0c74f87e
 import json, os, re, subprocess, sys
@@ -278,6 +278,10 @@ def obey(args:list[str]) -> int:
     if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
     return COMMANDS[args[0]][0](args[1:])
 
+def in_short(line:str, most:int=1000) -> str:
+    "A line that a person can read, whatever somebody gave that it repeats."
+    return line if len(line) <= most else f"{line[:most//2]} ... {line[-most//2:]}"
+
 def main(argv:list[str]|None=None) -> int:
     "Entry point; returns the exit code."
     args = list(sys.argv[1:] if argv is None else argv)
@@ -288,7 +292,7 @@ def main(argv:list[str]|None=None) -> int:
         code = obey(args)
         sys.stdout.flush()
         return code
-    except UserError as e: print("\n".join(f"moe-rl: {line}" for line in str(e).splitlines()), file=sys.stderr)
+    except UserError as e: print("\n".join(f"moe-rl: {in_short(line)}" for line in str(e).splitlines()), file=sys.stderr)
     except KeyboardInterrupt: print("moe-rl: interrupted", file=sys.stderr); return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # Python flushes once more on its way out

@@ -348,7 +348,8 @@ def changed(settings:dict) -> list[tuple[str, str, str]]: # key, value, default
 
 def page(run:RunData) -> str:
     "The whole report in markdown; pictures are beside it."
-    samples = [(s['step'], f'{s["reward"]:.2f}', inline(s['text'])) for s in spread(run.samples, 12)]
+    whole = [s for s in run.samples if isinstance(s.get("text"), str) and isinstance(s.get("reward"), (int, float))]
+    samples = [(s.get("step"), f"{s['reward']:.2f}", inline(s["text"])) for s in spread(whole, 12)]
     key, bars = graded_by(run.evals)
     evals = [(e['step'], e.get('newest', e['step']), f'{e["seconds"]/60:.1f}', f'{e[key]:.3f}', interval_of(e, bars),
         *(f'{p:.3f}' for p in e['pass_at_k'].values())) for e in run.evals]

@@ -52,3 +52,27 @@ def test_a_report_of_altered_logs_names_them(tmp_path):
     (tmp_path / 'config.toml').write_text('')
     (tmp_path / 'metrics.jsonl').write_text('{"stepp": 1}\n')
     with pytest.raises(StorageError, match='a line of its logs lacks something'): read_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["eos_token", "bos_token", "pad_token"])
+def test_a_special_token_that_is_no_text(name, tmp_path):
+    from moe_rl.data.tokens import byte_tokenizer, load_tokenizer
+    byte_tokenizer().save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: 3}))
+    with pytest.raises(ValueError, match=f"{name} 3 is not in the vocabulary"): load_tokenizer(tmp_path)
+
+
+def test_a_line_that_repeats_what_was_given_stays_short(capsys):
+    from moe_rl import cli
+    assert cli.main(["a" * 5000]) == 2
+    assert len(capsys.readouterr().err) < 1100
+
+
+def test_a_sample_without_its_reward_is_left_out_of_the_report(tmp_path):
+    from moe_rl.report import write_report
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    (tmp_path / "samples.jsonl").write_text('{"step": 1, "rewerd": 1, "text": "x"}\n{"step": 2, "reward": 1, "text": "kept"}\n')
+    text = Path(write_report(tmp_path)).read_text()
+    assert "kept" in text

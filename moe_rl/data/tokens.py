@@ -104,7 +104,7 @@ class TextTokenizer:
     def _id(self, key, *default):
         name = self._name(key)
         if name is None and default: return default[0]
-        if name is None or self.core.token_to_id(name) is None:
+        if not isinstance(name, str) or self.core.token_to_id(name) is None:
             raise ValueError(f'tokenizer: {key} {name!r} is not in the vocabulary; set it in tokenizer_config.json')
         return self.core.token_to_id(name)
 

@@ -501,8 +501,9 @@ async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder wi
     async def answer(i, j, task):
         try: return await converse(s, guard, task, tokenizer, generate, limit, EVAL, i, j)
         finally: show(next(done), len(tasks) * k)
-    report = await examine(tasks, k, answer)
-    guard.close()
+    try: report = await examine(tasks, k, answer)
+    except FloatingPointError as e: raise UserError(f"{folder}: {e}") from None
+    finally: guard.close()
     return report | dict(failures=dict(guard.failures))
 
 def evaluate(s:Settings, folder:str|Path, show=lambda done, total: None) -> dict:

@@ -274,8 +274,9 @@ class Staff:
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000017
 class Crew(Staff):
     "The workers of one setup, and calls to them."
-    # seconds of silence beyond a limit; suspects asked at a time; tries of an innocent call
-    GRACE, CELLS, AGAIN = 1., 4, 4
+    # seconds of silence beyond a limit; suspects asked at a time; tries of an innocent call; seconds that the first
+    # call of a worker may take longer, since it imports what it needs
+    GRACE, CELLS, AGAIN, FIRST = 1., 4, 4, 2.
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.alone, self.cells, self.single, self.watching = [], asyncio.Semaphore(self.CELLS), asyncio.Lock(), None
@@ -300,7 +301,7 @@ class Crew(Staff):
                 remote = await self.start()
                 self.alone.append(remote)
                 self._watch()
-                try: kind, value = await remote.ask(op, label, args, limit, shares)
+                try: kind, value = await remote.ask(op, label, args, limit + self.FIRST, shares)
                 finally: self.alone.remove(remote); self.bury(remote)
             if kind not in ('suspect', 'again'): return kind, value
             if value == 'frozen': return 'env_timeout', f'no answer within {limit:g} s, and it held the interpreter'
