@@ -202,8 +202,10 @@ def test_tokenizer_files_are_read_by_transformers(tokenizers, tmp_path):
         tok.save(tmp_path/str(n))
         again, theirs = load_tokenizer(tmp_path/str(n)), AutoTokenizer.from_pretrained(tmp_path/str(n))
         assert isinstance(again, Tokenizer)
-        for text in ['', 'né 日本 🙂', 'a<eos>b', 'Spell this word backward (example: sun -> nus): x']:
-            assert again.encode(text) == tok.encode(text) == theirs(text)['input_ids']
+        for text in ['', 'né 日本 🙂', 'Spell this word backward (example: sun -> nus): x']:
+            assert again.encode(text) == tok.encode(text) and theirs(text)['input_ids'] == [tok.bos_id, *tok.encode(text)]
+            assert theirs.apply_chat_template(says(text), add_generation_prompt=True, return_dict=False) == tok.render(says(text))
+        assert again.encode('a<eos>b') == tok.encode('a<eos>b')
         assert (again.vocab_size, again.pad_id, again.bos_id, again.eos_id) == (tok.vocab_size, theirs.pad_token_id,
             theirs.bos_token_id, theirs.eos_token_id)
 

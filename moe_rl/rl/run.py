@@ -6,8 +6,9 @@
 __all__ = ['DONE', 'DRAW_SECONDS', 'EXTENDS', 'tokenizer_at', 'keep_tokenizer', 'make_tokenizer', 'check_balance', 'launcher_of',
            'check_first', 'idle_goals', 'check', 'Ready', 'processes', 'guard_of', 'draw_profiles', 'make_ready',
            'measured', 'ready_again', 'get_ready', 'keep_ready', 'job_of', 'end', 'stop', 'finished', 'extend',
-           'state_at', 'choose', 'set_aside', 'code_of', 'flat', 'provenance', 'complete', 'first_version', 'verdicts',
-           'Crew', 'drive', 'run_async', 'signals', 'run', 'with_sizes', 'ready_for', 'evaluate_async', 'evaluate']
+           'write_card', 'state_at', 'choose', 'set_aside', 'code_of', 'flat', 'provenance', 'complete',
+           'first_version', 'verdicts', 'Crew', 'drive', 'run_async', 'signals', 'run', 'with_sizes', 'ready_for',
+           'evaluate_async', 'evaluate']
 
 # %% ../../nbs/05_rl/09_run.ipynb #c87043bf
 import asyncio, hashlib, importlib.util, itertools, json, math, os, platform, shutil, signal, sys, threading, time
@@ -258,6 +259,26 @@ def extend(folder:Path, overrides:dict[str, Any]) -> Settings: # of the longer r
         (folder/DONE).unlink(missing_ok=True)
     return settings
 
+# %% ../../nbs/05_rl/09_run.ipynb #f453a089
+def write_card(folder:Path, s:Settings, last:dict): # last: the newest evaluation
+    "`model/README.md` of a run that has ended."
+    first = next(iter(read_lines(folder/'evals.jsonl')), last)
+    envs = ', '.join(e.name for e in s.env)
+    key = 'exact' if last.get('exact') is not None else 'score'
+    show = lambda row, name: '' if row.get(name) is None else f'{row[name]:.3f}'
+    rows = [f'| {name} | {show(first, name)} | {show(last, name)} |' for name in ('exact', 'score') if last.get(name) is not None]
+    base = s.model.checkpoint and [f'base_model: {json.dumps(Path(s.model.checkpoint).name)}']
+    result = dict(task=dict(type='text-generation'), dataset=dict(name=envs, type='held-out problems'),
+                  metrics=[dict(type=key, value=last.get(key))])
+    lines = ['---', 'library_name: transformers', 'pipeline_tag: text-generation', 'tags: [moe_rl, mixture-of-experts, reinforcement-learning]',
+             *(base or []), f'model-index: {json.dumps([dict(name=folder.name, results=[result])])}', '---', '', f'# {folder.name}', '',
+             f'Trained by asynchronous reinforcement learning with moe_rl on {envs}: {last["step"]} steps in {last["seconds"]/60:.1f} minutes. '
+             f'The end: {last["why"]}.', '', f'| held-out problems ({last["prompts"]}) | before | after |', '|---|---|---|', *rows, '',
+             *[f'- {v}' for v in last.get('verdicts', [])], '', 'The settings of the run:', '', '```toml', to_toml(s).strip(), '```', '',
+             '```python', 'from transformers import pipeline', 'ask = pipeline("text-generation", "this folder")',
+             'ask([dict(role="user", content="...")])', '```']
+    replace_file(folder/'model'/'README.md', ('\n'.join(lines) + '\n').encode())
+
 # %% ../../nbs/05_rl/09_run.ipynb #0f0a0002
 def state_at(folder:Path, checkpoint:Path) -> State:
     "The orchestrator's state that belongs to a checkpoint: that of the end, if the run ended there."
@@ -399,6 +420,7 @@ async def drive(loop:Orchestrator, crew:Crew, state:State|None) -> dict:
     if not written.done():
         raise UserError(crew.trainer.failure or 'the model was not saved: the trainer ended with code '
                                                 f'{crew.trainer.process.poll()}; --resume tries again')
+    write_card(folder, loop.s, last)
     replace_file(folder/DONE, json.dumps(last).encode())
     return last | dict(warm_start=warm)
 
