@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Layout', 'max_rows', 'layout_plain', 'layouts', 'layout', 'store_to_rows', 'permute', 'combine', 'weighted_swiglu',
-           'gated_backward', 'weighted_swiglu_backward', 'free', 'spend', 'gpu_experts']
+           'gated_backward', 'weighted_swiglu_backward', 'free', 'spend', 'AtOnce', 'gpu_experts']
 
 # %% ../../nbs/10_gpu/01_experts.ipynb #f58ebe5d
 from typing import NamedTuple
@@ -246,35 +246,47 @@ def spend(ctx):
                            "pass again")
     ctx.spent = True
 
+class AtOnce:
+    "How the products of the layer are made: as they come, weight gradients too."
+    def product(self, name:str, a:Tensor, b:Tensor, ends:Tensor)->Tensor: return torch._grouped_mm(a, b, offs=ends)
+
+    def weight(self, w:Tensor, a:Tensor, b:Tensor, ends:Tensor)->Tensor|None: # its gradient; None: comes another way
+        "The gradient of a weight, from rows `a` and `b` that nobody needs any more."
+        d = self.product("d_weights", a.T, b, ends)
+        free(a, b)
+        return d
+
+    def finish(self): "All that a backward pass of the layer launches is launched."
+
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, idx, weights, gate_up, down):
+    def forward(ctx, x, idx, weights, gate_up, down, how):
         lay = layout(idx, gate_up.shape[0])
         rows = permute(x, lay)
-        gu = torch._grouped_mm(rows, gate_up.transpose(1, 2), offs=lay.ends)
+        gu = how.product("up", rows, gate_up.transpose(1, 2), lay.ends)
         h = weighted_swiglu(gu, weights, lay)
-        y = torch._grouped_mm(h, down.transpose(1, 2), offs=lay.ends)
-        ctx.save_for_backward(rows, gu, h, weights, gate_up, down, *lay)
+        y = how.product("down", h, down.transpose(1, 2), lay.ends)
+        ctx.save_for_backward(rows, gu, h, weights, *lay)
+        ctx.how, ctx.weights = how, (gate_up, down)
         return combine(y, lay)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         spend(ctx)
-        rows, gu, h, weights, gate_up, down, *lay = ctx.saved_tensors
-        lay = Layout(*lay)
+        rows, gu, h, weights, *lay = ctx.saved_tensors
+        lay, how, (gate_up, down) = Layout(*lay), ctx.how, ctx.weights
         dy = permute(dout.contiguous(), lay)
-        dh = torch._grouped_mm(dy, down, offs=lay.ends)
-        d_down = torch._grouped_mm(dy.T, h, offs=lay.ends)
-        free(dy, h)
+        dh = how.product("d_hidden", dy, down, lay.ends)
+        d_down = how.weight(down, dy, h, lay.ends)
         dgu, dw = weighted_swiglu_backward(gu, dh, weights, lay, in_place=True)
         free(dh)
-        drows = torch._grouped_mm(dgu, gate_up, offs=lay.ends)
+        drows = how.product("d_rows", dgu, gate_up, lay.ends)
         dx = combine(drows, lay)
         free(drows)
-        d_gate_up = torch._grouped_mm(dgu.T, rows, offs=lay.ends)
-        free(dgu, rows)
-        return dx, None, dw, d_gate_up, d_down
+        d_gate_up = how.weight(gate_up, dgu, rows, lay.ends)
+        how.finish()
+        return dx, None, dw, d_gate_up, d_down, None
 
 # %% ../../nbs/10_gpu/01_experts.ipynb #c0ffee12
 @torch.library.custom_op("moe_rl::gpu_experts", mutates_args=())
@@ -316,6 +328,7 @@ def gpu_experts(
     weights:Tensor, # [T,k] float32 gate values
     gate_up:Tensor, # [E,2I,D] in the dtype of x
     down:Tensor, # [E,D,I] in the dtype of x
+    how:AtOnce=AtOnce(), # who makes the products, and when
 )->Tensor: # [T,D] in the dtype of x
     """An `ExpertsFn` for GPUs: forward and backward without host synchronisation; gradients to x, weights, gate_up and
     down."""
@@ -325,4 +338,4 @@ def gpu_experts(
     if not x.dtype == gate_up.dtype == down.dtype:
         raise ValueError(f"gpu_experts: x is {x.dtype}, gate_up {gate_up.dtype}, down {down.dtype}; cast them to one "
                          "dtype")
-    return _Experts.apply(x.contiguous(), idx, weights.contiguous(), gate_up, down)
+    return _Experts.apply(x.contiguous(), idx, weights.contiguous(), gate_up, down, how)

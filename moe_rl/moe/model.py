@@ -60,15 +60,19 @@ class MoE(nn.Module):
         m = self.mixture
         return select(scores, m.per_token, self.expert_bias, m.n_group, m.topk_group, top2=m.score == "sigmoid")
 
+    def route(self, x:Tensor, replay:Tensor|None, token_mask:Tensor|None)->Routing: # as `forward`
+        "Who goes where, fillers nowhere."
+        m = self.mixture
+        routing = route(self.router(x), m.per_token, self.expert_bias, m.score, m.n_group, m.topk_group, m.norm,
+            m.scale, replay)
+        return routing if token_mask is None else unroute(routing, token_mask)
+
     def forward(self,
         x:Tensor,                     # [N,D] normed tokens
         replay:Tensor|None=None,      # [N,k] experts to use; -1 chooses live
         token_mask:Tensor|None=None,  # [N] bool, False: filler, goes to no routed expert
     )->tuple[Tensor,Routing]: # [N,D], who went where
-        m = self.mixture
-        routing = route(self.router(x), m.per_token, self.expert_bias, m.score, m.n_group, m.topk_group, m.norm,
-            m.scale, replay)
-        if token_mask is not None: routing = unroute(routing, token_mask)
+        routing = self.route(x, replay, token_mask)
         x = x.to(self.experts.down_proj.dtype)
         routed = lambda: self.experts(x, routing.idx, routing.weights)
         return routed() if self.shared_experts is None else self.shared_experts(x) + routed(), routing
