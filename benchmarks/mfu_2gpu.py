@@ -6,10 +6,11 @@ bf16, block by block; each rank holds half of the experts. Each side trains its 
 `--layers` changes the depth of both sides; `--tiny` runs the same code with gloo on two CPU processes, at a size that
 says nothing about speed.
 
-    moe-rl bench mfu_2gpu [--layers N] [--dispatch all_to_all,deepep] [--tiny]
+    moe-rl bench mfu_2gpu [--layers N] [--dispatch all_to_all,deepep] [--beside COMMAND] [--tiny]
 """
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -57,7 +58,7 @@ def rank(given):
     tiny, device = given["tiny"], join_ranks("cpu" if given["tiny"] else "cuda")
     model = float_model(given["layers"], device, tiny)
     mesh = parallelise(model, Layout(**given["layout"]), torch.float32 if tiny else BF16, ends=True,
-        dispatch=given["dispatch"])
+        dispatch=given["dispatch"], keep=True)
     opt = fused_optimizers(model, "adamw", adamw_lr=1e-3, parameters=mesh.parameters(model), products="torch")
     compute = partial(fused_experts, backend="plain") if tiny else fused_experts
     fused = FusedModel(model, mesh.spread(compute), "plain" if tiny else "flash4",
@@ -81,11 +82,18 @@ def rank(given):
     return result
 
 
+def on_gpu(i):
+    "The environment of a process that sees the `i`-th of our GPUs alone."
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    return dict(os.environ, CUDA_VISIBLE_DEVICES=mine[i])
+
+
 def measure(args):
     p = argparse.ArgumentParser("mfu_2gpu")
     p.add_argument("--layers", type=int, default=0)
     p.add_argument("--tiny", action="store_true")
-    p.add_argument("--dispatch", default="all_to_all,deepep")
+    p.add_argument("--dispatch", default="all_to_all")
+    p.add_argument("--beside", default="", help="a command that runs on the second GPU while the first is measured")
     a = p.parse_args(args)
     layout = dict(shard=2, experts=2)
     if a.tiny:
@@ -96,7 +104,9 @@ def measure(args):
     layers = a.layers or (12 if torch.cuda.get_device_properties(0).total_memory > 100*2**30 else 8)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)/"b.json"
-        subprocess.run([sys.executable, mfu.__file__, "b", str(layers), folder, str(out)], check=True)
+        beside = subprocess.Popen(a.beside, shell=True, env=on_gpu(1)) if a.beside else None
+        subprocess.run([sys.executable, mfu.__file__, "b", str(layers), folder, str(out)], check=True, env=on_gpu(0))
+        if beside: print(f"the command beside ended with code {beside.wait()}", flush=True)
         one = json.loads(out.read_text())
     print(f"one GPU: {one['ms']:.1f} ms, {one['tokens_per_s']:.0f} tokens/s, {one['gib']:.1f} GiB", flush=True)
     two = {}

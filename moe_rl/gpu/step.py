@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ATTENTION', 'Documents', 'documents_mask', 'documents', 'plain_forward', 'plain_backward', 'flash4_forward',
            'flash4_backward', 'torch_forward', 'torch_backward', 'Attend', 'attention_of', 'Heads', 'attention_block',
-           'swiglu_block', 'within', 'moe_block', 'StepOutput', 'FusedModel', 'count_experts', 'balance_all', 'Batch',
-           'FusedStep']
+           'swiglu_block', 'within', 'moe_block', 'StepOutput', 'Remembered', 'FusedModel', 'count_experts',
+           'balance_all', 'Batch', 'FusedStep']
 
 # %% ../../nbs/10_gpu/07_step.ipynb #191d76bc
 from functools import partial
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from .experts import _count, _prefix
@@ -255,6 +256,15 @@ def _check_pieces(spec):
         raise ValueError(f"FusedModel: the router's kernel knows no groups of experts, and this model has {n}; use the "
                          "plain model")
 
+class Remembered:
+    "A layer that takes the experts of its first pass when it is computed again."
+    def __init__(self, run, given): self.run, self.given = run, given
+
+    def __call__(self, x, h):
+        x, h, routing = self.run(self.given, x, h)
+        if routing is not None: self.given = routing.idx
+        return x, h, routing
+
 class FusedModel:
     """A plain model's parameters in fused pieces. Loss and gradients are the plain model's, to the rounding of its
     dtype."""
@@ -267,13 +277,14 @@ class FusedModel:
         linear:Callable=F.linear,
         shared:Callable|None=None, # the products of the shared expert; None: as `linear`
         dtype:torch.dtype|None=None, # of the products; None: that of the embedding
+        again:bool=False, # keep of every layer its input alone, and compute it again for the backward pass
     ):
         _check_pieces(model.spec)
         self.model, self.experts, self.linear = model, experts, linear
         self.attend = attention if isinstance(attention, Attend) else attention_of(attention)
         self.shared = shared or linear
         self.dtype = dtype or model.embed_tokens.weight.dtype
-        self.stream = stream or self.dtype
+        self.stream, self.again = stream or self.dtype, again
 
     def hidden(self,
         token_ids:Tensor, # [T] int64
@@ -289,15 +300,22 @@ class FusedModel:
         following = [*(l.input_layernorm for l in list(m.layers)[1:]), m.norm]
         x, h = norm(x, (), None, m.layers[0].input_layernorm)
         for layer, after in zip(m.layers, following):
-            x, h = norm(x, (within(layer.self_attn, attention_block, h, docs, self.attend, self.linear),),
-                getattr(layer, "post_attention_layernorm", None), layer.pre_mlp_layernorm)
-            if isinstance(layer.mlp, MoE):
-                parts, routing = moe_block(layer.mlp, h, self.experts,
-                    None if replay is None else replay[:,len(routings)], token_mask, self.shared)
-                routings.append(routing)
-            else: parts = (within(layer.mlp, swiglu_block, h, self.linear),)
-            x, h = norm(x, parts, getattr(layer, "post_mlp_layernorm", None), after)
+            given = replay[:,len(routings)] if replay is not None and isinstance(layer.mlp, MoE) else None
+            run = partial(self._layer, norm, layer, after, docs, token_mask)
+            if self.again and torch.is_grad_enabled():
+                x, h, routing = checkpoint(Remembered(run, given), x, h, use_reentrant=False, preserve_rng_state=False)
+            else: x, h, routing = run(given, x, h)
+            if routing is not None: routings.append(routing)
         return h, routings
+
+    def _layer(self, norm, layer, after, docs, token_mask, given, x, h):
+        x, h = norm(x, (within(layer.self_attn, attention_block, h, docs, self.attend, self.linear),),
+            getattr(layer, "post_attention_layernorm", None), layer.pre_mlp_layernorm)
+        routing = None
+        if isinstance(layer.mlp, MoE): parts, routing = moe_block(layer.mlp, h, self.experts, given, token_mask,
+            self.shared)
+        else: parts = (within(layer.mlp, swiglu_block, h, self.linear),)
+        return *norm(x, parts, getattr(layer, "post_mlp_layernorm", None), after), routing
 
     def loss(self,
         token_ids:Tensor, # [T] int64

@@ -233,6 +233,7 @@ def parallelise(
     ends:bool=False, # gather embedding and head apart from the rest; for a model that calls them as modules
     dispatch:str="auto", # how tokens travel to experts: of `EXCHANGES`
     again:str="none", # what the backward pass computes again: of `AGAIN`
+    keep:bool=False, # gather all blocks when a step begins, and keep them until their backward pass
     timeout:float=60., # seconds that an exchange of tokens may take
 )->Mesh:
     "Change `model` in place into this rank's part of it. One rank: nothing is changed."
@@ -254,9 +255,11 @@ def parallelise(
         if alone: m.experts.to(compute)
         else: _fsdp(m.experts, two(mesh.sparse), policy)
     forget(model, again)
-    for block in _blocks(model, ends): _fsdp(block, two(mesh.dense), policy)
+    blocks = _blocks(model, ends)
+    for block in blocks: _fsdp(block, two(mesh.dense), policy, not keep)
     ignored = {p for m in moe_modules(model) for p in m.experts.parameters()} if alone else None
     fully_shard(model, mesh=two(mesh.dense), ignored_params=ignored)
     model.set_gradient_divide_factor(1.)
     if mesh.dense.device_type == "cpu": model.set_force_sum_reduction_for_comms(True)
+    if keep: model.set_modules_to_forward_prefetch(blocks)
     return mesh
