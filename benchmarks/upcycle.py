@@ -67,9 +67,7 @@ def one_seed(a, more: list[str]) -> dict:
     if a.short: dense = shortened(dense)
     ids = prompts(dense, 16)
     upcycle(dense, mixture, experts=8, top_k=2, seed=a.seed, ids=ids)
-    difference = largest_difference(dense, mixture, ids[:256])
-    print(f'largest difference of logits: {difference:.2e} of the largest', flush=True)
-    if a.folders_only: return dict(max_logit_diff=difference)
+    if a.folders_only: return dict(max_logit_diff=largest_difference(dense, mixture, ids[:256]))
     if not a.short and not torch.cuda.is_available():
         raise NeedsHardware('one GPU for the training (--short runs it on a CPU with 2 of 30 layers)')
     run = learn(out, mixture, a.seed, a.minutes, a.short, more)
@@ -78,6 +76,7 @@ def one_seed(a, more: list[str]) -> dict:
     keys = ('step_seconds', 'train_seconds', 'publish_seconds', 'engine_tokens_per_s', 'engine_waits', 'trainer_waits',
             'staleness', 'mismatch_kl', 'answer_tokens', 'cut', 'utilisation', 'max_vio')
     print({k: round(statistics.median(r[k] for r in rows if r.get(k) is not None), 4) for k in keys if k in rows[-1]}, flush=True)
+    difference = largest_difference(dense, mixture, ids[:256])
     return dict(max_logit_diff=difference, exact_before=first['score'], exact_after=last['score'],
                 minutes=rows[-1]['seconds']/60, steps=len(rows), run_minutes=run.seconds/60, curve=curve)
 
