@@ -142,10 +142,11 @@ async def answers(count, names):
             bait = Bait(folder)
             env = open_envs([dict(name=name)], hides=[str(bait.folder/'run')],
                 log=str(bait.folder/'run'/'logs'/'environments.log'), memory=1 << 30)
-            guard = Guard(env, timeout=LIMIT, patience=0)
+            guard = Guard(env, timeout=30., patience=0)
             task = await guard.sample(0)
-            for phase, of in (('training', guard), ('evaluation', guard.beside('score'))):
-                right = await guard.score(task, [task.answer])
+            began, right = time.monotonic(), await guard.score(task, [task.answer])
+            guard.timeout = max(LIMIT, 3*(time.monotonic() - began))     # the first call imports what it needs
+            for phase, of in (("training", guard), ("evaluation", guard.beside("score"))):
                 for what, text in dict(attack=bait.answer(), freeze='9**9**9**9', leave="__import__('os')._exit(0)",
                         fill="'x'*10**13", fork="__import__('os').fork()").items():
                     texts = [task.answer]*6 + [text] + [task.answer]*6
