@@ -317,6 +317,8 @@ class CheckpointSection(Section):
 class Settings(Section):
     "All settings of one run."
     dir: Folder = Field("runs/run", min_length=1, description="run directory; everything a run writes is in it")
+    track: str = Field("", description="services that get the metrics too, separated by commas: wandb, trackio, or "
+        '"module:attribute" of yours')
     seed: int = Field(0, ge=0, lt=2**32, description="of problems, weights and sampling; the largest is 4294967295")
     env: list[EnvSection] = Field([EnvSection(name="spell_backward")],
         description='"name", "a:0.7,b:0.3", or sections; --env.params.KEY VALUE sets one of its own settings')

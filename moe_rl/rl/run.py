@@ -27,7 +27,7 @@ from ..moe.checkpoint import check_pretrained, check_vocabulary
 from ..moe.spec import ModelSpec
 from . import advantage, loss
 from .ask import EVAL, build_engine, check_prompt, converse, longest
-from .log import RunLog, claim, read_lines, require_whole
+from .log import RunLog, chosen_trackers, claim, read_lines, require_whole, trackers
 from .orchestrator import END, Orchestrator, State, receive, watch
 from .pool import Clocked, EnginePool, Free, Worker
 from .trainer import build_model, model_config
@@ -83,6 +83,7 @@ def launcher_of(s:Settings) -> Launcher:
 
 def check_first(s:Settings):
     "What costs nothing: raise `UserError` for a device, a launcher, an engine, an advantage or a loss that is not there."
+    chosen_trackers(s.track)
     device_of(s)
     if s.warm_start.data:
         for where, row in read_rows(s.warm_start.data): messages_of(row, where)
@@ -437,7 +438,7 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None, step:i
     server, crew, dog = Server(launcher.bind, s.launch.port, launcher.host), None, None
     try: lock = claim(folder, s, resume)
     except UserError: server.close(); raise
-    log = RunLog(folder)
+    log = RunLog(folder, trackers=trackers(s.track, folder, s.model_dump(mode="json")))
     def tell(line): log.event(line); show(dict(note=line))
     try:
         checkpoint, state = resume and choose(folder, step, tell) or (None, None)
