@@ -1,5 +1,5 @@
 "A dense chat model becomes a mixture of 8 experts that answers the same, and then learns sums of two two-digit numbers by asynchronous RL on one GPU. One seed a call; --join puts the seeds together."
-import argparse, json, os, shutil, statistics
+import argparse, json, shutil, statistics
 from pathlib import Path
 import torch
 from _runs import Run, folders
@@ -49,11 +49,10 @@ def prompts(folder: Path, n: int) -> torch.Tensor: # token ids
 def learn(out: Path, mixture: Path, seed: int, minutes: float, short: bool, more: list[str]) -> Run:
     "`moe-rl run` on that model."
     words = dict(dir=out/'run', seed=seed, env='chain_sum') | {f'env.params.{k}': v for k, v in TASK.items()}
-    words |= {'model.checkpoint': mixture, 'warm_start.seconds': 0, 'balance.rule': 'none', 'rl.reward': '_sums:digits'}
+    words |= {'model.checkpoint': mixture, 'warm_start.seconds': 0, 'balance.rule': 'none', 'rl.reward': 'moe_rl.rollout.rewards:digits'}
     words |= {'rl.steps': 100000, 'rl.seconds': 60*minutes, 'rl.zero_variance': 'filter', 'checkpoint.every': 0}
     words |= {'optim.muon_lr': 1e-3, 'optim.adamw_lr': 1e-4} | SIZES | (SHORT if short else {})
     line = [w for k, v in words.items() for w in (f'--{k}', str(v).lower() if isinstance(v, bool) else str(v))]
-    os.environ['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]) # of `_sums`
     run = Run(out/'run', *line, *more)
     code = run.start().wait(600)
     if code: raise RuntimeError(run.folder.with_suffix('.log').read_text()[-1500:])
