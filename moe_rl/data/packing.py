@@ -171,8 +171,8 @@ class Fill:
         mean = sum(self.shares)/len(self.shares)
         if self.said or len(self.shares) < self.STEPS or mean >= self.ENOUGH: return ""
         self.said = True
-        return (f"micro-batches were {mean:.0%} full over the last {self.STEPS} steps: rl.tokens_per_batch = {budget} is "
-            f"more than they need, {max(1, math.ceil(1.1*mean*budget/256))*256} would do, or raise rl.groups_per_step")
+        return (f"micro-batches were {mean:.0%} full over the last {self.STEPS} steps: rl.tokens_per_batch = {budget} "
+            f"is more than they need, {max(1, math.ceil(1.1*mean*budget/256))*256} would do, or raise rl.groups_per_step")
 
 # %% ../../nbs/02_data/02_packing.ipynb #00e61384
 def batch_token_budget(

@@ -15,6 +15,7 @@ from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -317,21 +318,24 @@ class FusedModel:
         else: parts = (within(layer.mlp, swiglu_block, h, self.linear),)
         return *norm(x, parts, getattr(layer, "post_mlp_layernorm", None), after), routing
 
-    def loss(self,
-        token_ids:Tensor, # [T] int64
-        targets:Tensor, # [T] int64, in the vocabulary also where the weight is 0
-        weights:Tensor, # [T] float32, what each token counts; see `head_loss`
-        docs:Documents,
-        replay:Tensor|None=None, token_mask:Tensor|None=None, z_loss:float=0., # as before
-    )->StepOutput:
-        on_device("FusedModel.loss", token_ids, targets, weights)
-        return within(self.model, self._loss, token_ids, targets, weights, docs, replay, token_mask, z_loss)
+# %% ../../nbs/10_gpu/07_step.ipynb #fa550002
+@patch
+def loss(self:FusedModel,
+    token_ids:Tensor, # [T] int64
+    targets:Tensor, # [T] int64, in the vocabulary also where the weight is 0
+    weights:Tensor, # [T] float32, what each token counts; see `head_loss`
+    docs:Documents,
+    replay:Tensor|None=None, token_mask:Tensor|None=None, z_loss:float=0., # as before
+)->StepOutput:
+    on_device("FusedModel.loss", token_ids, targets, weights)
+    return within(self.model, self._loss, token_ids, targets, weights, docs, replay, token_mask, z_loss)
 
-    def _loss(self, model, token_ids, targets, weights, docs, replay, token_mask, z_loss):
-        h, routings = self.hidden(token_ids, docs, replay, token_mask)
-        head = lambda m, h: head_loss(h, m.weight, targets, weights, z_loss)
-        loss, logprobs, _ = within(model.lm_head, head, h)
-        return StepOutput(loss, logprobs, routings)
+@patch
+def _loss(self:FusedModel, model, token_ids, targets, weights, docs, replay, token_mask, z_loss):
+    h, routings = self.hidden(token_ids, docs, replay, token_mask)
+    head = lambda m, h: head_loss(h, m.weight, targets, weights, z_loss)
+    loss, logprobs, _ = within(model.lm_head, head, h)
+    return StepOutput(loss, logprobs, routings)
 
 # %% ../../nbs/10_gpu/07_step.ipynb #5c0f5994
 def count_experts(

@@ -129,8 +129,8 @@ def chosen(
     can = afmoe and precision != "float32" and not lacks(device, PIECES)
     if forward == "fused" and not can:
         if not afmoe:
-            raise UserError('train.forward = "fused": its pieces are those of AFMoE without groups of experts, and this '
-                            f'model is {spec.family}; use "plain", which may have fused experts (model.experts)')
+            raise UserError('train.forward = "fused": its pieces are those of AFMoE without groups of experts, and '
+                            f'this model is {spec.family}; use "plain", which may have fused experts (model.experts)')
         if precision == "float32": raise UserError('train.forward = "fused" needs train.precision = "bf16" or "fp8"')
         require('train.forward = "fused"', device, PIECES, 'train.forward = "plain"')
     return compute, can and forward != "plain"
