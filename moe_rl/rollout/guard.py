@@ -303,10 +303,11 @@ class Crew(Staff):
                 self._watch()
                 try: kind, value = await remote.ask(op, label, args, limit + self.FIRST, shares)
                 finally: self.alone.remove(remote); self.bury(remote)
-            if kind not in ('suspect', 'again'): return kind, value
-            if value == 'frozen': return 'env_timeout', f'no answer within {limit:g} s, and it held the interpreter'
-            if value.startswith('no answer'): return 'env_timeout', value
-        return 'env_error', value
+            held = kind != "ok" and value == "frozen"
+            if held or kind != "ok" and str(value).startswith("no answer"):
+                return "env_timeout", f"no answer within {limit:g} s" + ", and it held the interpreter"*held
+            if kind not in ("suspect", "again"): return kind, value
+        return "env_error", value
 
     def _watch(self):
         if self.watching is None or self.watching.done():
