@@ -40,3 +40,24 @@ def test_a_mistake_costs_no_place_in_the_queue(tmp_path):
     r = subprocess.run([sys.executable, "-m", "moe_rl.cli", *words], capture_output=True, text=True)
     assert (r.returncode, r.stderr.count("\n")) == (2, 1) and "launch.params.interface = '' is empty" in r.stderr
     assert not (tmp_path/"x").exists()
+
+CONFIGS = {"gpu_1": 1, "gpu_2": 1, "node_8": 1, "nodes_4": 4, "trinity_large_28": 28}
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_config_fits_and_is_rendered(name, capsys):
+    from moe_rl.cli import main
+    assert main(["run", "--config", f"{BENCH.parent}/configs/{name}.toml", "--slurm", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("# memory: ") and f"#SBATCH --nodes={CONFIGS[name]}\n" in out
+    assert ("NCCL_SOCKET_IFNAME=ib0" in out) == (CONFIGS[name] > 1)
+
+@pytest.mark.parametrize("name, less", [("trinity_large_28", ["trainer_nodes", "4", "trainer_ranks", "32"]),
+    ("nodes_4", ["trainer_nodes", "1", "trainer_ranks", "2", "experts", "2"]), ("gpu_2", ["gpu", "a100", "trainer_ranks", "1"])])
+def test_what_cannot_fit_is_refused_before_it_queues(name, less, capsys, tmp_path):
+    from moe_rl.cli import main
+    words = [w for k, v in zip(less[::2], less[1::2]) for w in (f"--launch.params.{k}", v)]
+    more = ["--model.num_hidden_layers", "24"] if name == "gpu_2" else []
+    assert main(["run", "--config", f"{BENCH.parent}/configs/{name}.toml", *words, *more, "--slurm", "--dir",
+        str(tmp_path/"x")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "does not fit" in err and "would do" in err and not (tmp_path/"x").exists()

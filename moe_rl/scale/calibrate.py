@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BARS', 'PROMPT', 'SIGMA', 'Z80', 'load_rows', 'predict_memory', 'predict_trainer', 'predict_pretrain', 'predict_rl',
-           'predict_decode', 'predict_prefill', 'predict_sync', 'fit_kernels', 'fit_prime', 'fit_megatron',
+           'predict_decode', 'predict_prefill', 'predict_sync', 'decided', 'fit_kernels', 'fit_prime', 'fit_megatron',
            'fit_engines', 'fit_sync', 'predict', 'compare', 'figures', 'freeze', 'signs', 'saturation']
 
 # %% ../../nbs/13_scale/08_calibrate.ipynb #d9103105
@@ -118,7 +118,11 @@ def _fit(rows, predict, st, names, scale=None):
     start = [getattr(st, n) for n in names]
     f = lambda p: np.array([predict(r, replace(st, **dict(zip(names, map(float, p))))) for r in rows])
     p, err = fit_logs(f, start, [r["measured"] for r in rows], rounds=60)
-    return replace(st, **dict(zip(names, map(float, p)))), err
+    return decided(st, **dict(zip(names, map(float, p)))), err
+
+def decided(st, **values):
+    "A record with constants that rows have decided, and their names among the fitted ones."
+    return replace(st, **values, fitted=tuple(sorted({*st.fitted, *values})))
 
 def fit_kernels(table:dict, peak:float=989e12, bandwidth:float=3.35e12)->dict:
     "Kernels from `kernel_table`; a stack queues its launches, so their floor is a microsecond."
@@ -146,7 +150,7 @@ def fit_megatron(rows:list[dict], st:Stack)->tuple[Stack,dict]:
             level[gpu] = level.get(gpu, 1.)*off
         err[gpu] = log(predict_pretrain(r, replace(st, level=level))/r["measured"])
     level |= dict(hopper=level["h100"], blackwell=level["gb200"])   # for GPUs without a row of their own
-    return replace(st, level=level), err
+    return decided(st, level=level), err
 
 # %% ../../nbs/13_scale/08_calibrate.ipynb #8cbcb13a
 def _secant(f, x, make, rounds:int=8, near:float=1e-4):
@@ -166,17 +170,17 @@ def fit_engines(rows:list[dict], st:Stack, vllm:ServeStack, sglang:ServeStack, s
     on, off, grace = _rows(rows, "rl")
     for _ in range(2):
         vllm = _secant(lambda x: predict_rl(on, st, replace(vllm, layer_seconds=x), sigma)/on["measured"],
-            vllm.layer_seconds, lambda x: replace(vllm, layer_seconds=x))
+            vllm.layer_seconds, lambda x: decided(vllm, layer_seconds=x))
         st = _secant(lambda x: predict_rl(off, replace(st, step_seconds=x), vllm, sigma)/off["measured"],
-            st.step_seconds, lambda x: replace(st, step_seconds=x))
+            st.step_seconds, lambda x: decided(st, step_seconds=x))
     host = lambda x: vllm.seq_seconds | {"blackwell": x}
     vllm = _secant(lambda x: predict_rl(grace, st, replace(vllm, seq_seconds=host(x)), sigma)/grace["measured"],
-        vllm.seq_seconds["blackwell"], lambda x: replace(vllm, seq_seconds=host(x)))
+        vllm.seq_seconds["blackwell"], lambda x: decided(vllm, seq_seconds=host(x)))
     d = [r for r in _rows(rows, "decode") if r["at_once"]]
     wide = next(r for r in _rows(rows, "decode") if not r["at_once"])
     sglang, e = _fit(d, predict_decode, replace(sglang, seq_seconds=vllm.seq_seconds), ("layer_seconds", "prefill"))
     sglang = _secant(lambda x: wide["measured"]/predict_decode(wide, replace(sglang, overlap=1-x)), 1 - sglang.overlap,
-        lambda x: replace(sglang, overlap=1-x))
+        lambda x: decided(sglang, overlap=1-x))
     vllm = replace(vllm, overlap=sglang.overlap)
     return st, vllm, sglang, dict(decode=e, rl=[log(predict_rl(r, st, vllm, sigma)/r["measured"])
         for r in (on, off, grace)])
@@ -235,6 +239,7 @@ def _toml(name, record, drop=("name",))->str:
     d = record if isinstance(record, dict) else {k: getattr(record, k) for k in record.__dataclass_fields__}
     def value(v):
         if isinstance(v, bool): return str(v).lower()
+        if isinstance(v, (list, tuple)): return "[" + ", ".join(map(value, v)) + "]"
         if isinstance(v, dict): return "{" + ", ".join(f"{k} = {value(x)}" for k, x in v.items()) + "}"
         return f'"{v}"' if isinstance(v, str) else f"{v:.6g}" if isinstance(v,
             float) and "." in f"{v:.6g}" + "e" * ("e" in f"{v:.6g}") else repr(float(f"{v:.6g}")) if isinstance(v,

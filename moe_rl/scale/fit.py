@@ -33,7 +33,7 @@ def trainer_bytes(
     tokens = s.rl.tokens_per_batch if s.rl.tokens_per_batch != "auto" else 8192
     layout = Layout(gpus, cp=context, ep=experts)
     if wrong := layout.check(spec): raise UserError(f"launch.params: {wrong}")
-    return trainer_memory(spec, layout, tokens*context, stack("prime-rl"))
+    return trainer_memory(spec, layout, tokens, stack("prime-rl"))
 
 def engine_bytes(spec:ModelSpec, s:Settings, gpus:int)->Terms: # bytes of a GPU
     "What a GPU of an engine holds."
@@ -51,12 +51,15 @@ def check_fits(
     trainer_gpus:int,
     engine_gpus:int=1,  # of a replica
     experts:int=1, context:int=1, # of the trainer's layout
+    shared:bool=False,  # trainer and engine on one and the same GPU
 )->str: # one line
     "Refuse what can't fit. `UserError` names the largest part and the number of GPUs that would do."
     if gpu not in GPUS: raise UserError(f"launch.params.gpu {gpu!r} is unknown; choose one of {', '.join(GPUS)}")
     spec, room = spec_of(s), GPUS[gpu].hbm/MARGIN
     parts = dict(trainer=(trainer_gpus, lambda n: trainer_bytes(spec, s, n, experts, context)),
         engine=(engine_gpus, lambda n: engine_bytes(spec, s, n)))
+    if shared: parts = {"trainer with the engine": (1, lambda n: Terms((*trainer_bytes(spec, s, n),
+        *engine_bytes(spec, s, n))))}
     for name, (gpus, bytes_of) in parts.items():
         terms = bytes_of(gpus)
         if terms.total <= room: continue

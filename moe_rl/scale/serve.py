@@ -18,7 +18,7 @@ from ..ep.traffic import LOW_LATENCY_US, Links, fit_links, low_latency_bytes, lo
 from ..moe.spec import EXPERTS, MATRIX, Mla, ModelSpec, Mixture
 from .hardware import Cluster, Gpu, cluster
 from .models import Compressed, Indexed, Recurrent, attention_flops, cache_rate, counts, flops_per_token, mixers, of_spec
-from .train import Term, Terms, constants
+from .train import Term, Terms, constants, said
 
 # %% ../../nbs/13_scale/04_serve.ipynb #f453ad6f
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class ServeStack:
     seq_seconds:dict       # GPU generation -> host seconds per sequence of a step
     overlap:float          # share of the exchange of a wide engine that hides under another batch
     sigma:float            # of the logarithm of a rate
+    fitted:tuple=()        # names of those above that rows have decided
 
 @lru_cache(maxsize=8)
 def serve_stack(name:str)->ServeStack:
@@ -100,7 +101,7 @@ def engine_memory(
     return int(left//per), Terms((Term("memory", all_, f"{e.utilisation}*{gpu.hbm/1e9:.0f} GB*{e.tp}",
         "utilisation is a setting"), Term("weights", -w, f"{counts(spec)[0]/1e9:.1f}e9 parameters, {e.precision}",
         "counted"),
-        Term("buffers", -st.buffers*e.tp, "graphs, workspaces", f"{st.name} {st.release}"),
+        Term("buffers", -st.buffers*e.tp, "graphs, workspaces", said(st, "buffers")),
         Term("per token of cache", -per, f"({rate:.0f} + {fixed:.3g}/{length}) B*{cache_copies(spec, e):g} copies",
             "counted")))
 
@@ -164,20 +165,22 @@ def decode_terms(
     L = len(spec.layers)
     swap = exchange_seconds(spec, e, c, batch)*(1 - st.overlap)
     gpu_terms = (Term("launches and waits", L*(st.layer_seconds + hop),
-        f"{L} layers*({st.layer_seconds*1e6:.0f} + {hop*1e6:.0f} us)", f"fitted, {st.name} {st.release}"),
+        f"{L} layers*({st.layer_seconds*1e6:.0f} + {hop*1e6:.0f} us)", said(st, "layer_seconds", "hop_seconds")),
         Term("weights", w/(G*gpu.bandwidth*st.weights), f"{w/1e9:.1f} GB "
                                                         f"touched/({G}*{gpu.bandwidth/1e12:.2f}e12*{st.weights:.2f})",
-                                                        "experts hit: E(1-(1-k/E)^B)"),
+                                                        "experts hit: E(1-(1-k/E)^B); share of the bandwidth: " + said(st, "weights")),
         Term("arithmetic", f*batch/(G*peak*st.products),
-            f"{f/1e9:.1f} GFLOP*{batch}/({G}*{peak/1e12:.0f}e12*{st.products:.2f})", "two per active parameter"),
+            f"{f/1e9:.1f} GFLOP*{batch}/({G}*{peak/1e12:.0f}e12*{st.products:.2f})",
+            "two per active parameter; share of the peak: " + said(st, "products")),
         Term("cache", kv/(G*gpu.bandwidth*st.cache),
-            f"{kv/1e9:.2f} GB/({G}*{gpu.bandwidth/1e12:.2f}e12*{st.cache:.2f})", "keys and values of all contexts"),
+            f"{kv/1e9:.2f} GB/({G}*{gpu.bandwidth/1e12:.2f}e12*{st.cache:.2f})",
+            "keys and values of all contexts; share of the bandwidth: " + said(st, "cache")),
         Term("experts' rows, exposed", swap, f"EP{G}, {st.overlap:.0%} hidden under another batch" if e.ep else "none",
-            "DeepEP low latency, fitted on its table"))
+            "DeepEP low latency, fitted on its table; hidden: " + said(st, "overlap")))
     each = st.seq_seconds.get(gpu.generation, 0.)
     host = max(0., batch*each - sum(t.value for t in gpu_terms))
     return Terms((*gpu_terms, Term("host, exposed", host, f"{batch} sequences*{each*1e6:.0f} us, less what the GPU "
-                                                          "takes", f"fitted, {st.name} {st.release}")))
+                                                          "takes", said(st, "seq_seconds"))))
 
 # %% ../../nbs/13_scale/04_serve.ipynb #eb4b5997
 class Pace(NamedTuple):

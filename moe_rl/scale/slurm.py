@@ -123,8 +123,8 @@ def step_command(site:Site, job:Job, nodes:list[str], log:Path, key:Path, python
     "`srun` for a job of the run."
     on, tasks = placed(site, job, nodes)
     gpus = tasks if job.role == "trainer" else site.engine_gpus
-    # without GPUs a step may share cores; with them it gets its own, and all memory of the node
-    share = ["--exact", "--mem=0", f"--gpus={gpus}"] if site.gpus_per_node else ["--overlap"]
+    # with GPUs a step gets its own, and all memory of the node; without, or with a single one, all share what is there
+    share = ["--exact", "--mem=0", f"--gpus={gpus}"] if site.nodes*site.gpus_per_node > 1 else ["--overlap"]
     return ["srun", f"--job-name={job.name}", f"--nodes={len(on)}", f"--ntasks={tasks}", f"--nodelist={','.join(on)}",
         f"--output={log}", "--open-mode=append", "--kill-on-bad-exit=1", *share, "bash", "-c",
         (RANKS if tasks > 1 else "") + 'key=$1; shift; exec "$@" < "$key"', "bash", str(key), python, "-m",
@@ -205,7 +205,8 @@ def submit(s:Settings, resume:bool, dry:bool, say=print)->int: # exit code
     if not resume and folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not empty: use --resume to go on, or --dir for another folder")
     if site.gpus_per_node and not site.gpu: site.wrong("gpu", "empty: name it for the memory estimate, e.g. h200")
-    if site.gpu: say("# " + check_fits(s, site.gpu, site.trainer_ranks, site.engine_gpus, site.experts, site.context))
+    if site.gpu: say("# " + check_fits(s, site.gpu, site.trainer_ranks, site.engine_gpus, site.experts, site.context,
+        site.nodes*site.gpus_per_node == 1))
     text = render(site, folder)
     if dry:
         say(text)
