@@ -61,3 +61,8 @@ def test_what_cannot_fit_is_refused_before_it_queues(name, less, capsys, tmp_pat
         str(tmp_path/"x")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "does not fit" in err and "would do" in err and not (tmp_path/"x").exists()
+
+def test_what_a_run_cannot_do_yet_is_not_submitted(capsys, tmp_path):
+    from moe_rl.cli import main
+    assert main(["run", "--config", f"{BENCH.parent}/configs/node_8.toml", "--slurm", "--dir", str(tmp_path/"x")]) == 2
+    assert "trainer_ranks = 4 is more than 1" in capsys.readouterr().err and not (tmp_path/"x").exists()
