@@ -14,7 +14,8 @@ from moe_rl.train.weights import describe
 
 class Dice:
     "Says what it likes, one answer a poll, and knows how likely that was."
-    def __init__(self, plan, lies=False): self.plan, self.lies, self.queue, self.version, self.tokens = plan, lies, [], 0, 0
+    def __init__(self, plan, lies=False):
+        self.plan, self.lies, self.queue, self.version, self.tokens = plan, lies, [], 0, 0
     @property
     def busy(self): return bool(self.queue)
     def submit(self, requests): self.queue += requests
