@@ -1,4 +1,4 @@
-"""A run of the main job followed in a browser: when is a step on the screen, and does a killed and resumed run go on in the same view?
+"""A run of the main job followed in a browser: when is a step on screen, and does a resumed run go on in the same view?
 
 JupyterLab in a real Chromium shows `Live`; its button starts the run. The lag of a step is the time from the first
 moment at which its line is in the file to the first at which the page says that step or a later one; for pictures,
@@ -22,7 +22,7 @@ from moe_rl.rl.log import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS = """from moe_rl.panels import Live
-settings = {{"warm_start.seconds": 30, "checkpoint.every": 20, "eval.prompts": 64}}
+settings = {{"warm_start.seconds": 30, "checkpoint.every": 5, "eval.prompts": 64}}
 live = Live({folder!r}, config={config!r}, settings=settings)
 live"""
 # The page notes when it shows a step: in words, and in the picture of rewards.
@@ -71,15 +71,16 @@ def kill(folder:Path) -> None:
         except psutil.NoSuchProcess: pass
     psutil.wait_procs(family, timeout=20)
 
-def life(page, button:str, writes:Writes, seconds:float) -> tuple[list, list]: # writes, what was seen
-    "Press a button and watch a life of the run."
+def life(page, button:str, writes:Writes, seconds:float, beyond:int=0) -> tuple[list, list]: # writes, what was seen
+    "Press a button and watch a life of the run, until it is beyond a step."
     page.evaluate("() => { window.seen = [] }")
     before = len(writes.at)
     page.locator(f".control-{button}").last.click()
     end = time.monotonic() + 240
-    while len(writes.at) == before:
+    while len(writes.at) == before or writes.at[-1][0] <= beyond:
         if time.monotonic() > end:
-            raise SystemExit(f"no step after {button}: {page.locator('.panel-Live').inner_text()[:400]}")
+            shown = page.locator(".panel-Live").inner_text()[:400]
+            raise SystemExit(f"no step beyond {beyond} after {button}: {shown}")
         time.sleep(.1)
     page.wait_for_timeout(1000*seconds)
     return writes.at[before:], page.evaluate("() => window.seen")
@@ -112,7 +113,7 @@ def measure(args):
                 kill(folder)
                 page.locator(".control-resume:not([disabled])").wait_for(timeout=20_000)
                 killed = writes.at[-1][0]
-                second = life(page, "resume", writes, seconds)
+                second = life(page, "resume", writes, seconds, killed)
             finally:
                 if process_of(folder): kill(folder)
                 page.close()

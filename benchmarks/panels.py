@@ -1,8 +1,8 @@
 """The panels as a hand meets them: JupyterLab in a real Chromium, every control moved, and page and package compared.
 
-Every notebook of nbs/14_panels with a panel is run, every control is moved twice by keyboard. The picture must then be the
-same bytes that the package computes, its text alternative and its line of code the same text; no error in a cell or in the console, and
-nothing wider than a telephone.
+Every notebook of nbs/14_panels with a panel is run, every control is moved twice by keyboard. The picture must then
+be the same bytes that the package computes, its text alternative and its line of code the same text; no error in a cell or
+in the console, and nothing wider than a telephone.
 
     moe-rl bench panels                 screenshots go to runs/screens
     moe-rl bench panels Loss Packing    only these
@@ -28,7 +28,8 @@ PHONE = dict(width=390, height=844)
 # What a panel shows: the bytes of its picture, the texts, and the mistake that it names.
 SHOWN = """panel => { const of = s => panel.querySelector(s)
     return {source: of('figure img')?.src ?? '', alt: of('figure img')?.alt ?? '',
-        said: of('figcaption')?.textContent ?? '', code: of('pre')?.textContent ?? '', problem: of('[role=alert]')?.textContent ?? ''} }"""
+        said: of('figcaption')?.textContent ?? '', code: of('pre')?.textContent ?? '',
+        problem: of('[role=alert]')?.textContent ?? ''} }"""
 
 def notebooks() -> dict[str, tuple[str, type]]: # name of a panel -> notebook, class
     "The panels with controls, and the notebooks that show them."
@@ -151,7 +152,8 @@ def measure(args):
                 wrong += narrow(page, name) + cell_errors(page)
                 moves, bad = moves + n, bad + wrong
                 close_notebook(page)
-                print(f"{name}: {n} moves, {len(wrong)} errors, {time.monotonic() - began:.0f} s", *wrong, sep="\n  ", flush=True)
+                took = time.monotonic() - began
+                print(f"{name}: {n} moves, {len(wrong)} errors, {took:.0f} s", *wrong, sep="\n  ", flush=True)
             page.close()
     for line in bad: print(line)      # those of the console among them
     return dict(figures=dict(panels=len(panels), interactions=moves, errors=len(bad)))

@@ -136,7 +136,8 @@ def sheet(rows:int, columns:int, height:float=2.1) -> tuple[Figure, list[Axes]]:
 
 def drawn(ax:Axes) -> bool:
     "Whether anything with a finite value is in the panel."
-    return any(np.isfinite(np.asarray(line.get_ydata(), float)).any() for line in ax.lines) or bool(ax.collections)
+    finite = any(np.isfinite(np.asarray(line.get_ydata(), float)).any() for line in ax.lines)
+    return finite or bool(ax.collections or ax.images)
 
 def dress(ax:Axes, title:str, y:str='', x:str='step', share:bool=False, log:bool=False):
     "Title, axis labels and scales of a panel; `share`: the y axis is a part of a whole. A panel without numbers says so."

@@ -116,6 +116,7 @@ def draw_waits(run:RunData):
 def draw_vio(run:RunData):
     figure, ax = card()
     trace(ax, run.steps, run["max_vio"])
+    ax.margins(y=.15)
     dress(ax, "MaxVio, mean over layers")
     return figure
 
