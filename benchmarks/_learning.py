@@ -19,8 +19,8 @@ def trainer(model, s) -> Trainer:
 
 def settings(**more):
     "Settings of a run with a model of a few thousand weights."
-    return load_settings(overrides={f'model.{k}': v for k, v in SIZES.items()}
-        | {'optim.warmup_steps': 0, 'rl.tokens_per_batch': 512} | more)
+    return load_settings(overrides={f"model.{k}": v for k, v in SIZES.items()}
+        | {"optim.warmup_steps": 0, "rl.tokens_per_batch": 512} | more)
 
 
 def rollouts(model, n: int, seed: int, max_tokens: int = 16) -> list[Rollout]:
@@ -35,7 +35,7 @@ def rollouts(model, n: int, seed: int, max_tokens: int = 16) -> list[Rollout]:
         i, m = int(f.id), len(f.token_ids)
         out.append(Rollout(token_ids=prompts[i] + f.token_ids, loss_mask=[0]*4 + [1]*m,
                            logprobs=[0.]*4 + f.logprobs.tolist(), versions=[-1]*4 + [0]*m,
-                           routes=f.routes, reward=float(i % 2), group=i // 2, index=i % 2, env='bench',
+                           routes=f.routes, reward=float(i % 2), group=i // 2, index=i % 2, env="bench",
                            stop_reason=f.stop_reason))
     return out
 

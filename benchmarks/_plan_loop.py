@@ -1,4 +1,6 @@
-"""The simulator against runs of this machine: real orchestrator, embedded engine, the main job. Two settings calibrate (seconds of a decode step, seconds of the trainer per step and token, pause for new weights); two
+"""The simulator against runs of this machine: real orchestrator, embedded engine, the main job.
+
+Two settings calibrate (seconds of a decode step, seconds of the trainer per step and token, pause for new weights); two
 others, with another batch and another staleness, are predicted: seconds of a step and mean staleness."""
 import json
 from pathlib import Path

@@ -25,8 +25,8 @@ class Run:
         "Start the command; its output goes to FOLDER.log."
         self.began, self.peak = time.monotonic(), 0
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        out = self.folder.with_suffix('.log').open('ab')
-        self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.cli', 'run', *self.args], stdout=out, stderr=out)
+        out = self.folder.with_suffix(".log").open("ab")
+        self.process = subprocess.Popen([sys.executable, "-m", "moe_rl.cli", "run", *self.args], stdout=out, stderr=out)
         out.close()
         threading.Thread(target=self.watch, daemon=True).start()
         return self
@@ -43,7 +43,7 @@ class Run:
         try: code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise RuntimeError(f'{self.folder}: no end after {timeout:.0f} s') from None
+            raise RuntimeError(f"{self.folder}: no end after {timeout:.0f} s") from None
         self.seconds = time.monotonic() - self.began
         return code
 
@@ -54,16 +54,16 @@ class Run:
 
     def lines(self, name: str) -> list[dict]: return read_lines(self.folder / name)
     @property
-    def evals(self): return self.lines('evals.jsonl')
+    def evals(self): return self.lines("evals.jsonl")
     @property
-    def metrics(self): return self.lines('metrics.jsonl')
+    def metrics(self): return self.lines("metrics.jsonl")
 
 
 def finish(run: Run, timeout: float) -> Run:
     "Start, wait, and raise with the log's end when it failed."
     code = run.start().wait(timeout)
     if code:
-        raise RuntimeError(f'{run.folder} ended with code {code}: ' + run.folder.with_suffix('.log').read_text()[-600:])
+        raise RuntimeError(f"{run.folder} ended with code {code}: " + run.folder.with_suffix(".log").read_text()[-600:])
     if run.echo:
         e = run.evals
         print(f'{run.folder.name}: {e[0]["exact"]:.3f} -> {e[-1]["exact"]:.3f} in {run.seconds/60:.2f} min, '
@@ -74,7 +74,7 @@ def finish(run: Run, timeout: float) -> Run:
 def folders(root: Path, name: str) -> Path:
     "A fresh folder below runs/ for a bench."
     import shutil
-    path = root / 'runs' / 'bench' / name
+    path = root / "runs" / "bench" / name
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
@@ -90,16 +90,16 @@ class Lanes(ThreadPoolExecutor):
 
 def jobs_option(p: argparse.ArgumentParser, what: str):
     "The option of a bench that can do several things side by side."
-    p.add_argument('--jobs', type=int, default=1, help=f'{what} side by side, each on two cores of its own')
+    p.add_argument("--jobs", type=int, default=1, help=f"{what} side by side, each on two cores of its own")
 
 
 def parts(name: str, each: list[list[str]], jobs: int, cores: int = 2) -> list[dict]:
     """The records of `moe-rl bench NAME` with each of these arguments, side by side; their other lines are shown as
     they come. Raises `RuntimeError` for one that fails."""
     def one(args):
-        p = subprocess.Popen([sys.executable, '-m', 'moe_rl.cli', 'bench', name, *args], stdout=subprocess.PIPE,
+        p = subprocess.Popen([sys.executable, "-m", "moe_rl.cli", "bench", name, *args], stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True)
-        last = ''
+        last = ""
         for line in p.stdout:
             if last: print(last, flush=True)
             last = line.rstrip()
@@ -110,4 +110,4 @@ def parts(name: str, each: list[list[str]], jobs: int, cores: int = 2) -> list[d
 
 def summed(records: list[dict], keys: tuple[str, ...]) -> dict:
     "Figures that add up over parts."
-    return {k: sum(r['figures'][k] for r in records) for k in keys}
+    return {k: sum(r["figures"][k] for r in records) for k in keys}

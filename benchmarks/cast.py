@@ -1,7 +1,9 @@
 """Every FP8 cast kernel against the bandwidth of a copy on the same chip, counting bytes read and written.
 
-Inputs are 512 MiB of bf16. A kernel's share is its bandwidth over the copy's; the figure is the smallest share. Every kernel's result is
-compared bit by bit with the reference, on heavy-tailed data with zeros, subnormals, outliers, infinities and NaN; `bits_differ` counts what is not equal.
+Inputs are 512 MiB of bf16. A kernel's share is its bandwidth over the copy's; the figure is the smallest share. Every
+kernel's result is
+compared bit by bit with the reference, on heavy-tailed data with zeros, subnormals, outliers, infinities and NaN;
+`bits_differ` counts what is not equal.
 
     moe-rl bench cast
 """
@@ -22,7 +24,12 @@ def size(*tensors): return sum(t.numel()*t.element_size() for t in tensors)
 def corners(M, K):
     x = torch.randn(M, K, device="cuda")*torch.randn(M, K, device="cuda").exp()**2
     x[0] = 0
-    x[1] *= 1e-40; x[2,K//2] = 3e4; x[3,1] = float("inf"); x[4,K-1] = float("nan"); x[5] *= 1e-5; x[6] *= 1e-12
+    x[1] *= 1e-40
+    x[2,K//2] = 3e4
+    x[3,1] = float("inf")
+    x[4,K-1] = float("nan")
+    x[5] *= 1e-5
+    x[6] *= 1e-12
     return x.bfloat16()
 
 

@@ -1,6 +1,8 @@
-"""Expert parallelism on two GPUs: DeepEP behind our exchange against the bare kernels, an EP=2 layer with overlap against EP=1, times for `traffic`.
+"""Expert parallelism on two GPUs: DeepEP behind our exchange against the bare kernels, an EP=2 layer with overlap
+against EP=1, times for `traffic`.
 
-    moe-rl bench ep_gpu [--parts kernels,layer,decode,death] [--dry]     # --dry: tiny sizes on CPU with gloo and stand-ins, to test this file
+    moe-rl bench ep_gpu [--parts kernels,layer,decode,death] [--dry]     # --dry: tiny sizes on CPU with gloo and
+    stand-ins, to test this file
 
 Every part runs in its own pair of processes, so that one that fails leaves the others their figures."""
 import argparse, json, os, socket, statistics, subprocess, sys, tempfile, time
@@ -16,7 +18,8 @@ PARTS = ("kernels", "layer", "decode", "death")
 
 def measure(args:list[str])->dict:
     p = argparse.ArgumentParser("ep_gpu")
-    p.add_argument("--parts", default=",".join(PARTS)); p.add_argument("--dry", action="store_true")
+    p.add_argument("--parts", default=",".join(PARTS))
+    p.add_argument("--dry", action="store_true")
     a = p.parse_args(args)
     if not a.dry:
         if torch.cuda.device_count() < 2: raise NeedsHardware("two Hopper GPUs linked by NVLink")
@@ -28,7 +31,9 @@ def measure(args:list[str])->dict:
             out = Path(tmp)/f"{part}.json"
             failed = run_pair(part, out, a.dry)
             got[part] = json.loads(out.read_text()) if out.exists() else {}
-            if failed: got[part]["failed"] = failed; print(f"{part}: FAILED: {failed}")
+            if failed:
+                got[part]["failed"] = failed
+                print(f"{part}: FAILED: {failed}")
     figures = {k: v for part in got.values() for k, v in part.pop("figures", {}).items()}
     timeline = got.get("layer", {}).pop("timeline", [])
     print(json.dumps(figures, indent=1))
@@ -37,7 +42,9 @@ def measure(args:list[str])->dict:
 
 def run_pair(part, out, dry, limit=280):
     "Two processes of this file; returns '' or what went wrong."
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
     def start(rank):
         env = dict(os.environ, RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
             NVSHMEM_REMOTE_TRANSPORT="none")
@@ -451,6 +458,404 @@ def run_pair(part, out, dry, limit=280):
 #
 #
 #
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
 # ----------------------------------------------------------------------------------------------------------------------------
 # in the workers
 class Worker:
@@ -467,7 +872,8 @@ class Worker:
         if self.rank == 0: print(*words, flush=True)
 
     def keep(self, **notes):
-        self.notes["figures"].update(notes.pop("figures", {})); self.notes.update(notes)
+        self.notes["figures"].update(notes.pop("figures", {}))
+        self.notes.update(notes)
         if self.rank == 0: self.out.write_text(json.dumps(self.notes))
 
     def us(self, fn, n=30, warm=5):
@@ -477,12 +883,16 @@ class Worker:
         dist.barrier()
         if not self.dry: torch.cuda.synchronize()
         marks = []
-        for _ in range(n): a = self.mark(); fn(); marks.append((a, self.mark()))
+        for _ in range(n):
+            a = self.mark()
+            fn()
+            marks.append((a, self.mark()))
         return statistics.median(self.between(*m) for m in marks)
 
     def mark(self):
         if self.dry: return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True); event.record()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
         return event
 
     def between(self, a, b):
@@ -524,9 +934,12 @@ def kernels(w):
     assert (home - x.float()*visits).abs().max() <= 0.02*home.abs().max(), "combine(dispatch(x)) is not x times the ranks visited"
     t = dict(raw_dispatch=[], dispatch=[], raw_combine=[], combine=[], raw_dispatch_laid_out=[], raw_dispatch_again=[])
     for _ in range(3):   # take turns, so that drift hits all alike
-        t["raw_dispatch"].append(w.us(raw_dispatch)); t["dispatch"].append(w.us(lambda: ex.send((x,), idx, gates)))
-        t["raw_combine"].append(w.us(lambda: buf.combine(rows, handle))); t["combine"].append(w.us(lambda: ex.gather(sent.parts[0], sent.plan)))
-        t["raw_dispatch_laid_out"].append(w.us(laid_out)); t["raw_dispatch_again"].append(w.us(lambda: buf.dispatch(x, handle=handle)))
+        t["raw_dispatch"].append(w.us(raw_dispatch))
+        t["dispatch"].append(w.us(lambda: ex.send((x,), idx, gates)))
+        t["raw_combine"].append(w.us(lambda: buf.combine(rows, handle)))
+        t["combine"].append(w.us(lambda: ex.gather(sent.parts[0], sent.plan)))
+        t["raw_dispatch_laid_out"].append(w.us(laid_out))
+        t["raw_dispatch_again"].append(w.us(lambda: buf.dispatch(x, handle=handle)))
     t = {n: statistics.median(v) for n, v in t.items()}
     w.say(f"{T} x {D}, E {E}, k {k}: " + ", ".join(f"{n} {v:.0f} us" for n, v in t.items()))
     w.keep(figures={f"{n}_us": t[n] for n in ("dispatch", "combine", "raw_dispatch", "raw_combine")}, all_us=t, bytes=x.nbytes)
@@ -564,7 +977,8 @@ def kernels(w):
         s = e.send((y,), i, g)
         times.append(dict(tokens=n, width=d, experts=E, k=k, ranks=2, dispatch_us=round(w.us(lambda: e.send((y,), i, g), 20), 1),
                           combine_us=round(w.us(lambda: e.gather(s.parts[0], s.plan), 20), 1)))
-    w.say("tokens width dispatch combine (us)"); [w.say(f"{r['tokens']:6d} {r['width']:5d} {r['dispatch_us']:8.1f} {r['combine_us']:8.1f}") for r in times]
+    w.say("tokens width dispatch combine (us)")
+    [w.say(f"{r['tokens']:6d} {r['width']:5d} {r['dispatch_us']:8.1f} {r['combine_us']:8.1f}") for r in times]
     w.keep(sizes=times)
     from moe_rl.ep.deepep import choose_exchange
     attempt("chosen", lambda: choose_exchange(E, D, k, T, 2, dist.group.WORLD)[1])   # says which backend runs here, and why not a better one
@@ -608,13 +1022,17 @@ def step(fn, x, dy, layers):
 class Recording:
     "Passes an exchange through and keeps what `send` delivered."
     def __init__(self, ex): self.ex, self.sent, self.num_experts, self.num_local = ex, [], ex.num_experts, ex.num_local
-    def send(self, *a): self.sent.append(self.ex.send(*a)); return self.sent[-1]
+    def send(self, *a):
+        self.sent.append(self.ex.send(*a))
+        return self.sent[-1]
     def scatter(self, *a): return self.ex.scatter(*a)
     def gather(self, *a): return self.ex.gather(*a)
 
 
 def check_layer(w):
-    "EP=2 over every exchange, with and without streams, against EP=1 on the tokens of both ranks. One layer: a second one would route its tokens by rounding."
+    """EP=2 over every exchange, with and without streams, against EP=1 on the tokens of both ranks.
+
+    One layer: a second one would route its tokens by rounding."""
     from moe_rl.ep.dispatch import AllToAll, Dispatcher, Local
     from moe_rl.ep.overlap import DeferredExperts, make_streams, overlapped
     T, D, I, E, k, depth = (16, 256, 32, 4, 2, 1) if w.dry else (2048, 1024, 256, 16, 4, 1)
@@ -643,7 +1061,9 @@ def check_layer(w):
             err = torch.stack([(a.float()-b.float()).norm()/b.float().norm() for a, b in zip(got, want)]).max()
             dist.all_reduce(err, op=dist.ReduceOp.MAX)
             worst[name] = round(err.item(), 5)
-        except (RuntimeError, AssertionError) as e: worst[name] = 9.; w.say(name, "failed:", str(e)[:300])
+        except (RuntimeError, AssertionError) as e:
+            worst[name] = 9.
+            w.say(name, "failed:", str(e)[:300])
     w.say("EP=2 against EP=1, worst relative difference of outputs and gradients (bf16):", worst)
     w.keep(parity_bf16=worst)
     return worst
@@ -655,11 +1075,15 @@ def sizes_of(w, name):
 
 
 def layer(w):
-    """Stacks of residual MoE layers, forward and backward, milliseconds per layer. Variants take turns, so that clocks and heat treat them alike.
+    """Stacks of residual MoE layers, forward and backward, milliseconds per layer. Variants take turns, so that clocks
+    and heat treat them alike.
 
-    ep1: all experts here. whole/halves: EP=2, communication in line. wgrad<sms>: whole batch, communication of backward beneath the weight gradients. overlap<sms>: halves, each
-    beneath the other. compute_*: the same without communication. <sms>: multiprocessors of the exchange. The letter says which products leave those free: n none; w weight gradients; f the
-    first of a segment and weight gradients, which have their own stream; i and b the first, or the first two, of a segment, with weight gradients in line."""
+    ep1: all experts here. whole/halves: EP=2, communication in line. wgrad<sms>: whole batch, communication of backward
+    beneath the weight gradients. overlap<sms>: halves, each
+    beneath the other. compute_*: the same without communication. <sms>: multiprocessors of the exchange. The letter
+    says which products leave those free: n none; w weight gradients; f the
+    first of a segment and weight gradients, which have their own stream; i and b the first, or the first two, of a
+    segment, with weight gradients in line."""
     from moe_rl.ep.dispatch import Dispatcher, Local
     from moe_rl.ep.overlap import DeferredExperts, Replayed, hidden_share, make_streams, overlapped
     worst = check_layer(w)
@@ -684,7 +1108,8 @@ def layer(w):
             add(key, mine, Dispatcher(Replayed([t._replace(plan=None) for t in rec.sent], rec)), experts, None, parts)
         if name == "mini": add("ep1", layers_of(w, depth, D, I, E, slice(0, E), torch.bfloat16), Dispatcher(Local(E)))
         def filler(sms, which, streams=streams):
-            "Experts that leave the exchange's multiprocessors free where `which` says; without streams, weight gradients in line."
+            """Experts that leave the exchange's multiprocessors free where `which` says; without streams, weight
+            gradients in line."""
             return plain if w.dry else DeferredExperts(streams, sms, beside[which])   # without a GPU its kernels are interpreted: too slow here
         for sms in (20,) if w.dry else (32, 48, 64) if name == "mini" else (48,):
             add(f"whole{sms}", mine, dispatcher(1, sms))
@@ -694,7 +1119,8 @@ def layer(w):
             for which in "nf" if name == "mini" else "f": add(f"overlap{sms}{which}", mine, dispatcher(2, sms), filler(sms, which), streams, 2)
             if name == "wide":
                 for which in "ib": add(f"overlap{sms}{which}", mine, dispatcher(2, sms), filler(sms, which, None), streams, 2)
-        replay("compute_whole", 1); replay("compute_halves", 2)
+        replay("compute_whole", 1)
+        replay("compute_halves", 2)
         rounds = {n: [] for n in run}
         for r in range(4):
             for n, fn in run.items():
@@ -703,7 +1129,8 @@ def layer(w):
         all_ms = torch.tensor([statistics.median(t) for t in rounds.values()], device=w.device, dtype=torch.float64)
         dist.all_reduce(all_ms, op=dist.ReduceOp.MAX)
         ms = {n: round(v, 4) for n, v in zip(run, all_ms.tolist())}
-        w.say(f"{name} {s}, host waits {not fixed}: ms per layer, forward + backward:"); w.say(" ".join(f"{n} {v:.3f}" for n, v in ms.items()))
+        w.say(f"{name} {s}, host waits {not fixed}: ms per layer, forward + backward:")
+        w.say(" ".join(f"{n} {v:.3f}" for n, v in ms.items()))
         number = lambda key: "".join(c for c in key if c.isdigit())
         shares = {n: hidden_share(v, ms["halves"+number(n)], ms["compute_halves"]) for n, v in ms.items() if "overlap" in n}
         shares.update({n: hidden_share(v, ms["whole"+number(n)], ms["compute_whole"]) for n, v in ms.items() if "wgrad" in n})
@@ -711,13 +1138,18 @@ def layer(w):
         quick = [n for n in halves if ms[n] <= 1.01*min(ms[m] for m in halves)]
         best = min(quick, key=lambda n: (int(number(n)), ms[n]))   # of equally fast ones the one that takes fewest multiprocessors
         fastest = min(shares, key=ms.get)
-        w.say(f"{name}: hidden shares " + " ".join(f"{n} {v:.3f}" for n, v in shares.items())); w.say(f"{name}: fastest of halves {best}, of all {fastest}")
+        w.say(f"{name}: hidden shares " + " ".join(f"{n} {v:.3f}" for n, v in shares.items()))
+        w.say(f"{name}: fastest of halves {best}, of all {fastest}")
         w.keep(**{name: dict(size=s, ms=ms, shares=shares, best_halves=best, fastest=fastest, host_waits=not fixed)})
-        if name == "mini": w.keep(figures=dict(ep2_share=ms["ep1"]/ms[fastest])); w.say("ep2_share", w.notes["figures"]["ep2_share"])
+        if name == "mini":
+            w.keep(figures=dict(ep2_share=ms["ep1"]/ms[fastest]))
+            w.say("ep2_share", w.notes["figures"]["ep2_share"])
         else:
-            w.keep(figures=dict(hidden_share=shares[best])); w.say("hidden_share", shares[best])
+            w.keep(figures=dict(hidden_share=shares[best]))
+            w.say("hidden_share", shares[best])
             if not w.dry: timeline(w, run[best])
-        run.clear(); mine.clear()
+        run.clear()
+        mine.clear()
         if not w.dry: torch.cuda.empty_cache()
 
 
@@ -725,10 +1157,14 @@ def timeline(w, fn):
     "Busy spans of one step."
     from moe_rl.ep.overlap import spans
     for _ in range(3): fn()
-    torch.cuda.synchronize(); dist.barrier()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as prof: fn(); torch.cuda.synchronize()
+    torch.cuda.synchronize()
+    dist.barrier()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as prof:
+        fn()
+        torch.cuda.synchronize()
     if w.rank: return
-    path = w.out.with_suffix(".trace"); prof.export_chrome_trace(str(path))
+    path = w.out.with_suffix(".trace")
+    prof.export_chrome_trace(str(path))
     trace = json.loads(path.read_text())
     w.keep(timeline=next(t for gap in (5, 10, 20, 50, 100) if len(t := spans(trace, gap)) < 400 or gap == 100),
            kernel_names=sorted({e["name"][:90] for e in trace["traceEvents"] if e.get("cat") == "kernel"}))
@@ -749,8 +1185,10 @@ def decode(w):
         y, marks = torch.zeros(handle[2], dtype=torch.bfloat16, device=w.device), []
         dist.barrier()
         for _ in range(4 if w.dry else 40):   # always in pairs: the kernels share two buffers in turn
-            marks.append([w.mark()]); m = ex.send_masked(x, idx, gates)
-            marks[-1].append(w.mark()); ex.gather_masked(y, m)
+            marks.append([w.mark()])
+            m = ex.send_masked(x, idx, gates)
+            marks[-1].append(w.mark())
+            ex.gather_masked(y, m)
             marks[-1].append(w.mark())
         both = [statistics.median(w.between(*m[i:i+2]) for m in marks[2:]) for i in (0, 1)]
         times.append(dict(tokens=n, width=D, experts=E, k=k, ranks=2, dispatch_us=both[0], combine_us=both[1], error=err))

@@ -1,6 +1,7 @@
-"""A layer over 1, 2, 4 and 8 ranks (gloo) against one process: output and all gradients, uniform and extremely skewed routes, a rank without a token, every exchange that runs on CPU.
+"""A layer over 1, 2, 4 and 8 ranks (gloo) against one process: output and all gradients, uniform and extremely
+skewed routes, a rank without a token, every exchange that runs on CPU.
 
-    moe-rl bench ep_parity"""
+moe-rl bench ep_parity"""
 import torch
 import torch.distributed as dist
 

@@ -1,8 +1,10 @@
-"""Which experts are hot in code, maths and prose: trains a small AFMoE (64 experts in 8 groups, a token takes 4 groups and 8 experts) on bytes of all three and records its routes on text it has not seen.
+"""Which experts are hot in code, maths and prose: trains a small AFMoE (64 experts in 8 groups, a token takes 4 groups
+and 8 experts) on bytes of all three and records its routes on text it has not seen.
 
     moe-rl bench expert_profile [--steps 300]
 
-Writes benchmarks/results/expert_profile/routes.npz, which the profile notebook and the placement bench read. Code: Python's standard library. Maths: reasoning-gym. Prose: the descriptions and licences of installed packages."""
+Writes benchmarks/results/expert_profile/routes.npz, which the profile notebook and the placement bench read. Code:
+Python's standard library. Maths: reasoning-gym. Prose: the descriptions and licences of installed packages."""
 import argparse, re, sysconfig, time
 from importlib import metadata
 from pathlib import Path
@@ -61,14 +63,17 @@ class Trained:
         for s in range(steps):
             for g in opt.param_groups: g["lr"] = 3e-3*min(1, (s+1)/20)*(1 - .9*s/steps)
             out, loss = self.forward(torch.cat([self.batch(d, 2) for d in self.texts]))
-            opt.zero_grad(); loss.backward(); opt.step()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
             for m, c in zip(moe_modules(self.model), out.counts()):
                 smebu_update(m.expert_bias, m.bias_momentum, c, rate=2e-3)
             if s % 50 == 0 or s == steps-1:
                 print(f"step {s}: loss {loss.item():.3f}, {time.time()-start:.0f} s", flush=True)
 
     def batch(self, domain:str, rows:int, held:bool=False)->torch.Tensor: # [rows,LENGTH+1]
-        t = self.texts[domain]; cut = len(t)*9//10
+        t = self.texts[domain]
+        cut = len(t)*9//10
         lo, hi = (cut, len(t)) if held else (0, cut)
         at = torch.randint(lo, hi-LENGTH-1, (rows,), generator=self.gen)
         return torch.stack([t[i:i+LENGTH+1] for i in at])
@@ -101,7 +106,8 @@ def measure(args:list[str])->dict:
     share = {d: float(busiest(profile[d])[1].mean()) for d in routes}
     both = {f"{x}_{y}": float(alike(profile[x], profile[y]).mean()) for i, x in enumerate(routes)
         for y in list(routes)[i+1:]}
-    print("share of the busiest tenth of the experts:", share); print("hot experts in common:", both)
+    print("share of the busiest tenth of the experts:", share)
+    print("hot experts in common:", both)
     return dict(figures={**{f"busiest_{d}": round(v, 4) for d, v in share.items()},
         **{f"common_{n}": round(v, 4) for n, v in both.items()},
         **{f"loss_{d}": round(v, 4) for d, v in losses.items()}})

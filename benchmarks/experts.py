@@ -1,7 +1,10 @@
-"""Every path of moe.experts on one core, at the sizes of a small model: forward for decode batches, forward and backward for training batches.
+"""Every path of moe.experts on one core, at the sizes of a small model: forward for decode batches, forward and
+backward for training batches.
 
-Times are the least of several interleaved rounds of thread CPU time, so that a busy machine disturbs them little. `worst_choice` is the time of the path that `choose_experts` picks over
-the time of the best path, largest over all sizes; `speedup_train` and `speedup_decode` are the plain loop's time over the picked path's, geometric means.
+Times are the least of several interleaved rounds of thread CPU time, so that a busy machine disturbs them little.
+`worst_choice` is the time of the path that `choose_experts` picks over
+the time of the best path, largest over all sizes; `speedup_train` and `speedup_decode` are the plain loop's time over
+the picked path's, geometric means.
 
     moe-rl bench experts [ROUNDS]        20 rounds unless said otherwise
 """
@@ -10,7 +13,8 @@ from time import thread_time
 
 import torch
 
-from moe_rl.moe.experts import choose_experts, experts_loop, grouped_experts, inplace_experts, small_experts, sorted_experts
+from moe_rl.moe.experts import (
+    choose_experts, experts_loop, grouped_experts, inplace_experts, small_experts, sorted_experts)
 from moe_rl.moe.routing import route
 
 PATHS = dict(loop=experts_loop, grouped=grouped_experts, small=small_experts, sorted=sorted_experts,
@@ -25,7 +29,9 @@ def interleaved(calls: dict, rounds: int) -> dict[str, float]:
     for name in calls: calls[name]()
     for _ in range(rounds):
         for name, call in calls.items():
-            start = thread_time(); call(); best[name] = min(best[name], (thread_time()-start)*1e3)
+            start = thread_time()
+            call()
+            best[name] = min(best[name], (thread_time()-start)*1e3)
     return best
 
 

@@ -1,4 +1,5 @@
-"""Six families of models against transformers: logprobs, gradients, files byte for byte, decoding from the cache, and parameters. Configurations are drawn at random, quirks included."""
+"""Six families of models against transformers: logprobs, gradients, files byte for byte, decoding from the cache,
+and parameters. Configurations are drawn at random, quirks included."""
 import argparse, copy, random, shutil, tempfile
 from pathlib import Path
 
@@ -137,9 +138,11 @@ def same_config(a:Path, b:Path) -> bool:
 
 
 def gradients(theirs, ours:Model, docs:list[Tensor], cu:Tensor, gen:torch.Generator, home:Path) -> tuple[float, float]:
-    """Largest difference of a logprob, and of a gradient relative to the largest of its tensor; theirs are named by way of a checkpoint.
+    """Largest difference of a logprob, and of a gradient relative to the largest of its tensor; theirs are named by way
+    of a checkpoint.
 
-    A gradient under a thousandth of the model's largest counts as that: with one expert per token and normed gates, a router's is 0 but for rounding."""
+    A gradient under a thousandth of the model's largest counts as that: with one expert per token and normed gates, a
+    router's is 0 but for rounding."""
     flat = torch.cat(docs)
     g = torch.randn(len(flat), ours.spec.vocab_size, generator=gen)
     want = torch.cat([theirs(d[None]).logits[0] for d in docs]).log_softmax(-1)

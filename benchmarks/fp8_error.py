@@ -1,6 +1,8 @@
-"""What FP8 loses: quantisation error by scheme and distribution, and DeepGEMM against a float32 product of the same quantised operands.
+"""What FP8 loses: quantisation error by scheme and distribution, and DeepGEMM against a float32 product of the same
+quantised operands.
 
-The table runs anywhere. The figure, the largest `1 - 2<x,y>/(<x,x>+<y,y>)` over dense, grouped contiguous, grouped masked and k-grouped products, needs a
+The table runs anywhere. The figure, the largest `1 - 2<x,y>/(<x,x>+<y,y>)` over dense, grouped contiguous, grouped
+masked and k-grouped products, needs a
 Hopper GPU with DeepGEMM.
 
     moe-rl bench fp8_error
@@ -14,7 +16,8 @@ from moe_rl.fp8.quant import SCHEMES, distributions, quantise, relative_error, s
 
 
 def table():
-    "Relative error of the matrix, and mean relative error of its smaller half, for every scheme with float32 and power-of-two scales."
+    """Relative error of the matrix, and mean relative error of its smaller half, for every scheme with float32 and
+    power-of-two scales."""
     figures = {}
     print(f"{'':16s}" + "".join(f"{s+u:>22s}" for s in SCHEMES for u in ("", ", UE8M0")))
     for name, x in distributions((1024, 1024)).items():

@@ -1,9 +1,14 @@
-"""Does FP8 training arrive where bf16 training arrives? One model of 160 M parameters, the same data and seed, trained with bf16 and with FP8 products.
+"""Does FP8 training arrive where bf16 training arrives? One model of 160 M parameters, the same data and seed, trained
+with bf16 and with FP8 products.
 
-AFMoE of 8 layers, width 768, 32 experts of 256 and 4 per token, a byte-pair vocabulary of 4096, 16384 tokens a step for 300 steps, AdamW on float32 master weights. In the
-FP8 run every linear layer but the head, and all experts, multiply in FP8; routers, norms, embedding, head and attention itself stay. The text is
-benchmarks/data/reasoning.txt.xz, questions and answers of reasoning-gym (`make_text` below made it), about two epochs of it. Two runs whose rounding differs drift apart,
-whatever they round to: so the figure is the mean over three seeds, and a second bf16 run, with another kernel for the experts and so other rounding, says how far apart two
+AFMoE of 8 layers, width 768, 32 experts of 256 and 4 per token, a byte-pair vocabulary of 4096, 16384 tokens a step for
+300 steps, AdamW on float32 master weights. In the
+FP8 run every linear layer but the head, and all experts, multiply in FP8; routers, norms, embedding, head and attention
+itself stay. The text is
+benchmarks/data/reasoning.txt.xz, questions and answers of reasoning-gym (`make_text` below made it), about two epochs
+of it. Two runs whose rounding differs drift apart,
+whatever they round to: so the figure is the mean over three seeds, and a second bf16 run, with another kernel for the
+experts and so other rounding, says how far apart two
 runs of the same recipe are.
 
     moe-rl bench fp8_training [STEPS]         300 unless said otherwise

@@ -1,7 +1,9 @@
 """Which product should make the weight gradients of FP8 experts? bf16 by torch, or FP8 by DeepGEMM's k-grouped kernel.
 
-The weight gradients of the layer of `moe_layer` (131072 rows, 128 experts, width 2048, expert width 1024). The bf16 product reads compact rows and writes bf16. The FP8 product
-reads groups filled up to 128 rows, already cast and transposed, and adds into float32, which somebody has to have set to zero. Casts are not in the times. Both results are
+The weight gradients of the layer of `moe_layer` (131072 rows, 128 experts, width 2048, expert width 1024). The bf16
+product reads compact rows and writes bf16. The FP8 product
+reads groups filled up to 128 rows, already cast and transposed, and adds into float32, which somebody has to have set
+to zero. Casts are not in the times. Both results are
 compared with a float64 product of one expert.
 
     moe-rl bench fp8_wgrad
@@ -32,7 +34,8 @@ def measure(args):
     groups = torch.diff(lay.ends, prepend=lay.ends.new_zeros(1)).int()
     total, figures = len(lay.pairs), dict(ms_bf16=0., ms_fp8=0., ms_fp8_zeroing=0., diff_bf16=0., diff_fp8=0.)
     # any list with this sum: the kernel reads the device's
-    sizes = [total//128//E*128]*(E-1); sizes.append(total-sum(sizes))
+    sizes = [total//128//E*128]*(E-1)
+    sizes.append(total-sum(sizes))
     for m, n in ((D, I), (2*I, D)):
         left, right = (torch.randn(T, w, generator=g, device="cuda").bfloat16() for w in (m, n))
         a, b = permute(left, compact), permute(right, compact)

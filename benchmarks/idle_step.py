@@ -29,7 +29,7 @@ def apart(a: dict, b: dict) -> float:
 
 def trained(loss: str):
     "A trainer whose moments are no longer zero."
-    s = settings(**{'rl.loss': loss})
+    s = settings(**{"rl.loss": loss})
     t = trainer(rl.build_model(s, VOCABULARY), s)
     for b in batches(t.model, 2, lambda n: [1., -1.]*(n//2)): t.step(b)
     return t
@@ -47,7 +47,7 @@ def drift(loss: str, steps: int) -> float:
 
 def full_speed(steps: int) -> float:
     "The same batches when the regularisers alone decide, as if every token taught something."
-    t = trained('dppo')
+    t = trained("dppo")
     before, silent = state(t), batches(t.model, 4, lambda n: [0.]*n, seed=7)
     def loud(model, b):
         b.signal = 1.
@@ -62,29 +62,29 @@ def full_speed(steps: int) -> float:
 def program(steps: int) -> tuple[float, int]:
     """A run whose answers end after one token and so are never right: how far its last checkpoint is from its first,
     and its idle steps."""
-    root, out = repository(), folders(repository(), 'idle_step')
-    job = finish(Run(out / 'run', '--config', str(root / 'configs' / 'main_job.toml'), '--dir', str(out / 'run'),
-                     '--warm_start.steps', '3', '--rl.steps', str(steps),
-                     '--rl.seconds', '0', '--rl.stop_at', '0', '--rl.reward', 'exact', '--rl.zero_variance', 'keep',
-                     '--rl.groups_per_step', '2', '--engine.max_tokens', '1',
-                     '--eval.prompts', '16', '--eval.every', '0', '--checkpoint.every', str(steps), '--checkpoint.keep',
-                     '9'), 600)
+    root, out = repository(), folders(repository(), "idle_step")
+    job = finish(Run(out / "run", "--config", str(root / "configs" / "main_job.toml"), "--dir", str(out / "run"),
+                     "--warm_start.steps", "3", "--rl.steps", str(steps),
+                     "--rl.seconds", "0", "--rl.stop_at", "0", "--rl.reward", "exact", "--rl.zero_variance", "keep",
+                     "--rl.groups_per_step", "2", "--engine.max_tokens", "1",
+                     "--eval.prompts", "16", "--eval.every", "0", "--checkpoint.every", str(steps), "--checkpoint.keep",
+                     "9"), 600)
     first, last = [step_path(job.folder, n) for n in (committed_steps(job.folder)[0], committed_steps(job.folder)[-1])]
-    a, b = [{f'{part}.{k}': v for part in ('model', 'optimizer')
-        for k, v in load_tensors(p / f'{part}.safetensors').items()} for p in (first, last)]
-    return apart(a, b), int(job.metrics[-1]['idle'])
+    a, b = [{f"{part}.{k}": v for part in ("model", "optimizer")
+        for k, v in load_tensors(p / f"{part}.safetensors").items()} for p in (first, last)]
+    return apart(a, b), int(job.metrics[-1]["idle"])
 
 
 def measure(args: list[str]) -> dict:
     "`moe-rl bench idle_step`; see the module's docstring."
-    p = argparse.ArgumentParser(prog='moe-rl bench idle_step')
-    p.add_argument('--steps', type=int, default=100)
+    p = argparse.ArgumentParser(prog="moe-rl bench idle_step")
+    p.add_argument("--steps", type=int, default=100)
     a = p.parse_args(args)
     torch.manual_seed(0)
     alone = {loss: drift(loss, a.steps) for loss in LOSSES}
     loud = full_speed(a.steps)
-    print(f'regularisers at full speed: drift {loud:.2g}', flush=True)
+    print(f"regularisers at full speed: drift {loud:.2g}", flush=True)
     run, idle = program(a.steps)
-    print(f'a run of {a.steps} steps: drift {run:.1e}, idle {idle}', flush=True)
+    print(f"a run of {a.steps} steps: drift {run:.1e}, idle {idle}", flush=True)
     return dict(figures=dict(drift=max(*alone.values(), run), drift_at_full_speed=loud, steps=a.steps,
         idle_in_run=idle))

@@ -1,7 +1,8 @@
-"""How fast one GPU is at the products that a training step is made of: dense and grouped products, attention, and plain copies, by shape. The planner turns this table into the efficiency of
-a kernel class as a function of its shape, which one peak figure can't give.
+"""How fast one GPU is at the products that a training step is made of: dense and grouped products, attention, and
+plain copies, by shape. The planner turns this table into the efficiency of a kernel class as a function of its shape,
+which one peak figure can't give.
 
-    moe-rl bench kernel_table --record"""
+moe-rl bench kernel_table --record"""
 import gc
 from statistics import median
 
@@ -63,7 +64,8 @@ def measure(args:list[str])->dict:
         copy=[(s, copies(s)) for s in (1, 4, 16, 64, 256, 1024)])
     if torch.cuda.get_device_capability() >= (8, 9):
         table["dense_fp8"] = [(m, n, k, dense(m, n, k, True)) for n, k in DENSE for m in ROWS]
-    gc.collect(); torch.cuda.empty_cache()
+    gc.collect()
+    torch.cuda.empty_cache()
     table["grouped"] = [(*shape, grouped(*shape)) for shape in GROUPED]
     table["attention"] = [(*shape, *attention(*shape)) for shape in ATTENTION]
     best = {name: max(row[-1] for row in rows) for name, rows in table.items()}

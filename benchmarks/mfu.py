@@ -1,18 +1,25 @@
-"""Whole optimizer steps on one Hopper GPU: ours against torchtitan's under torch.compile, AFMoE with float32 masters, Muon, FP8 experts, and where the milliseconds go.
+"""Whole optimizer steps on one Hopper GPU: ours against torchtitan's under torch.compile, AFMoE with float32 masters,
+Muon, FP8 experts, and where the milliseconds go.
 
-The model has width 2048, one dense layer of 6144 and then layers of 64 experts of width 768, 8 a token, and a shared one, 32 heads, 4 KV heads of 128, and a vocabulary of 32768.
+The model has width 2048, one dense layer of 6144 and then layers of 64 experts of width 768, 8 a token, and a shared
+one, 32 heads, 4 KV heads of 128, and a vocabulary of 32768.
 A micro-batch is one sequence of 16384 tokens; no activation checkpointing. Parts, each in a process of its own:
 
-    titan, a   all layers fully causal with RoPE, no gates, no post-norms (torchtitan's Qwen3 decoder), bf16 parameters without masters, AdamW; both sides with the same weights
-    b          AFMoE: three layers of window 2048 to one of all keys, gates, sandwich norms, SMEBU, AdamW with float32 masters
+    titan, a   all layers fully causal with RoPE, no gates, no post-norms (torchtitan's Qwen3 decoder), bf16 parameters
+    without masters, AdamW; both sides with the same weights
+    b          AFMoE: three layers of window 2048 to one of all keys, gates, sandwich norms, SMEBU, AdamW with float32
+    masters
     muon       the same, Muon for hidden matrices, four sequences a step
     fp8        as b, experts in FP8, routed and shared; AdamW leaves the casts of their weights behind
     fp8_linear as fp8, and the products of attention and of the dense block in FP8 too
     stream     as b, residual stream in float32: what that cast costs
     check      fused pieces against the plain ones on this GPU, and no waiting for the device
 
-12 layers on an 80 GB card, 16 on more; b, muon and fp8 8 layers on an 80 GB card (masters and moments of 12 and what the backward pass keeps do not fit), 12 on more. Before anything is timed the model trains 200 steps on a made-up
-language, so that its router has learnt something; nothing forces balance. The parts fp8, fp8_linear and stream go on from the weights that b has trained, if b is asked for too, so that their routes are b's. MFU counts 6 operations per active parameter (embedding left out, head included) and token, and the scores
+12 layers on an 80 GB card, 16 on more; b, muon and fp8 8 layers on an 80 GB card (masters and moments of 12 and what
+the backward pass keeps do not fit), 12 on more. Before anything is timed the model trains 200 steps on a made-up
+language, so that its router has learnt something; nothing forces balance. The parts fp8, fp8_linear and stream go on
+from the weights that b has trained, if b is asked for too, so that their routes are b's. MFU counts 6 operations per
+active parameter (embedding left out, head included) and token, and the scores
 that attention really computes, over 989 TFLOPS.
 
     moe-rl bench mfu [PART ...]        all parts unless said otherwise
@@ -114,10 +121,13 @@ def flops(cfg, gate):
 def timed(step, repeats=12, settle=4):
     "Milliseconds of a step on the device, those the host needs to launch one, and GiB at the worst moment."
     for _ in range(settle): step()
-    torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats+1)]
     marks[0].record()
-    for m in marks[1:]: step(); m.record()
+    for m in marks[1:]:
+        step()
+        m.record()
     torch.cuda.synchronize()
     gib, began = torch.cuda.max_memory_allocated()/2**30, time.time()
     step()
@@ -239,7 +249,9 @@ def timed_optimizer(step, work):
     for _ in range(3):
         a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
-        a.record(); step.optimizers.step(); b.record()
+        a.record()
+        step.optimizers.step()
+        b.record()
         torch.cuda.synchronize()
         times.append(a.elapsed_time(b))
     step.optimizers.zero_grad()
@@ -251,7 +263,8 @@ def titan_model(cfg):
     try:
         from torchtitan.models.common import CosSinRoPE, Embedding, Linear
         from torchtitan.models.common.attention import ScaledDotProductAttention
-        from torchtitan.models.common.config_utils import make_ffn_config, make_gqa_config, make_moe_config, make_routed_experts_config, make_router_config
+        from torchtitan.models.common.config_utils import (
+            make_ffn_config, make_gqa_config, make_moe_config, make_routed_experts_config, make_router_config)
         from torchtitan.models.common.nn_modules import RMSNorm
         from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
     except ImportError as e:
@@ -332,7 +345,8 @@ def titan(layers, folder):
     def step():
         loss = loss_of(model(x, positions), y)/T
         loss.backward()
-        opt.step(); opt.zero_grad()
+        opt.step()
+        opt.zero_grad()
         return loss.detach()
 
     first = float(step())
@@ -342,7 +356,8 @@ def titan(layers, folder):
 
 
 def check():
-    "A small model of the same kind in bf16: loss and gradients of the fused pieces against the plain model's in float32, and a step that may not wait."
+    """A small model of the same kind in bf16: loss and gradients of the fused pieces against the plain model's in
+    float32, and a step that may not wait."""
     from moe_rl.gpu.optimizers import fused_optimizers
     from moe_rl.gpu.step import Batch, FusedModel, FusedStep, documents
     from moe_rl.moe.attention import packed_attend, packed_positions
@@ -388,7 +403,8 @@ def check():
         step = FusedStep(FusedModel(half), fused_optimizers(half, optimizer, products="quack"))
         batch = [Batch(ids, targets, weights, docs)]
         first = step(batch).item()
-        torch.cuda.synchronize(); torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
         try: loss = step(batch)
         finally: torch.cuda.set_sync_debug_mode("default")
         for _ in range(5): loss = step(batch)
@@ -442,7 +458,8 @@ def measure(args):
             began, out = time.time(), Path(folder)/f"{part}.json"
             code = subprocess.run([sys.executable, __file__, part, str(layers), folder, str(out)]).returncode
             if code or not out.exists():
-                print(f"part {part} ended with code {code} after {time.time()-began:.0f} s", flush=True); continue
+                print(f"part {part} ended with code {code} after {time.time()-began:.0f} s", flush=True)
+                continue
             results[part] = json.loads(out.read_text())
             show(part, results[part], time.time()-began)
     return dict(figures=figures(results), parts=results)

@@ -1,11 +1,16 @@
-"""A whole MoE layer, router to combined output, forward and backward: ours in bf16 and FP8 against torchtitan's under torch.compile, and, for what
+"""A whole MoE layer, router to combined output, forward and backward: ours in bf16 and FP8 against torchtitan's under
+torch.compile, and, for what
 fusion is worth, ours of Triton kernels around torch._grouped_mm.
 
-16384 tokens, width 2048, 128 experts, 8 per token, sigmoid router, no shared expert; expert width 1024 (Trinity Mini, the figures) and 768 (Qwen3-30B-A3B).
-Every layer has the same weights and input; times are medians of steps taken in turns. A chip under load lowers its clock until its power fits, each
-layer's at another clock, and takes some tenths of a second for it: so a turn is sixty steps, and the last twenty count, and every other round goes through
+16384 tokens, width 2048, 128 experts, 8 per token, sigmoid router, no shared expert; expert width 1024 (Trinity Mini,
+the figures) and 768 (Qwen3-30B-A3B).
+Every layer has the same weights and input; times are medians of steps taken in turns. A chip under load lowers its
+clock until its power fits, each
+layer's at another clock, and takes some tenths of a second for it: so a turn is sixty steps, and the last twenty count,
+and every other round goes through
 the layers backwards, so that each follows either neighbour as often. FP8 casts its weights once per 8
-micro-batches, and that cast is in the figure. Peak memory is measured with only that layer in memory: weights, input, gradients and all.
+micro-batches, and that cast is in the figure. Peak memory is measured with only that layer in memory: weights, input,
+gradients and all.
 
     moe-rl bench moe_layer [WIDTH ...]        1024 and 768 unless said otherwise
 """
@@ -39,7 +44,8 @@ class Layer:
 def titan(w, compiled=True):
     "torchtitan's layer with the same weights."
     try:
-        from torchtitan.models.common.config_utils import make_moe_config, make_routed_experts_config, make_router_config
+        from torchtitan.models.common.config_utils import (
+            make_moe_config, make_routed_experts_config, make_router_config)
     except ImportError as e:
         raise NeedsHardware(f"torchtitan 0.3.0 as the peer (pip install 'moe_rl[train]'): {e}") from e
     I = w["down"].shape[2]
@@ -78,19 +84,24 @@ def peak(make, x, up, batched=False):
     "GiB at the worst moment of a step, with nothing else in memory."
     layer = make()
     for _ in range(2): step(layer, x, up, batched)
-    gc.collect(); torch.cuda.empty_cache(); torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     step(layer, x, up, batched)
     torch.cuda.synchronize()
     gib = torch.cuda.max_memory_allocated()/2**30
     del layer
     x.grad = None
-    gc.collect(); torch.cuda.empty_cache()
+    gc.collect()
+    torch.cuda.empty_cache()
     return gib
 
 
 def in_turns(steps, rounds=6, settle=40, repeats=20):
-    "Median milliseconds of each step function on the device. Rounds go through all of them, there and back; a turn begins with steps that are not counted."
+    """Median milliseconds of each step function on the device.
+
+    Rounds go through all of them, there and back; a turn begins with steps that are not counted."""
     times = {n: [] for n in steps}
     for n in range(rounds+1):
         for name, f in list(steps.items())[::1 if n % 2 else -1]:
@@ -133,7 +144,8 @@ def compare(I):
     if max(agree["bf16"] + agree["triton"]) > 1e-3 or max(agree["fp8"]) > 1e-2:
         raise AssertionError(f"the layers compute different things: {agree}")
     del results
-    no_sync(layers["bf16"], x, up, backward=True); no_sync(layers["fp8"], x, up, backward=False)
+    no_sync(layers["bf16"], x, up, backward=True)
+    no_sync(layers["fp8"], x, up, backward=False)
     ms = in_turns({n: (lambda l=l, n=n: step(l, x, up, n == "titan")) for n, l in layers.items()})
     cast = in_turns(dict(cast=lambda: (fp8.keep.clear(), fp8.cast(layers["fp8"].gate_up, layers["fp8"].down))))["cast"]
     with torch.no_grad():
@@ -158,5 +170,7 @@ def measure(args):
     for I in map(int, args or ["1024", "768"]):
         out = compare(I)
         figures |= out if I == 1024 else {f"{n}_{I}": v for n, v in out.items()}
-        gc.collect(); torch.cuda.empty_cache(); torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch._dynamo.reset()
     return dict(figures=figures)

@@ -1,7 +1,8 @@
 """The panels as a hand meets them: JupyterLab in a real Chromium, every control moved, and page and package compared.
 
 Every notebook of nbs/14_panels with a panel is run, every control is moved twice by keyboard. The picture must then
-be the same bytes that the package computes, its text alternative and its line of code the same text; no error in a cell or
+be the same bytes that the package computes, its text alternative and its line of code the same text; no error in a cell
+or
 in the console, and nothing wider than a telephone.
 
     moe-rl bench panels                 screenshots go to runs/screens

@@ -1,4 +1,6 @@
-"""Two parities. Our checkpoints in transformers and theirs in our model: same logits. Decoding in the engine and one forward pass: same numbers."""
+"""Two parities. Our checkpoints in transformers and theirs in our model: same logits.
+
+Decoding in the engine and one forward pass: same numbers."""
 import argparse, copy, random, shutil, tempfile
 from collections import Counter
 from pathlib import Path
@@ -58,7 +60,8 @@ def their_logits(model, docs:list[Tensor]) -> Tensor: # [N,V], documents one by 
 
 
 def hf_parity(seed:int, home:Path) -> tuple[ModelSpec, float, float]:
-    "One drawn configuration both ways: largest difference of logits when transformers reads our files, and when we read theirs."
+    """One drawn configuration both ways: largest difference of logits when transformers reads our files, and when we
+    read theirs."""
     from transformers import AfmoeConfig, AfmoeForCausalLM
     rng, gen = random.Random(seed), torch.Generator().manual_seed(seed)
     cfg = draw_config(rng)
@@ -117,7 +120,8 @@ class Growing:
 @torch.no_grad()
 # logits [T,V], routes [T,L_moe,k]
 def forward_of_versions(models:list[Model], ids:Tensor, made:np.ndarray) -> tuple[Tensor, Tensor]:
-    "One pass over a text whose inputs were computed by different versions: `made[t]` is that of input t, never falling."
+    """One pass over a text whose inputs were computed by different versions: `made[t]` is that of input t, never
+    falling."""
     attend, parts = Growing(), []
     for version in np.unique(made):
         at = torch.from_numpy(np.flatnonzero(made == version))
@@ -135,7 +139,8 @@ def forward_of_one(model:Model, ids:Tensor) -> tuple[Tensor, Tensor]: # logits [
 
 def difference(r:Request, f:Finished, logits:Tensor, routes:Tensor, sampled:np.ndarray,
         inputs:np.ndarray) -> tuple[float, int]:
-    "Largest difference of a log-probability over the `sampled` tokens, and how many of the `inputs` went through other experts."
+    """Largest difference of a log-probability over the `sampled` tokens, and how many of the `inputs` went through
+    other experts."""
     if f.stop_reason != "length" or len(f.token_ids) != r.max_tokens:
         raise AssertionError(f"request {r.id} gave {len(f.token_ids)} of {r.max_tokens} tokens ({f.stop_reason})")
     want = sampling_logprobs(logits[len(r.prompt)-1:], r.temperature, r.top_k, r.top_p).gather(1,

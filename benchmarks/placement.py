@@ -1,8 +1,10 @@
-"""Placement of 58 layers x 256 experts in 8 groups (a token takes 4 groups and 8 experts in them), loads Zipf 0.8: EPLB beside ours.
+"""Placement of 58 layers x 256 experts in 8 groups (a token takes 4 groups and 8 experts in them), loads Zipf 0.8: EPLB
+beside ours.
 
     moe-rl bench placement [--layers 58] [--tokens 16384]
 
-Tokens are drawn so that their expert loads are the wanted ones (within a percent). `random` rows: expected figures when a replica is drawn by its share. `realised` rows: the tokens sent through the node-aware choice
+Tokens are drawn so that their expert loads are the wanted ones (within a percent). `random` rows: expected figures when
+a replica is drawn by its share. `realised` rows: the tokens sent through the node-aware choice
 and counted. `seconds` is the median of seven runs of placing and weighing all layers."""
 import argparse, statistics, time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +34,8 @@ def layer(job):
 
 def measure(args:list[str])->dict:
     p = argparse.ArgumentParser("placement")
-    p.add_argument("--layers", type=int, default=58); p.add_argument("--tokens", type=int, default=16384)
+    p.add_argument("--layers", type=int, default=58)
+    p.add_argument("--tokens", type=int, default=16384)
     a = p.parse_args(args)
     start = time.time()
     with ThreadPoolExecutor(2) as pool: got = list(pool.map(layer, [(s, a.tokens) for s in range(a.layers)]))
@@ -46,9 +49,11 @@ def measure(args:list[str])->dict:
     figures = {}
 
     def row(name, bal, nodes, **keep):
-        print(f"{name:44s} {bal:.4f} {nodes:.3f}"); figures.update(keep)
+        print(f"{name:44s} {bal:.4f} {nodes:.3f}")
+        figures.update(keep)
 
-    start = time.time(); together, alone = company(routes[:2048], E, GROUPS)
+    start = time.time()
+    together, alone = company(routes[:2048], E, GROUPS)
     print(f"company of {min(2048, a.tokens)} recorded tokens per layer: {time.time()-start:.2f} s\n{'':44s} balance "
           "nodes per token")
     for slots, nodes, gpus in ((320, 8, 64), (288, 4, 32)):
@@ -70,7 +75,9 @@ def measure(args:list[str])->dict:
         row("  ours, weighted split, realised", balance(gpu), visits,
             **{f"balance_weighted_{gpus}": balance(gpu), f"nodes_weighted_{gpus}": visits})
         print(f"  seconds for all layers: {', '.join(f'{s:.3f}' for s in seconds)}")
-        if gpus == 64: figures["seconds"] = statistics.median(seconds); kept = ours
+        if gpus == 64:
+            figures["seconds"] = statistics.median(seconds)
+            kept = ours
     del figures["balance_weighted_32"], figures["nodes_weighted_32"]
 
     some = [l for l in range(a.layers) if got[l][4] is not None]
@@ -84,7 +91,8 @@ def measure(args:list[str])->dict:
 
     print("after a drift of the loads by total variation 0.2")
     start = time.perf_counter()
-    few = rebalance(kept, drift, GROUPS, together, alone, K); took = time.perf_counter()-start
+    few = rebalance(kept, drift, GROUPS, together, alone, K)
+    took = time.perf_counter()-start
     fresh = weigh(place(drift, 320, GROUPS, 8, 64, *company(after[:2048], E, GROUPS), K), drift)
     rows = {}
     for name, p in (("nothing changed", kept), ("new shares only", weigh(kept, drift)),
@@ -101,7 +109,8 @@ def measure(args:list[str])->dict:
 
 
 def free_layer(seed, num_experts, k, topics, tokens):
-    "Loads [E] and routes [2*tokens,k] of a router without groups; with `topics`, each token has one and each topic its favourites."
+    """Loads [E] and routes [2*tokens,k] of a router without groups; with `topics`, each token has one and each topic
+    its favourites."""
     rng = np.random.default_rng(seed)
     loads, noise, free = zipf(rng, num_experts), gumbel(rng, 2*tokens, num_experts), dict(k=k, groups=1, topk_groups=1)
     if topics: noise = noise + 1.2*rng.normal(size=(topics, num_experts))[rng.integers(0, topics, 2*tokens)]
@@ -109,7 +118,8 @@ def free_layer(seed, num_experts, k, topics, tokens):
 
 
 def ungrouped(row, layers=2, tokens=8192):
-    "Routers without groups (Trinity, Qwen3, Kimi): DeepSeek's global policy beside `place_ungrouped`, planned on one sample of tokens and counted on another."
+    """Routers without groups (Trinity, Qwen3, Kimi): DeepSeek's global policy beside `place_ungrouped`, planned on
+    one sample of tokens and counted on another."""
     print("no groups: experts, k, nodes of 8 GPUs, topics of the text; planned on half of the tokens, counted on the "
           "other half")
     cases = [(E, k, N, topics) for E, k in ((128, 8), (160, 8), (256, 4), (384, 8)) for N in range(4, 10)
@@ -127,7 +137,8 @@ def ungrouped(row, layers=2, tokens=8192):
             row(f"  {E} experts, {k} a token, {N} nodes, {topics} topics, {slots} slots, {name}", *pair[-1])
         (b0, n0), (b1, n1) = pair
         worse += b1 < b0 - 1e-4 or n1 > n0 + 1e-3
-        visits.append(n0 - n1); better.append(b1 - b0)
+        visits.append(n0 - n1)
+        better.append(b1 - b0)
     print(f"{len(cases)} cases, {worse} worse in balance or nodes; saved visits {min(visits):.4f} to "
           f"{max(visits):.3f}, balance {min(better):+.4f} to {max(better):+.3f}")
     return dict(ungrouped_cases=len(cases), ungrouped_worse=worse, ungrouped_visits_saved=max(visits),
@@ -139,7 +150,9 @@ def recorded(row):
     "The same on routes that a trained model recorded, if `moe-rl bench expert_profile` has been run."
     from moe_rl.bench import repository
     path = repository()/"benchmarks/results/expert_profile/routes.npz"
-    if not path.exists(): print(f"no recorded routes in {path.parent.name}/: run moe-rl bench expert_profile"); return
+    if not path.exists():
+        print(f"no recorded routes in {path.parent.name}/: run moe-rl bench expert_profile")
+        return
     data = np.load(path)
     routes, num, groups = np.concatenate([data[n]
         for n in data["domains"]]).astype(np.int64), int(data["num_experts"]), int(data["groups"])

@@ -1,7 +1,8 @@
-"""The planner against published measurements that took no part in its calibration: prediction, interval, figure and error of every row; then signs, speed, exactness, and wide expert parallelism.
+"""The planner against published measurements that took no part in its calibration: prediction, interval, figure and
+error of every row; then signs, speed, exactness, and wide expert parallelism.
 
-    moe-rl bench plan [loop]          with `loop` also the simulator against runs of this machine (some minutes)
-    python benchmarks/plan.py freeze  fits the constants again and writes moe_rl/scale/constants.toml"""
+moe-rl bench plan [loop]          with `loop` also the simulator against runs of this machine (some minutes)
+python benchmarks/plan.py freeze  fits the constants again and writes moe_rl/scale/constants.toml"""
 import json
 import subprocess
 import sys

@@ -1,11 +1,16 @@
-"""Experts placed for the batch whose routes are recorded, beside experts placed for the batches before it, on batches of a trained model.
+"""Experts placed for the batch whose routes are recorded, beside experts placed for the batches before it, on batches
+of a trained model.
 
     moe-rl bench route_placement [--steps 300] [--history 64] [--batches 64]
 
-The model is that of `moe-rl bench expert_profile`: 64 experts, a token takes 8, trained on code, maths and prose with SMEBU. A batch is what a step of RL with few problems looks like: eight groups, each of four rows cut
-from one place of one text (32 rows of 256 tokens), held out from training. 8 to 64 GPUs, 8 to a node, are simulated from the recorded routes: balance is the mean over the fullest GPU's load, mean over layers and batches.
-`behind`: planned from the last `history` batches. `shares`: the same slots, shared for the batch. `few`: a tenth of the slots moved. `ahead`: placed for the batch. The figures that the name ends with 64 are for 64 GPUs;
-`balance_before` and `balance_after` are the least favourable of `behind` and `ahead` over all numbers of GPUs. The time of a step on real GPUs is not measured here: `load_ratio` is what the fullest GPU gains."""
+The model is that of `moe-rl bench expert_profile`: 64 experts, a token takes 8, trained on code, maths and prose with
+SMEBU. A batch is what a step of RL with few problems looks like: eight groups, each of four rows cut
+from one place of one text (32 rows of 256 tokens), held out from training. 8 to 64 GPUs, 8 to a node, are simulated
+from the recorded routes: balance is the mean over the fullest GPU's load, mean over layers and batches.
+`behind`: planned from the last `history` batches. `shares`: the same slots, shared for the batch. `few`: a tenth of the
+slots moved. `ahead`: placed for the batch. The figures that the name ends with 64 are for 64 GPUs;
+`balance_before` and `balance_after` are the least favourable of `behind` and `ahead` over all numbers of GPUs. The time
+of a step on real GPUs is not measured here: `load_ratio` is what the fullest GPU gains."""
 import argparse, sys
 from pathlib import Path
 
@@ -29,7 +34,8 @@ def group(trained:Trained, rng:np.random.Generator, rows:int)->torch.Tensor: # [
 def measure(args:list[str])->dict:
     p = argparse.ArgumentParser("route_placement")
     p.add_argument("--steps", type=int, default=300)
-    p.add_argument("--history", type=int, default=64); p.add_argument("--batches", type=int, default=64)
+    p.add_argument("--history", type=int, default=64)
+    p.add_argument("--batches", type=int, default=64)
     a = p.parse_args(args)
     trained, rng, counts = Trained(a.steps), np.random.default_rng(0), []
     with torch.no_grad():

@@ -1,6 +1,7 @@
-"""Predicted against measured times of dispatch and combine: DeepEP's published low-latency rows, and our own two GPUs from the record of `ep_gpu`.
+"""Predicted against measured times of dispatch and combine: DeepEP's published low-latency rows, and our own two
+GPUs from the record of `ep_gpu`.
 
-    moe-rl bench traffic"""
+moe-rl bench traffic"""
 from moe_rl.bench import NeedsHardware, load_records
 from moe_rl.ep.traffic import LOW_LATENCY_US, fit_links, low_latency_bytes, low_latency_time, predict_own
 

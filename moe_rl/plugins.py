@@ -25,7 +25,9 @@ def blame(error:BaseException)->str: # "file.py, line 3: SyntaxError: invalid sy
 def load_attribute(
     path:str, # "module:attribute"; the attribute may have dots
 )->Any: # the object
-    "What `module:attribute` names. `UserError` in one line if either part does not exist, or the module fails while it is imported."
+    """What `module:attribute` names.
+
+    `UserError` in one line if either part does not exist, or the module fails while it is imported."""
     module, _, attribute = path.partition(":")
     try: found = importlib.import_module(module)
     except (Exception, SystemExit) as e:

@@ -14,7 +14,7 @@ import numpy as np
 from msgspec.structs import force_setattr, replace
 from .routes import repeats_expert
 
-_all_ = ['replace']
+_all_ = ["replace"]
 
 # %% ../nbs/02_data/00_records.ipynb #194eefd6
 def exact_array(
@@ -27,12 +27,12 @@ def exact_array(
 
     Raises `ValueError` naming the field."""
     old, dtype = np.asarray(value), np.dtype(dtype)
-    if old.dtype.kind not in 'biuf':
-        raise ValueError(f'{name}: {old.dtype} array, expected numbers convertible to {dtype}')
-    if old.ndim != ndim: raise ValueError(f'{name}: shape {old.shape}, expected {ndim} dimension(s)')
+    if old.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: {old.dtype} array, expected numbers convertible to {dtype}")
+    if old.ndim != ndim: raise ValueError(f"{name}: shape {old.shape}, expected {ndim} dimension(s)")
     if old.dtype == dtype: return np.ascontiguousarray(old)
-    with np.errstate(invalid='ignore', over='ignore'): new = old.astype(dtype)
-    if dtype.kind != 'f' and not np.array_equal(new, old): raise ValueError(f'{name}: values do not fit {dtype}')
+    with np.errstate(invalid="ignore", over="ignore"): new = old.astype(dtype)
+    if dtype.kind != "f" and not np.array_equal(new, old): raise ValueError(f"{name}: values do not fit {dtype}")
     return np.ascontiguousarray(new)
 
 # %% ../nbs/02_data/00_records.ipynb #22b3a95a
@@ -68,7 +68,7 @@ class Request(Sampling, kw_only=True, frozen=True):
     max_tokens:int               # tokens to sample at most, at least one
     seed:int=0                   # two requests with one prompt and one seed sample the same
     stop_ids:tuple[int,...]=()   # sampling one of these ends the request; the token is part of the answer
-    lane:str='train'             # 'train' or 'eval': whose share of the seats
+    lane:str="train"             # 'train' or 'eval': whose share of the seats
 
 # %% ../nbs/02_data/00_records.ipynb #606f0eab
 class Finished(msgspec.Struct, kw_only=True, frozen=True):
@@ -79,7 +79,7 @@ class Finished(msgspec.Struct, kw_only=True, frozen=True):
     versions:np.ndarray          # [n] int32, policy version that sampled each
     routes:np.ndarray|None       # [P+n-1,L_moe,k] uint8 or uint16, experts of every input token; None: not recorded
     stop_reason:str              # 'stop', 'length' or 'aborted'
-    def __repr__(self): return f'Finished({self.id}: {self.token_ids}, {self.stop_reason})'
+    def __repr__(self): return f"Finished({self.id}: {self.token_ids}, {self.stop_reason})"
 
 # %% ../nbs/02_data/00_records.ipynb #e94da643
 LOGPROB_SLACK = 1e-3 # how far rounding may lift a log-probability above 0
@@ -87,35 +87,35 @@ LOGPROB_SLACK = 1e-3 # how far rounding may lift a log-probability above 0
 def _check_rollout(r)->None:
     "Raise `ValueError` naming the field of `Rollout` `r` that breaks a rule."
     T = len(r.token_ids)
-    if T < 2: raise ValueError(f'token_ids: {T} token(s), expected at least 2 (one input, one target)')
-    for name in ('loss_mask', 'logprobs', 'versions'):
-        if len(getattr(r, name)) != T: raise ValueError(f'{name}: {len(getattr(r, name))} entries for {T} tokens')
-    if r.token_ids.min() < 0: raise ValueError(f'token_ids: negative id {r.token_ids.min()}')
+    if T < 2: raise ValueError(f"token_ids: {T} token(s), expected at least 2 (one input, one target)")
+    for name in ("loss_mask", "logprobs", "versions"):
+        if len(getattr(r, name)) != T: raise ValueError(f"{name}: {len(getattr(r, name))} entries for {T} tokens")
+    if r.token_ids.min() < 0: raise ValueError(f"token_ids: negative id {r.token_ids.min()}")
     if r.versions.min() < -1:
-        raise ValueError(f'versions: {r.versions.min()}, expected -1 (not sampled) or a policy version')
+        raise ValueError(f"versions: {r.versions.min()}, expected -1 (not sampled) or a policy version")
     if (r.loss_mask & (r.versions < 0)).any():
-        raise ValueError('loss_mask: covers a token that was not sampled (version -1)')
-    if r.versions[0] >= 0: raise ValueError('versions: the first token cannot be sampled, nothing precedes it')
+        raise ValueError("loss_mask: covers a token that was not sampled (version -1)")
+    if r.versions[0] >= 0: raise ValueError("versions: the first token cannot be sampled, nothing precedes it")
     if not np.isfinite(r.logprobs).all() or r.logprobs.max() > LOGPROB_SLACK:
-        raise ValueError('logprobs: must be finite and at most 0')
-    if r.logprobs[r.versions < 0].any(): raise ValueError('logprobs: must be 0 where no token was sampled')
+        raise ValueError("logprobs: must be finite and at most 0")
+    if r.logprobs[r.versions < 0].any(): raise ValueError("logprobs: must be 0 where no token was sampled")
 
 # %% ../nbs/02_data/00_records.ipynb #2cce6654
 def _check_routes(r)->None:
     "Raise `ValueError` if `r.routes` is not an unsigned `[T-1,L,k]` array of distinct experts."
     if r.routes.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f'routes: {r.routes.dtype}, expected uint8 or uint16 (use `narrow_routes`)')
+        raise ValueError(f"routes: {r.routes.dtype}, expected uint8 or uint16 (use `narrow_routes`)")
     if r.routes.ndim != 3 or len(r.routes) != len(r.token_ids)-1:
-        raise ValueError(f'routes: shape {r.routes.shape}, expected [{len(r.token_ids)-1},L,k] (the last token is '
-                         'never routed)')
-    if repeats_expert(r.routes): raise ValueError('routes: a token names an expert twice in one layer')
+        raise ValueError(f"routes: shape {r.routes.shape}, expected [{len(r.token_ids)-1},L,k] (the last token is "
+                         "never routed)")
+    if repeats_expert(r.routes): raise ValueError("routes: a token names an expert twice in one layer")
 
 def _check_scalars(r)->None:
     "Raise `ValueError` if a scalar field of `Rollout` `r` is out of range."
     if r.reward is not None and not math.isfinite(r.reward):
-        raise ValueError(f'reward: {r.reward}, expected a finite number or None (unscored)')
-    if r.group < 0 or r.index < 0: raise ValueError(f'group, index: {r.group}, {r.index}, expected numbers from 0')
-    if r.turns < 1: raise ValueError(f'turns: {r.turns}, expected at least 1')
+        raise ValueError(f"reward: {r.reward}, expected a finite number or None (unscored)")
+    if r.group < 0 or r.index < 0: raise ValueError(f"group, index: {r.group}, {r.index}, expected numbers from 0")
+    if r.turns < 1: raise ValueError(f"turns: {r.turns}, expected at least 1")
     if not r.stop_reason: raise ValueError("stop_reason: empty, expected 'stop', 'length' or another reason")
 
 # %% ../nbs/02_data/00_records.ipynb #27106b44
@@ -147,18 +147,20 @@ class Rollout(Record, kw_only=True, frozen=True, eq=False):
         if self.routes is not None: _check_routes(self)
 
     @property
-    def id(self)->str: return f'{self.group}-{self.index}'
+    def id(self)->str: return f"{self.group}-{self.index}"
     def __len__(self): return len(self.token_ids)
     def __repr__(self):
-        sizes = f'{len(self)} tokens, {self.sampled} sampled'
-        return f'Rollout({self.id}: {sizes}, reward {self.reward}, {self.stop_reason})'
+        sizes = f"{len(self)} tokens, {self.sampled} sampled"
+        return f"Rollout({self.id}: {sizes}, reward {self.reward}, {self.stop_reason})"
     @property
     def sampled(self)->int: return int((self.versions >= 0).sum())
     @property
     def oldest(self)->int:
-        "The lowest policy version that sampled a token; staleness at step `n` is `n - 1 - oldest`. `ValueError` if none did."
+        """The lowest policy version that sampled a token; staleness at step `n` is `n - 1 - oldest`.
+
+        `ValueError` if none did."""
         versions = self.versions[self.versions >= 0]
-        if not versions.size: raise ValueError(f'rollout {self.id}: no sampled token, so it has no policy version')
+        if not versions.size: raise ValueError(f"rollout {self.id}: no sampled token, so it has no policy version")
         return int(versions.min())
     @property
     def newest(self)->int: return int(self.versions.max())
@@ -168,19 +170,19 @@ class Example(Record, kw_only=True, frozen=True, eq=False):
     "`T` tokens that somebody wrote, some of which are learned. `ValueError` names the field that is wrong."
     token_ids:np.ndarray # [T] int32
     loss_mask:np.ndarray # [T] bool, tokens to learn; the first one cannot be
-    id:str='example'
+    id:str="example"
 
     def __post_init__(self):
-        for name, dtype in (('token_ids', np.int32), ('loss_mask', bool)):
+        for name, dtype in (("token_ids", np.int32), ("loss_mask", bool)):
             force_setattr(self, name, exact_array(name, getattr(self, name), dtype))
         T = len(self.token_ids)
-        if T < 2: raise ValueError(f'token_ids: {T} token(s), expected at least 2 (one input, one target)')
-        if len(self.loss_mask) != T: raise ValueError(f'loss_mask: {len(self.loss_mask)} entries for {T} tokens')
-        if self.token_ids.min() < 0: raise ValueError(f'token_ids: negative id {self.token_ids.min()}')
-        if self.loss_mask[0]: raise ValueError('loss_mask: the first token cannot be learned, nothing precedes it')
+        if T < 2: raise ValueError(f"token_ids: {T} token(s), expected at least 2 (one input, one target)")
+        if len(self.loss_mask) != T: raise ValueError(f"loss_mask: {len(self.loss_mask)} entries for {T} tokens")
+        if self.token_ids.min() < 0: raise ValueError(f"token_ids: negative id {self.token_ids.min()}")
+        if self.loss_mask[0]: raise ValueError("loss_mask: the first token cannot be learned, nothing precedes it")
 
     def __len__(self): return len(self.token_ids)
-    def __repr__(self): return f'Example({self.id}: {len(self)} tokens, {int(self.loss_mask.sum())} to learn)'
+    def __repr__(self): return f"Example({self.id}: {len(self)} tokens, {int(self.loss_mask.sum())} to learn)"
 
 # %% ../nbs/02_data/00_records.ipynb #c234d9da
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,20 +203,20 @@ def total(
 def _check_packed(b)->None:
     "Raise `ValueError` naming the field of `Packed` `b` that breaks a rule."
     N, cu = len(b.token_ids), b.cu_seqlens
-    for name in b.dtypes.keys()-{'cu_seqlens'}:
-        if len(getattr(b, name)) != N: raise ValueError(f'{name}: {len(getattr(b, name))} entries for {N} predictions')
+    for name in b.dtypes.keys()-{"cu_seqlens"}:
+        if len(getattr(b, name)) != N: raise ValueError(f"{name}: {len(getattr(b, name))} entries for {N} predictions")
     if N == 0 or len(cu) < 2 or cu[0] != 0 or cu[-1] != N or (np.diff(cu) <= 0).any():
-        raise ValueError(f'cu_seqlens: must rise from 0 to {N}')
-    if len(b.ids) != len(cu)-1: raise ValueError(f'ids: {len(b.ids)} for {len(cu)-1} sequences')
+        raise ValueError(f"cu_seqlens: must rise from 0 to {N}")
+    if len(b.ids) != len(cu)-1: raise ValueError(f"ids: {len(b.ids)} for {len(cu)-1} sequences")
     counted = np.arange(N) - np.repeat(cu[:-1], np.diff(cu))
-    if not np.array_equal(b.positions, counted): raise ValueError('positions: must count from 0 in every sequence')
-    if (b.loss_mask & ~b.token_mask).any(): raise ValueError('loss_mask: covers a filler (token_mask False)')
+    if not np.array_equal(b.positions, counted): raise ValueError("positions: must count from 0 in every sequence")
+    if (b.loss_mask & ~b.token_mask).any(): raise ValueError("loss_mask: covers a filler (token_mask False)")
 
 def _check_totals(b)->None:
     "Raise `ValueError` where the step of `Packed` `b` has less than `b` alone."
-    for name in ('tokens', 'loss_tokens', 'sequences'):
+    for name in ("tokens", "loss_tokens", "sequences"):
         whole, here = getattr(b.step, name), getattr(b.own, name)
-        if whole < here: raise ValueError(f'step.{name}: {whole}, but {here} are in this micro-batch alone')
+        if whole < here: raise ValueError(f"step.{name}: {whole}, but {here} are in this micro-batch alone")
 
 # %% ../nbs/02_data/00_records.ipynb #e34b9f38
 class Packed(Record, kw_only=True, frozen=True, eq=False):
@@ -236,7 +238,7 @@ class Packed(Record, kw_only=True, frozen=True, eq=False):
     def __post_init__(self):
         for name, dtype in self.dtypes.items(): force_setattr(self, name, exact_array(name, getattr(self, name), dtype))
         _check_packed(self)
-        if self.step is None: force_setattr(self, 'step', self.own)
+        if self.step is None: force_setattr(self, "step", self.own)
         _check_totals(self)
 
     @property
@@ -250,28 +252,28 @@ class Packed(Record, kw_only=True, frozen=True, eq=False):
     def __len__(self): return len(self.token_ids)
     def __repr__(self):
         fillers = len(self) - self.tokens
-        return (f'{type(self).__name__}({len(self.ids)} sequences, {self.tokens} tokens, {fillers} fillers, '
-                f'{self.loss_tokens} of {self.step.loss_tokens} in the loss)')
+        return (f"{type(self).__name__}({len(self.ids)} sequences, {self.tokens} tokens, {fillers} fillers, "
+                f"{self.loss_tokens} of {self.step.loss_tokens} in the loss)")
 
 # %% ../nbs/02_data/00_records.ipynb #4641ef78
 def _check_targets(b)->None:
     "Raise `ValueError` naming the field of `MicroBatch` `b` that breaks a rule of RL."
     if (b.loss_mask & (b.versions < 0)).any():
-        raise ValueError('loss_mask: covers a target that was not sampled (version -1)')
+        raise ValueError("loss_mask: covers a target that was not sampled (version -1)")
     if not (np.isfinite(b.logprobs).all() and np.isfinite(b.advantages).all()):
-        raise ValueError('logprobs, advantages: must be finite')
-    if not 0 <= b.signal < math.inf: raise ValueError(f'signal: {b.signal}, expected the mean size of an advantage')
+        raise ValueError("logprobs, advantages: must be finite")
+    if not 0 <= b.signal < math.inf: raise ValueError(f"signal: {b.signal}, expected the mean size of an advantage")
 
 def _check_batch_routes(b)->None:
     "Raise `ValueError` if `b.routes` has the wrong shape or dtype, routes a filler or leaves a real token unrouted."
     if b.routes.dtype not in (np.int16, np.int32, np.int64):
-        raise ValueError(f'routes: {b.routes.dtype}, expected a signed integer (-1 marks a filler)')
+        raise ValueError(f"routes: {b.routes.dtype}, expected a signed integer (-1 marks a filler)")
     if b.routes.ndim != 3 or len(b.routes) != len(b.token_ids):
-        raise ValueError(f'routes: shape {b.routes.shape}, expected [{len(b.token_ids)},L,k]')
-    if (b.routes[~b.token_mask] != -1).any(): raise ValueError('routes: a filler is routed; its rows must be -1')
+        raise ValueError(f"routes: shape {b.routes.shape}, expected [{len(b.token_ids)},L,k]")
+    if (b.routes[~b.token_mask] != -1).any(): raise ValueError("routes: a filler is routed; its rows must be -1")
     real = b.routes if b.token_mask.all() else b.routes[b.token_mask]
-    if (real < 0).any(): raise ValueError('routes: a real token has no route')
-    if repeats_expert(real): raise ValueError('routes: a token names an expert twice in one layer')
+    if (real < 0).any(): raise ValueError("routes: a real token has no route")
+    if repeats_expert(real): raise ValueError("routes: a token names an expert twice in one layer")
 
 # %% ../nbs/02_data/00_records.ipynb #1c7bff54
 class MicroBatch(Packed, kw_only=True, frozen=True, eq=False):
@@ -288,7 +290,7 @@ class MicroBatch(Packed, kw_only=True, frozen=True, eq=False):
     def __post_init__(self):
         super().__post_init__()
         own = signal([self.advantages[self.loss_mask]], self.loss_tokens)
-        if self.signal is None: force_setattr(self, 'signal', own)
+        if self.signal is None: force_setattr(self, "signal", own)
         _check_targets(self)
         if self.routes is not None: _check_batch_routes(self)
 
@@ -304,15 +306,15 @@ ARRAY_EXT = 1 # MessagePack extension code of a numpy array
 
 def _to_wire(obj):
     if isinstance(obj, np.generic): return obj.item()
-    if isinstance(obj, np.ndarray) and obj.dtype.kind in 'biuf':
+    if isinstance(obj, np.ndarray) and obj.dtype.kind in "biuf":
         array = obj.dtype.str, obj.shape, np.ascontiguousarray(obj).data
         return msgspec.msgpack.Ext(ARRAY_EXT, msgspec.msgpack.encode(array))
-    raise TypeError(f'cannot encode {type(obj).__name__}: only numpy arrays of numbers and booleans travel')
+    raise TypeError(f"cannot encode {type(obj).__name__}: only numpy arrays of numbers and booleans travel")
 
 def _from_wire(code, data):
-    if code != ARRAY_EXT: raise ValueError(f'unknown extension code {code}')
+    if code != ARRAY_EXT: raise ValueError(f"unknown extension code {code}")
     dtype, shape, memory = msgspec.msgpack.decode(data, type=tuple[str, tuple[int, ...], bytes])
-    if np.dtype(dtype).kind not in 'biuf': raise ValueError(f'array of {dtype}: only numbers and booleans travel')
+    if np.dtype(dtype).kind not in "biuf": raise ValueError(f"array of {dtype}: only numbers and booleans travel")
     return np.frombuffer(memory, dtype).reshape(shape).copy()
 
 _encoder, _decoders = msgspec.msgpack.Encoder(enc_hook=_to_wire), {}

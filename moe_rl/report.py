@@ -45,16 +45,16 @@ class RunData:
     def has(self, *keys:str) -> bool:
         "Whether every one of these metrics was logged at least once."
         return all(np.isfinite(self[k]).any() for k in keys)
-    def __repr__(self): return f'RunData({len(self.steps)} steps, {len(self.evals)} evaluations, {self.state})'
+    def __repr__(self): return f"RunData({len(self.steps)} steps, {len(self.evals)} evaluations, {self.state})"
 
 # %% ../nbs/06_app/02_report.ipynb #6bbd4d87
 def state_of(folder:Path) -> str: # 'finished', 'running' or 'stopped'
     "What became of the run in `folder`; looks at the lock and never keeps it."
-    if (folder/'lock').exists():
-        with (folder/'lock').open() as f:
+    if (folder/"lock").exists():
+        with (folder/"lock").open() as f:
             try: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError: return 'running'
-    return 'finished' if (folder/'model').exists() else 'stopped'
+            except OSError: return "running"
+    return "finished" if (folder/"model").exists() else "stopped"
 
 def columns_of(rows:list[dict]) -> dict[str, np.ndarray]: # name -> [n]
     "Rows of numbers as columns; `nan` where a row has no number under that name."
@@ -72,7 +72,8 @@ def run_data(folder:Path, rows:list[dict], ledger:list[dict], evals:list[dict], 
         for line in ledger: dropped.update({reason: len(ids) for reason, ids in line["dropped"].items()})
         steps, trained = np.array([r["step"] for r in rows], int), sum(len(line["trained"]) for line in ledger)
         load = np.array(rows[-1]["load"]) if rows and "load" in rows[-1] else None
-        return RunData(folder, read_toml(folder/"config.toml"), state_of(folder), steps, columns_of(rows), evals, trained,
+        return RunData(folder, read_toml(folder/"config.toml"), state_of(folder), steps, columns_of(rows), evals,
+            trained,
             dropped, samples, load)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise StorageError(f"{folder}: a line of its logs lacks something, or is altered ({type(e).__name__}: {e}): "
@@ -91,45 +92,49 @@ def read_run(folder:str|Path) -> RunData:
     return run_data(folder, *(read_lines(folder/f"{n}.jsonl") for n in LOGS))
 
 # %% ../nbs/06_app/02_report.ipynb #ed34b6e1
-STYLE = {'font.size': 8, 'axes.titlesize': 9, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
-         'axes.spines.top': False, 'axes.spines.right': False,
-         'axes.edgecolor': '#8a939c', 'axes.labelcolor': '#4a545e', 'xtick.color': '#4a545e', 'ytick.color': '#4a545e',
-         'axes.grid': True, 'axes.axisbelow': True,
-         'grid.color': '#e6eaee', 'grid.linewidth': .7, 'lines.linewidth': 1.5, 'legend.frameon': False,
-         'legend.fontsize': 8, 'axes.titlepad': 7,
-         'figure.facecolor': 'white', 'axes.prop_cycle': 'cycler("color", ["#2f6fab"])'}
-BLUE, ORANGE, GREEN, GREY = '#2f6fab', '#cf6427', '#3b8a5a', '#8a939c'
+STYLE = {"font.size": 8, "axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left",
+         "axes.spines.top": False, "axes.spines.right": False,
+         "axes.edgecolor": "#8a939c", "axes.labelcolor": "#4a545e", "xtick.color": "#4a545e", "ytick.color": "#4a545e",
+         "axes.grid": True, "axes.axisbelow": True,
+         "grid.color": "#e6eaee", "grid.linewidth": .7, "lines.linewidth": 1.5, "legend.frameon": False,
+         "legend.fontsize": 8, "axes.titlepad": 7,
+         "figure.facecolor": "white", "axes.prop_cycle": 'cycler("color", ["#2f6fab"])'}
+BLUE, ORANGE, GREEN, GREY = "#2f6fab", "#cf6427", "#3b8a5a", "#8a939c"
 
 def smooth(y:np.ndarray, # [n]
            window:int) -> np.ndarray: # [n]
     "Mean over `window` neighbours, fewer at the ends; `nan` is left out."
     ok = np.isfinite(y)
-    total, count = (np.convolve(a, np.ones(window), 'same') for a in (np.where(ok, y, 0), ok.astype(float)))
+    total, count = (np.convolve(a, np.ones(window), "same") for a in (np.where(ok, y, 0), ok.astype(float)))
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 # %% ../nbs/06_app/02_report.ipynb #559fea29
-def trace(ax:Axes, x:np.ndarray, y:np.ndarray, color:str=BLUE, label:str='', log:bool=False):
-    "A noisy series: pale as it is, strong as its running mean, geometric on a `log` axis. A short one is drawn with points."
-    if len(x) < 12: ax.plot(x, y, color=color, marker='o', markersize=3, label=label); return
+def trace(ax:Axes, x:np.ndarray, y:np.ndarray, color:str=BLUE, label:str="", log:bool=False):
+    """A noisy series: pale as it is, strong as its running mean, geometric on a `log` axis.
+
+    A short one is drawn with points."""
+    if len(x) < 12:
+        ax.plot(x, y, color=color, marker="o", markersize=3, label=label)
+        return
     ax.plot(x, y, color=color, alpha=.22, linewidth=.7)
     window = 2*(len(x)//50) + 3
     ax.plot(x, np.exp(smooth(np.log(y), window)) if log else smooth(y, window), color=color, label=label)
 
-def rule(ax:Axes, y:float, word:str=''):
+def rule(ax:Axes, y:float, word:str=""):
     "A thin line across a panel that has numbers, with a word at its right end."
     if drawn(ax):
-        ax.axhline(y, color=GREY, linewidth=.8, linestyle='--' if word else '-', zorder=1)
-        ax.annotate(word, (1, y), xycoords=('axes fraction', 'data'), xytext=(-2, 2), textcoords='offset points',
-            ha='right', va='bottom', fontsize=7, color=GREY)
+        ax.axhline(y, color=GREY, linewidth=.8, linestyle="--" if word else "-", zorder=1)
+        ax.annotate(word, (1, y), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
+            ha="right", va="bottom", fontsize=7, color=GREY)
 
 def key(ax:Axes, **kw):
     "A legend below a panel, when there is anything to name."
     if drawn(ax):
-        ax.legend(loc='upper center', bbox_to_anchor=(.5, -.28), ncols=5, handlelength=1.2, columnspacing=1.2, **kw)
+        ax.legend(loc="upper center", bbox_to_anchor=(.5, -.28), ncols=5, handlelength=1.2, columnspacing=1.2, **kw)
 
 def sheet(rows:int, columns:int, height:float=2.1) -> tuple[Figure, list[Axes]]:
     "An empty figure of `rows` x `columns` panels."
-    figure = Figure(figsize=(8.6, .25 + height*rows), layout='constrained', dpi=120)
+    figure = Figure(figsize=(8.6, .25 + height*rows), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=.08, h_pad=.06, wspace=.03, hspace=.05)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -139,54 +144,56 @@ def drawn(ax:Axes) -> bool:
     finite = any(np.isfinite(np.asarray(line.get_ydata(), float)).any() for line in ax.lines)
     return finite or bool(ax.collections or ax.images)
 
-def dress(ax:Axes, title:str, y:str='', x:str='step', share:bool=False, log:bool=False):
-    "Title, axis labels and scales of a panel; `share`: the y axis is a part of a whole. A panel without numbers says so."
+def dress(ax:Axes, title:str, y:str="", x:str="step", share:bool=False, log:bool=False):
+    """Title, axis labels and scales of a panel; `share`: the y axis is a part of a whole.
+
+    A panel without numbers says so."""
     ax.set(title=title, xlabel=x, ylabel=y)
     if not drawn(ax):
         ax.set(xticks=[], yticks=[])
-        ax.text(.5, .5, 'no numbers', ha='center', va='center', color=GREY, transform=ax.transAxes)
+        ax.text(.5, .5, "no numbers", ha="center", va="center", color=GREY, transform=ax.transAxes)
         return
-    if x == 'step': ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if log: ax.set_yscale('log')
+    if x == "step": ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if log: ax.set_yscale("log")
     elif share:
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0 if ax.get_ylim()[1] > .05 else 1
             if ax.get_ylim()[1] > .005 else 2))
     if not log and ax.dataLim.y0 >= 0: ax.set_ylim(bottom=0)
-    if not log and not share and ax.get_ylim()[1] >= 1000: ax.yaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
+    if not log and not share and ax.get_ylim()[1] >= 1000: ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 # %% ../nbs/06_app/02_report.ipynb #cc2b717c
 def graded_by(evals:list[dict]) -> tuple[str, str]: # key of the grade, key of its interval
     "Exact answers, or scores where there are no reference answers."
-    return ('exact', 'interval') if all(e['exact'] is not None for e in evals) else ('score', 'score_interval')
+    return ("exact", "interval") if all(e["exact"] is not None for e in evals) else ("score", "score_interval")
 
-def interval_of(e:dict, bars:str) -> str: return '95 %: {:.3f} to {:.3f}'.format(*e[bars]) if e[bars] else 'no interval'
+def interval_of(e:dict, bars:str) -> str: return "95 %: {:.3f} to {:.3f}".format(*e[bars]) if e[bars] else "no interval"
 
 def draw_learning(run:RunData) -> Figure:
     "Reward and exact answers of training batches, and held-out evaluations, over minutes and over steps."
     figure, panels = sheet(1, 2, 2.6)
-    for ax, name, x, at in ((panels[0], 'minutes', run['seconds']/60, [e['seconds']/60 for e in run.evals]),
-            (panels[1], 'step', run.steps, [e['step'] for e in run.evals])):
-        if run.has('reward'): trace(ax, x, run['reward'], BLUE, 'reward of the batch')
-        if run.has('exact'):
-            trace(ax, x, np.where(run['played'] > 0, run['exact'], np.nan), GREEN, 'exact, of all that was played')
+    for ax, name, x, at in ((panels[0], "minutes", run["seconds"]/60, [e["seconds"]/60 for e in run.evals]),
+            (panels[1], "step", run.steps, [e["step"] for e in run.evals])):
+        if run.has("reward"): trace(ax, x, run["reward"], BLUE, "reward of the batch")
+        if run.has("exact"):
+            trace(ax, x, np.where(run["played"] > 0, run["exact"], np.nan), GREEN, "exact, of all that was played")
         if run.evals:
             key, bars = graded_by(run.evals)
             y = np.array([e[key] for e in run.evals])
             low, high = np.array([e[bars] or [e[key]]*2 for e in run.evals]).T
-            ax.errorbar(at, y, [np.maximum(y - low, 0), np.maximum(high - y, 0)], color=ORANGE, fmt='o', markersize=4,
-                linewidth=1.2, capsize=2, zorder=4, label=f'held out, {key}')
+            ax.errorbar(at, y, [np.maximum(y - low, 0), np.maximum(high - y, 0)], color=ORANGE, fmt="o", markersize=4,
+                linewidth=1.2, capsize=2, zorder=4, label=f"held out, {key}")
         ax.set_ylim(-.02, max(1.02, ax.get_ylim()[1]))
-        dress(ax, f'over {"time" if name == "minutes" else "steps"}', 'share or reward', name)
+        dress(ax, f'over {"time" if name == "minutes" else "steps"}', "share or reward", name)
     panels[0].set_xlim(left=0)
     handles, labels = panels[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside upper left', ncols=3)
+    figure.legend(handles, labels, loc="outside upper left", ncols=3)
     return figure
 
 # %% ../nbs/06_app/02_report.ipynb #fc7ca35f
-HEALTH = (('loss', 'loss', '', False), ('entropy', 'entropy', 'nats per token', False),
-          ('grad_norm', 'gradient norm', 'before clipping', True),
-          ('masked', 'masked share', 'of trained tokens', False),
-          ('mismatch_kl', 'mismatch KL', 'nats per token', True), ('max_vio', 'MaxVio', 'load above the mean', False))
+HEALTH = (("loss", "loss", "", False), ("entropy", "entropy", "nats per token", False),
+          ("grad_norm", "gradient norm", "before clipping", True),
+          ("masked", "masked share", "of trained tokens", False),
+          ("mismatch_kl", "mismatch KL", "nats per token", True), ("max_vio", "MaxVio", "load above the mean", False))
 
 def draw_health(run:RunData) -> Figure:
     "Loss, entropy, gradient norm, masked share, mismatch KL and MaxVio over steps."
@@ -195,115 +202,115 @@ def draw_health(run:RunData) -> Figure:
         y = run[name]
         if log: y = np.where(y > 0, y, np.nan)
         trace(ax, run.steps, y, log=log)
-        dress(ax, title, unit, share=name == 'masked', log=log and np.isfinite(y).any())
-        if name == 'loss': rule(ax, 0)
-        if name == 'grad_norm' and (clip := run.settings.get('optim', {}).get('clip')) and clip < ax.get_ylim()[1]:
-            rule(ax, clip, 'clip')
+        dress(ax, title, unit, share=name == "masked", log=log and np.isfinite(y).any())
+        if name == "loss": rule(ax, 0)
+        if name == "grad_norm" and (clip := run.settings.get("optim", {}).get("clip")) and clip < ax.get_ylim()[1]:
+            rule(ax, clip, "clip")
         if log and np.isfinite(y).any(): ax.set_ylim(bottom=max(ax.get_ylim()[0], np.nanmedian(y)/1000))
     return figure
 
 # %% ../nbs/06_app/02_report.ipynb #d5e3db12
 def staleness_bands(run:RunData) -> np.ndarray: # [ages,n], columns sum to 1; no rows when nothing was logged
     "Share of the trained tokens of each step by their age in versions."
-    ages = sorted(int(k[6:]) for k in run.columns if k.startswith('stale_') and k[6:].isdigit())
+    ages = sorted(int(k[6:]) for k in run.columns if k.startswith("stale_") and k[6:].isdigit())
     if not ages: return np.zeros((0, len(run.steps)))
-    counts = np.array([np.nan_to_num(run[f'stale_{a}']) for a in range(ages[-1] + 1)])
+    counts = np.array([np.nan_to_num(run[f"stale_{a}"]) for a in range(ages[-1] + 1)])
     return counts / np.maximum(counts.sum(0), 1)
 
 def draw_flow(run:RunData) -> Figure:
     "Staleness of the trained tokens over steps, what became of the rollouts, and how long the answers are."
     figure, (ages, fates, lengths) = sheet(1, 3, 2.2)
     bands = staleness_bands(run)
-    blues = ['#1f4e79', '#2f6fab', '#6fa3d2', '#a9c9e6', '#d4e4f3']
+    blues = ["#1f4e79", "#2f6fab", "#6fa3d2", "#a9c9e6", "#d4e4f3"]
     if len(bands):
         ages.stackplot(run.steps, [smooth(b, 2*(len(run.steps)//60) + 1) for b in bands],
             colors=[blues[min(a, 4)] for a in range(len(bands))], linewidth=0,
-            labels=[f'{a}' for a in range(len(bands))])
+            labels=[f"{a}" for a in range(len(bands))])
         ages.set(ylim=(0, 1), xlim=(run.steps.min(), max(run.steps.max(), run.steps.min() + 1)))
-    dress(ages, 'age of trained tokens', share=True)
-    key(ages, title='versions behind', title_fontsize=7)
-    bars = [('trained', run.trained), *((reason.replace('_', ' '), n) for reason, n in run.dropped.most_common())]
+    dress(ages, "age of trained tokens", share=True)
+    key(ages, title="versions behind", title_fontsize=7)
+    bars = [("trained", run.trained), *((reason.replace("_", " "), n) for reason, n in run.dropped.most_common())]
     shown = fates.barh([b for b, _ in bars], [n for _, n in bars], color=[BLUE] + [ORANGE]*(len(bars) - 1), height=.62)
-    fates.bar_label(shown, [f'{n:,}' for _, n in bars], padding=3, fontsize=7, color='#4a545e')
+    fates.bar_label(shown, [f"{n:,}" for _, n in bars], padding=3, fontsize=7, color="#4a545e")
     fates.invert_yaxis()
     fates.grid(False)
-    fates.set(title='rollouts by fate', xlabel='rollouts (orange: dropped, by reason)',
+    fates.set(title="rollouts by fate", xlabel="rollouts (orange: dropped, by reason)",
         xlim=(0, 1.25*max(1, *(n for _, n in bars))), ylim=(max(2.5, len(bars) - .5), -.5))
     fates.xaxis.set_major_locator(MaxNLocator(3))
-    fates.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
-    trace(lengths, run.steps, run['answer_tokens'])
-    dress(lengths, 'length of answers', 'tokens')
+    fates.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    trace(lengths, run.steps, run["answer_tokens"])
+    dress(lengths, "length of answers", "tokens")
     return figure
 
 # %% ../nbs/06_app/02_report.ipynb #2e33e41d
 def draw_speed(run:RunData) -> Figure:
     "Tokens per second of trainer and engines, utilisation of the token budget, and who waits for whom."
     figure, (speed, used, waits) = sheet(1, 3, 2.2)
-    trace(speed, run.steps, run['tokens_per_s'], BLUE, 'trained')
-    trace(speed, run.steps, run['engine_tokens_per_s'], ORANGE, 'sampled')
-    trace(used, run.steps, run['utilisation'])
-    trace(waits, run.steps, run['trainer_waits'], BLUE, 'trainer')
-    trace(waits, run.steps, run['engine_waits'], ORANGE, 'engines')
+    trace(speed, run.steps, run["tokens_per_s"], BLUE, "trained")
+    trace(speed, run.steps, run["engine_tokens_per_s"], ORANGE, "sampled")
+    trace(used, run.steps, run["utilisation"])
+    trace(waits, run.steps, run["trainer_waits"], BLUE, "trainer")
+    trace(waits, run.steps, run["engine_waits"], ORANGE, "engines")
     for ax in (used, waits): ax.set_ylim(0, 1.02)
-    dress(speed, 'tokens per second', 'tokens/s')
-    dress(used, 'utilisation', 'of the token budget', share=True)
-    dress(waits, 'who waits', 'of the time', share=True)
-    rule(used, .7, 'warning')
+    dress(speed, "tokens per second", "tokens/s")
+    dress(used, "utilisation", "of the token budget", share=True)
+    dress(waits, "who waits", "of the time", share=True)
+    rule(used, .7, "warning")
     for ax in (speed, waits): key(ax)
     return figure
 
 # %% ../nbs/06_app/02_report.ipynb #9058e5a5
 def outcome(run:RunData) -> str:
     "One sentence: how far the run came and what it reached."
-    asked = run.settings.get('rl', {}).get('steps', 0)
-    words = dict(finished='finished', running='is still running', stopped='stopped before its end')[run.state]
-    seconds = float(np.nanmax(run['seconds'])) if run.has('seconds') else 0.0
-    text = (f'The run {words} after {run.steps[-1] if len(run.steps) else 0} of {asked} steps and {seconds/60:.1f} '
-            'minutes.')
+    asked = run.settings.get("rl", {}).get("steps", 0)
+    words = dict(finished="finished", running="is still running", stopped="stopped before its end")[run.state]
+    seconds = float(np.nanmax(run["seconds"])) if run.has("seconds") else 0.0
+    text = (f"The run {words} after {run.steps[-1] if len(run.steps) else 0} of {asked} steps and {seconds/60:.1f} "
+            "minutes.")
     if run.evals:
         first, last = run.evals[0], run.evals[-1]
         key, bars = graded_by(run.evals)
         text += f' Held-out {"problems answered exactly" if key == "exact" else "score"}: **{first[key]:.3f}** at step {first["step"]}'
         if last is not first:
             text += f', **{last[key]:.3f}** at step {last["step"]} ({interval_of(last, bars)}, {last["prompts"]} problems)'
-        text += '.'
+        text += "."
     return text
 
 def table(rows:list[tuple], # cells, first row is the head
           right:bool=True) -> str:
     "Rows as a markdown table; all but the first column right-aligned."
     head, *body = [[str(c) for c in r] for r in rows]
-    line = lambda cells: '| ' + ' | '.join(cells) + ' |'
-    return '\n'.join([line(head), line(['---'] + ['---:' if right else '---']*(len(head) - 1)), *map(line, body)])
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    return "\n".join([line(head), line(["---"] + ["---:" if right else "---"]*(len(head) - 1)), *map(line, body)])
 
 # %% ../nbs/06_app/02_report.ipynb #badc49cc
-NUMBERS = (('reward', '.3f', 'mean reward of the trained rollouts'),
-           ('score', '.3f', 'mean reward of all that was played'),
-           ('exact', '.3f', 'share of exact answers of all that was played'),
-           ('loss', '.4f', 'all that is minimised, per token'), ('entropy', '.3f', 'nats per token'),
-           ('grad_norm', '.3f', 'gradient norm before clipping'),
-           ('masked', '.2%', 'trained tokens left out of the loss'),
-           ('mismatch_kl', '.2e', 'trainer to engine, nats per token'),
-           ('staleness', '.2f', 'age of trained tokens in versions'),
-           ('max_vio', '.2f', 'busiest expert above the mean'), ('utilisation', '.0%', 'of the token budget'),
-           ('tokens_per_s', ',.0f', 'trained tokens per second'),
-           ('engine_tokens_per_s', ',.0f', 'sampled tokens per second'), ('trainer_waits', '.0%', 'of the time'),
-           ('engine_waits', '.0%', 'of the time'), ('step_seconds', '.2f', 'seconds of an optimizer step'))
+NUMBERS = (("reward", ".3f", "mean reward of the trained rollouts"),
+           ("score", ".3f", "mean reward of all that was played"),
+           ("exact", ".3f", "share of exact answers of all that was played"),
+           ("loss", ".4f", "all that is minimised, per token"), ("entropy", ".3f", "nats per token"),
+           ("grad_norm", ".3f", "gradient norm before clipping"),
+           ("masked", ".2%", "trained tokens left out of the loss"),
+           ("mismatch_kl", ".2e", "trainer to engine, nats per token"),
+           ("staleness", ".2f", "age of trained tokens in versions"),
+           ("max_vio", ".2f", "busiest expert above the mean"), ("utilisation", ".0%", "of the token budget"),
+           ("tokens_per_s", ",.0f", "trained tokens per second"),
+           ("engine_tokens_per_s", ",.0f", "sampled tokens per second"), ("trainer_waits", ".0%", "of the time"),
+           ("engine_waits", ".0%", "of the time"), ("step_seconds", ".2f", "seconds of an optimizer step"))
 
 def numbers(run:RunData) -> str:
     "Means over the first tenth, the last tenth, and the whole run."
     tenth = max(1, len(run.steps)//10)
     mean = lambda y: float(np.nanmean(y)) if np.isfinite(y).any() else math.nan
-    rows = [(f'`{k}`: {what}', *(f'{mean(part):{fmt}}' for part in (run[k][:tenth], run[k][-tenth:], run[k])))
+    rows = [(f"`{k}`: {what}", *(f"{mean(part):{fmt}}" for part in (run[k][:tenth], run[k][-tenth:], run[k])))
         for k, fmt, what in NUMBERS if run.has(k)]
-    return table([('metric', 'first tenth', 'last tenth', 'all steps'), *rows])
+    return table([("metric", "first tenth", "last tenth", "all steps"), *rows])
 
 def inline(text:str, longest:int=300) -> str:
     "Any text as one line of code inside a markdown table."
-    if len(text) > longest: text = text[:longest//2] + ' … ' + text[-longest//2:]
-    safe = html.escape(text.replace('\n', ' ⏎ ')).replace('|', '&#124;').replace('`', '&#96;').replace('*',
-        '&#42;').replace('_', '&#95;')
-    return f'<code>{safe}</code>'
+    if len(text) > longest: text = text[:longest//2] + " … " + text[-longest//2:]
+    safe = html.escape(text.replace("\n", " ⏎ ")).replace("|", "&#124;").replace("`", "&#96;").replace("*",
+        "&#42;").replace("_", "&#95;")
+    return f"<code>{safe}</code>"
 
 def spread(items:list, n:int) -> list:
     "At most `n` items, evenly from first to last."
@@ -312,21 +319,21 @@ def spread(items:list, n:int) -> list:
 # %% ../nbs/06_app/02_report.ipynb #2ea8a6f2
 def by_environment(run:RunData) -> list[str]: # a table, or nothing for a single environment
     "First and last grades of each environment, and how many of its rollouts were trained."
-    first, last = (run.evals[i].get('envs', {}) if run.evals else {} for i in (0, -1))
+    first, last = (run.evals[i].get("envs", {}) if run.evals else {} for i in (0, -1))
     if not last: return []
-    show = lambda g, key, bars: '' if g.get(key) is None else f'{g[key]:.3f}' + (f' ({g[bars][0]:.3f} to '
-        f'{g[bars][1]:.3f})' if g.get(bars) else '')
-    cells = lambda e: [show(g.get(e, {}), *pair) for pair in (('exact', 'interval'), ('score', 'score_interval'))
+    show = lambda g, key, bars: "" if g.get(key) is None else f"{g[key]:.3f}" + (f" ({g[bars][0]:.3f} to "
+        f"{g[bars][1]:.3f})" if g.get(bars) else "")
+    cells = lambda e: [show(g.get(e, {}), *pair) for pair in (("exact", "interval"), ("score", "score_interval"))
         for g in (first, last)]
     trained = lambda e: f'{int(np.nansum(run[f"{e}/trained"])):,}'
-    return [table([('environment', 'exact, first', 'exact, last', 'score, first', 'score, last', 'rollouts trained'),
+    return [table([("environment", "exact, first", "exact, last", "score, first", "score, last", "rollouts trained"),
         *((e, *cells(e), trained(e)) for e in last)])]
 
 def verdicts(run:RunData) -> list[str]: # one paragraph, or nothing before the end
     "What the run says of itself."
-    path = run.folder/'finished.json'
-    lines = json.loads(path.read_text()).get('verdicts', []) if path.exists() else []
-    return ['\n'.join(f'- {line}' for line in lines)] if lines else []
+    path = run.folder/"finished.json"
+    lines = json.loads(path.read_text()).get("verdicts", []) if path.exists() else []
+    return ["\n".join(f"- {line}" for line in lines)] if lines else []
 
 # %% ../nbs/06_app/02_report.ipynb #2ea8a618
 def flat(tree:dict, prefix:str="") -> dict: # dotted key -> value
@@ -345,32 +352,32 @@ def changed(settings:dict) -> list[tuple[str, str, str]]: # key, value, default
     "Settings that differ from the defaults, `dir` aside."
     default = flat(Settings().model_dump())
     return [(k, json.dumps(v, default=str), json.dumps(default.get(k), default=str)) for k, v in flat(settings).items()
-        if k != 'dir' and v != default.get(k)]
+        if k != "dir" and v != default.get(k)]
 
 def page(run:RunData) -> str:
     "The whole report in markdown; pictures are beside it."
     whole = [s for s in run.samples if isinstance(s.get("text"), str) and isinstance(s.get("reward"), (int, float))]
     samples = [(s.get("step"), f"{s['reward']:.2f}", inline(s["text"])) for s in spread(whole, 12)]
     key, bars = graded_by(run.evals)
-    evals = [(e['step'], e.get('newest', e['step']), f'{e["seconds"]/60:.1f}', f'{e[key]:.3f}', interval_of(e, bars),
-        *(f'{p:.3f}' for p in e['pass_at_k'].values())) for e in run.evals]
-    k = list(run.evals[0]['pass_at_k']) if run.evals else []
+    evals = [(e["step"], e.get("newest", e["step"]), f'{e["seconds"]/60:.1f}', f"{e[key]:.3f}", interval_of(e, bars),
+        *(f"{p:.3f}" for p in e["pass_at_k"].values())) for e in run.evals]
+    k = list(run.evals[0]["pass_at_k"]) if run.evals else []
     parts = [f'# {run.settings.get("dir", run.folder)}', outcome(run),
-        'In the pictures a pale line is single steps, a strong one their running mean; bars at held-out points are 95 '
-        '% intervals.',
-        '## Learning', '![Reward and exact answers over time and steps](learning.png)',
-        *([table([('version', 'to', 'minutes', key, 'interval', *(f'pass@{i}' for i in k)), *evals])] if evals else []),
+        "In the pictures a pale line is single steps, a strong one their running mean; bars at held-out points are 95 "
+        "% intervals.",
+        "## Learning", "![Reward and exact answers over time and steps](learning.png)",
+        *([table([("version", "to", "minutes", key, "interval", *(f"pass@{i}" for i in k)), *evals])] if evals else []),
         *by_environment(run), *verdicts(run),
-        '## Health', '![Loss, entropy, gradient norm, masked share, mismatch KL, MaxVio](health.png)',
-        '## Flow', '![Staleness, fates of rollouts, length of answers](flow.png)',
-        '## Speed', '![Tokens per second, utilisation, who waits](speed.png)',
-        '## Numbers', numbers(run) if len(run.steps) else 'No step has been made yet.',
-        '## Samples', table([('step', 'reward', 'prompt and answer'), *samples], right=False) if samples
-        else 'None yet.',
-        '## Settings', table([('key', 'value', 'default'), *((f'`{k}`', inline(v), inline(d))
+        "## Health", "![Loss, entropy, gradient norm, masked share, mismatch KL, MaxVio](health.png)",
+        "## Flow", "![Staleness, fates of rollouts, length of answers](flow.png)",
+        "## Speed", "![Tokens per second, utilisation, who waits](speed.png)",
+        "## Numbers", numbers(run) if len(run.steps) else "No step has been made yet.",
+        "## Samples", table([("step", "reward", "prompt and answer"), *samples], right=False) if samples
+        else "None yet.",
+        "## Settings", table([("key", "value", "default"), *((f"`{k}`", inline(v), inline(d))
             for k, v, d in changed(run.settings))], right=False)
-            + '\n\nEverything else has its default; all of them are in `config.toml`.']
-    return '\n\n'.join(parts) + '\n'
+            + "\n\nEverything else has its default; all of them are in `config.toml`."]
+    return "\n\n".join(parts) + "\n"
 
 # %% ../nbs/06_app/02_report.ipynb #7427acb1
 PICTURES: dict[str, Callable[[RunData], Figure]] = dict(learning=draw_learning, health=draw_health, flow=draw_flow,
@@ -378,14 +385,16 @@ PICTURES: dict[str, Callable[[RunData], Figure]] = dict(learning=draw_learning, 
 
 def write_report(folder:str|Path, # of a run: finished, running or killed
                  ) -> Path: # the page
-    "Write `FOLDER/report/report.md` and its PNG pictures; an earlier report is replaced. Raises `UserError` when `folder` holds no run."
+    """Write `FOLDER/report/report.md` and its PNG pictures; an earlier report is replaced.
+
+    Raises `UserError` when `folder` holds no run."""
     run = read_run(folder)
-    target = run.folder/'report'
+    target = run.folder/"report"
     try:
         target.mkdir(exist_ok=True)
         with rc_context(STYLE):
-            for name, draw in PICTURES.items(): draw(run).savefig(target/f'{name}.png')
-        (target/'report.md').write_text(page(run), encoding='utf-8')
+            for name, draw in PICTURES.items(): draw(run).savefig(target/f"{name}.png")
+        (target/"report.md").write_text(page(run), encoding="utf-8")
     except OSError as e:
-        raise UserError(f'cannot write {target}: {e.strerror}: free space; the run itself is complete') from None
-    return target/'report.md'
+        raise UserError(f"cannot write {target}: {e.strerror}: free space; the run itself is complete") from None
+    return target/"report.md"

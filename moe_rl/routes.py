@@ -62,8 +62,8 @@ def join_routes(
     joined = turns[0]
     for j, routes in enumerate(turns[1:], 1):
         if len(routes) <= len(joined):
-            raise ValueError(f'routes: turn {j} has {len(routes)} rows after {len(joined)}; every turn covers the '
-                             'whole conversation')
+            raise ValueError(f"routes: turn {j} has {len(routes)} rows after {len(joined)}; every turn covers the "
+                             "whole conversation")
         joined = np.concatenate([joined, routes[len(joined):]])
     return joined
 

@@ -1,4 +1,6 @@
-"""Any engine passes the same checks: the embedded one here, in several shapes. What they are worth is in test_engine.py."""
+"""Any engine passes the same checks: the embedded one here, in several shapes.
+
+What they are worth is in test_engine.py."""
 import pytest
 
 from moe_rl.rollout.conformance import CHECKS, check_update

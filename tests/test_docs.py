@@ -49,5 +49,5 @@ def test_the_site_builds(tmp_path):
     outside = {(name, url) for name, text in pages.items()
         for url in re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', text)}
     assert not outside, f"pages that need a network: {sorted(outside)[:5]}"
-    assert "<math" in pages["05_rl/08_orchestrator.html"] and "$$" not in pages["05_rl/08_orchestrator.html"]
+    assert "<math" in pages["05_rl/11_orchestrator.html"] and "$$" not in pages["05_rl/11_orchestrator.html"]
     assert "#| export" not in "".join(pages.values()) and "#|export" not in "".join(pages.values())

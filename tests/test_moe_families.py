@@ -1,4 +1,5 @@
-"""Families of models: each against transformers, with the slips of the pen that give a model that runs and is wrong put in and caught; hostile config.json files."""
+"""Families of models: each against transformers, with the slips of the pen that give a model that runs and is wrong
+put in and caught; hostile config.json files."""
 import importlib.util, inspect, json, random, sys, textwrap
 from pathlib import Path
 

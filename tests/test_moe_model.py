@@ -1,4 +1,5 @@
-"""Attention, model, checkpoint and zoo: properties over drawn inputs, and the bugs that others shipped, put in and caught."""
+"""Attention, model, checkpoint and zoo: properties over drawn inputs, and the bugs that others shipped, put in and
+caught."""
 import importlib.util, inspect, json, random, subprocess, sys, textwrap
 from pathlib import Path
 

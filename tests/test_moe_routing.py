@@ -1,4 +1,5 @@
-"""Routing, balance and experts: properties over drawn sizes, and bugs that shipped elsewhere put in to see them caught."""
+"""Routing, balance and experts: properties over drawn sizes, and bugs that shipped elsewhere put in to see them
+caught."""
 import inspect
 import textwrap
 
@@ -93,7 +94,8 @@ def test_route_is_a_function_of_the_token_alone(case):
 @given(router(), st.integers(0, 2**31))
 def test_counts_add_up_and_skip_fillers(case, seed):
     logits, k, bias, *_ = case
-    E = logits.shape[1]; mask = torch.rand(len(logits), generator=torch.Generator().manual_seed(seed)) < .6
+    E = logits.shape[1]
+    mask = torch.rand(len(logits), generator=torch.Generator().manual_seed(seed)) < .6
     r = route(logits, k, bias)
     n = count_tokens(unroute(r, mask).idx, E)
     assert n.shape == (E,) and n.sum() == mask.sum()*k
@@ -112,7 +114,8 @@ def replay_case(T=40, E=16, k=4):
 
 
 def check_replay(fn):
-    "Replayed ids are used, weights are the live scores of exactly those ids, and the gradient reaches exactly their logits."
+    """Replayed ids are used, weights are the live scores of exactly those ids, and the gradient reaches exactly
+    their logits."""
     logits, replay = replay_case()
     k, on = replay.shape[1], replay[:,0] >= 0
     for norm in (True, False):
@@ -240,14 +243,17 @@ counts_ = st.lists(st.integers(0, 10**6), min_size=2, max_size=64).filter(lambda
 @few
 @given(st.lists(counts_, min_size=1, max_size=5), st.floats(1e-5, .1), st.floats(0, .95), st.floats(.1, 10))
 def test_smebu_properties(steps, rate, beta, kappa):
-    E = len(steps[0]); b, m = torch.zeros(E), torch.zeros(E)
+    E = len(steps[0])
+    b, m = torch.zeros(E), torch.zeros(E)
     vb, vm = np.zeros(E), np.zeros(E)
     for n in steps:
         n = (n*E)[:E]
         smebu_update(b, m, torch.tensor(n), rate, beta, kappa)
         v = 1 - np.array(n)/np.mean(n)
-        d = rate*np.tanh(kappa*v); d -= d.mean()
-        vm = beta*vm + (1-beta)*d; vb += vm
+        d = rate*np.tanh(kappa*v)
+        d -= d.mean()
+        vm = beta*vm + (1-beta)*d
+        vb += vm
         assert abs(b.sum()) <= 1e-6*E and m.abs().max() <= 2*rate*(1+1e-5)
     np.testing.assert_allclose(b.numpy(), vb, atol=1e-5*rate*1e2)
 
@@ -255,8 +261,10 @@ def test_smebu_properties(steps, rate, beta, kappa):
 @few
 @given(counts_, st.floats(1e-5, .1))
 def test_sign_properties(n, rate):
-    b = torch.zeros(len(n)); sign_update(b, torch.tensor(n), rate)
-    d = np.sign(np.mean(np.array(n, dtype=np.float32)) - np.array(n)); d = rate*(d - d.mean())
+    b = torch.zeros(len(n))
+    sign_update(b, torch.tensor(n), rate)
+    d = np.sign(np.mean(np.array(n, dtype=np.float32)) - np.array(n))
+    d = rate*(d - d.mean())
     np.testing.assert_allclose(b.numpy(), d, atol=1e-6)
 
 
@@ -279,7 +287,8 @@ def check_bias_lives(update, make=Moe):
     m, counts = make(), torch.arange(8)
     for _ in range(3): update(m.expert_bias, m.bias_momentum, counts)
     assert m.expert_bias.abs().max() > 0 and m.bias_momentum.abs().max() > 0, "never updated"
-    again = make(); again.load_state_dict(m.state_dict())
+    again = make()
+    again.load_state_dict(m.state_dict())
     for x in (m, again): update(x.expert_bias, x.bias_momentum, counts.flip(0))
     assert torch.equal(m.expert_bias, again.expert_bias), "not in the checkpoint"
 
@@ -302,7 +311,9 @@ def test_update_refuses():
 @few
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(2, 12), st.integers(0, 2**31), st.booleans())
 def test_sequence_aux_loss(lengths, E, seed, fillers):
-    g = torch.Generator().manual_seed(seed); T = sum(lengths); k = min(2, E)
+    g = torch.Generator().manual_seed(seed)
+    T = sum(lengths)
+    k = min(2, E)
     r = route(torch.randn(T, E, generator=g), k)
     mask = torch.rand(T, generator=g) < .7 if fillers else torch.ones(T, dtype=torch.bool)
     idx = unroute(r, mask).idx
@@ -310,12 +321,15 @@ def test_sequence_aux_loss(lengths, E, seed, fillers):
     s = r.scores.clone().requires_grad_()
     loss, want = sequence_aux_loss(s, idx, cu, alpha=.5), 0.
     for lo, hi in zip(cu[:-1], cu[1:]):
-        on = mask[lo:hi]; n = int(on.sum())
+        on = mask[lo:hi]
+        n = int(on.sum())
         if not n: continue
         f = count_tokens(idx[lo:hi], E)*E/(k*n)
         P = (s[lo:hi][on]/s[lo:hi][on].sum(1, keepdim=True)).mean(0)
         want = want + n/int(mask.sum())*.5*(f*P).sum()
-    if not mask.any(): assert loss == 0; return
+    if not mask.any():
+        assert loss == 0
+        return
     assert torch.allclose(loss, want, atol=1e-6)
     a, b = torch.autograd.grad(loss, s, retain_graph=True)[0], torch.autograd.grad(want, s)[0]
     assert torch.allclose(a, b, atol=1e-6) and (a[~mask] == 0).all()

@@ -52,7 +52,8 @@ def test_each_config_fits_and_is_rendered(name, capsys):
     assert ("NCCL_SOCKET_IFNAME=ib0" in out) == (CONFIGS[name] > 1)
 
 @pytest.mark.parametrize("name, less", [("trinity_large_28", ["trainer_nodes", "4", "trainer_ranks", "32"]),
-    ("nodes_4", ["trainer_nodes", "1", "trainer_ranks", "2", "experts", "2"]), ("gpu_2", ["gpu", "a100", "trainer_ranks", "1"])])
+    ("nodes_4", ["trainer_nodes", "1", "trainer_ranks", "2", "experts", "2"]),
+    ("gpu_2", ["gpu", "a100", "trainer_ranks", "1"])])
 def test_what_cannot_fit_is_refused_before_it_queues(name, less, capsys, tmp_path):
     from moe_rl.cli import main
     words = [w for k, v in zip(less[::2], less[1::2]) for w in (f"--launch.params.{k}", v)]

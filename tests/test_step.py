@@ -52,7 +52,8 @@ def test_fused_model_is_the_plain_model_with_routes_replayed_in_part_and_fillers
 
 
 def test_fused_model_without_gates_and_post_norms():
-    "Other families leave them out: the pieces then do without, and a part that is added as it is has the gradient of the stream."
+    """Other families leave them out: the pieces then do without, and a part that is added as it is has the gradient
+    of the stream."""
     model = init_weights(Model(config()), 1).to(DEVICE)
     docs, ids = documents([6], model), torch.arange(6, device=DEVICE)
     for l in model.layers: del l.self_attn.gate_proj, l.post_attention_layernorm, l.post_mlp_layernorm
@@ -62,8 +63,10 @@ def test_fused_model_without_gates_and_post_norms():
     d, = torch.autograd.grad(loss(), w)
     step = .02*d/d.norm()
     with torch.no_grad():
-        w += step; up = loss()
-        w -= 2*step; down = loss()
+        w += step
+        up = loss()
+        w -= 2*step
+        down = loss()
     assert abs((up-down)/.04 - d.norm()) < .02*d.norm()
 
 
@@ -89,7 +92,8 @@ def test_muon_moves_masters_that_bf16_could_not_hold():
     for i in range(3):
         p.grad = torch.randn(8, 12, generator=torch.Generator().manual_seed(i)).bfloat16().to(DEVICE)
         q.grad = p.grad.float()
-        ours.step(); theirs.step()
+        ours.step()
+        theirs.step()
     master = ours.state[p]["master"]
     assert (master-q).abs().max() < (1e-6 if DEVICE == "cpu" else 2e-5) and torch.equal(p,
         master.bfloat16()) and not torch.equal(master, start.float().to(DEVICE))

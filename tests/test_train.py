@@ -1,4 +1,5 @@
-"Optimisers, objective, weights, checkpoints and warm start: properties over drawn inputs, and the bugs that other systems shipped."
+"""Optimisers, objective, weights, checkpoints and warm start: properties over drawn inputs, and the bugs that other
+systems shipped."""
 import math, os, shutil, signal, subprocess, sys
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -150,7 +151,9 @@ def test_muon_slices_are_independent():
     def run(experts):
         p = nn.Parameter(w[experts].clone())
         opt = Muon([p], lr=.1, parts=2)
-        for x in grads: p.grad = x[experts].clone(); opt.step()
+        for x in grads:
+            p.grad = x[experts].clone()
+            opt.step()
         return p.detach()
     whole = run([0, 1, 2])
     for e in range(3): assert torch.allclose(run([e])[0], whole[e], atol=1e-5)
@@ -169,15 +172,15 @@ def test_every_parameter_has_exactly_one_optimiser():
     m = tiny()
     opt = build_optimizer(m)
     assert sorted(map(id, opt.params)) == sorted(map(id, m.parameters()))
-    of = {opt.names[p]: type(o).__name__ for o in opt.all for g in o.param_groups for p in g['params']}
-    for n in ('embed_tokens.weight', 'lm_head.weight', 'layers.1.mlp.router.weight', 'norm.weight',
-            'layers.0.self_attn.q_norm.weight'):
-        assert of[n] == 'AdamW'
-    for n in ('layers.1.mlp.experts.gate_up_proj', 'layers.1.mlp.experts.down_proj',
-            'layers.0.self_attn.gate_proj.weight', 'layers.0.mlp.up_proj.weight'):
-        assert of[n] == 'Muon'
+    of = {opt.names[p]: type(o).__name__ for o in opt.all for g in o.param_groups for p in g["params"]}
+    for n in ("embed_tokens.weight", "lm_head.weight", "layers.1.mlp.router.weight", "norm.weight",
+            "layers.0.self_attn.q_norm.weight"):
+        assert of[n] == "AdamW"
+    for n in ("layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj",
+            "layers.0.self_attn.gate_proj.weight", "layers.0.mlp.up_proj.weight"):
+        assert of[n] == "Muon"
 
-@pytest.mark.parametrize('cut', [1, 3])
+@pytest.mark.parametrize("cut", [1, 3])
 def test_warm_start_resumes_bit_for_bit(tmp_path, cut):
     "Model, biases and optimiser through files: the rest of the run is the same run."
     def steps(model, opt, n, skip=0):
@@ -186,14 +189,19 @@ def test_warm_start_resumes_bit_for_bit(tmp_path, cut):
             batch = [data[j] for j in next(order)]
             if i >= skip: optimizer_step(model, opt, packed_batches(batch, 64), sft.sft_loss)
     data = examples(30)
-    a = tiny(); oa = build_optimizer(a); steps(a, oa, 5)
-    b = tiny(); obj = build_optimizer(b); steps(b, obj, cut)
+    a = tiny()
+    oa = build_optimizer(a)
+    steps(a, oa, 5)
+    b = tiny()
+    obj = build_optimizer(b)
+    steps(b, obj, cut)
     with ck.saving(tmp_path, cut) as folder:
-        ck.save_tensors(folder/'model.safetensors', b.state_dict())
-        ck.save_tensors(folder/'optim.safetensors', obj.state_dict())
-    c = tiny(seed=9); oc = build_optimizer(c)
-    c.load_state_dict(ck.load_tensors(ck.latest(tmp_path)/'model.safetensors'))
-    oc.load_state_dict(ck.load_tensors(ck.latest(tmp_path)/'optim.safetensors'))
+        ck.save_tensors(folder/"model.safetensors", b.state_dict())
+        ck.save_tensors(folder/"optim.safetensors", obj.state_dict())
+    c = tiny(seed=9)
+    oc = build_optimizer(c)
+    c.load_state_dict(ck.load_tensors(ck.latest(tmp_path)/"model.safetensors"))
+    oc.load_state_dict(ck.load_tensors(ck.latest(tmp_path)/"optim.safetensors"))
     steps(c, oc, 5, skip=cut)
     assert wt.fingerprint(a.state_dict() | oa.state_dict()) == wt.fingerprint(c.state_dict() | oc.state_dict())
 
@@ -201,20 +209,21 @@ def test_known_failure_24_forgotten_bias_momentum_is_caught(tmp_path):
     "A resume that loses the balancing momentum does not end in the same weights; with it, it does."
     data = examples(16)
     def run(lose):
-        m = tiny(); o = build_optimizer(m)
+        m = tiny()
+        o = build_optimizer(m)
         for i in range(4):
             if i == 2 and lose: moe_modules(m)[0].bias_momentum.zero_()
             optimizer_step(m, o, packed_batches(data, 4096), sft.sft_loss)
         return wt.fingerprint(m.state_dict())
     assert run(False) == run(False) != run(True)
-    assert {n.split('.')[-1] for n in tiny().state_dict()} >= {'expert_bias', 'bias_momentum'}
+    assert {n.split(".")[-1] for n in tiny().state_dict()} >= {"expert_bias", "bias_momentum"}
 
 # ---- weights
 
 def published(tmp_path, seed=1):
     model = tiny(seed)
-    wt.publish(tmp_path/'weights', 1, model.state_dict())
-    return model, *wt.load_version(tmp_path/'weights', 1)
+    wt.publish(tmp_path/"weights", 1, model.state_dict())
+    return model, *wt.load_version(tmp_path/"weights", 1)
 
 def test_weights_arrive(tmp_path):
     model, tensors, manifest = published(tmp_path)
@@ -224,24 +233,26 @@ def test_weights_arrive(tmp_path):
 
 def test_known_failure_14_a_missing_shard_is_an_error_by_name(tmp_path):
     model, tensors, manifest = published(tmp_path)
-    shard = {n: t for n, t in tensors.items() if 'experts.down_proj' not in n}
+    shard = {n: t for n, t in tensors.items() if "experts.down_proj" not in n}
     bug = tiny(0)
     bug.load_state_dict(shard, strict=False) # the bug: reports success
     assert wt.fingerprint(bug.state_dict()) != manifest.fingerprint
     engine = tiny(0)
     before = wt.fingerprint(engine.state_dict())
-    with pytest.raises(wt.WeightError, match='layers.1.mlp.experts.down_proj is missing.*nothing was loaded'):
+    with pytest.raises(wt.WeightError, match="layers.1.mlp.experts.down_proj is missing.*nothing was loaded"):
         wt.apply_weights(engine, shard, manifest)
     assert wt.fingerprint(engine.state_dict()) == before
-    wt.save_tensors(tmp_path/'weights'/'v1'/'model.safetensors', shard)
-    with pytest.raises(wt.WeightError, match='down_proj is missing'): wt.load_version(tmp_path/'weights', 1)
-    spoiled = model.state_dict() | {'norm.weight': torch.full((16,), math.nan)}
-    with pytest.raises(wt.WeightError, match='norm.weight hold nan'): wt.publish(tmp_path/'weights', 2, spoiled)
-    assert wt.versions(tmp_path/'weights') == [1]
+    wt.save_tensors(tmp_path/"weights"/"v1"/"model.safetensors", shard)
+    with pytest.raises(wt.WeightError, match="down_proj is missing"): wt.load_version(tmp_path/"weights", 1)
+    spoiled = model.state_dict() | {"norm.weight": torch.full((16,), math.nan)}
+    with pytest.raises(wt.WeightError, match="norm.weight hold nan"): wt.publish(tmp_path/"weights", 2, spoiled)
+    assert wt.versions(tmp_path/"weights") == [1]
 
 class Dropping(nn.Module):
     "The bug: hands out a copy of one tensor, so that what is copied into it never arrives."
-    def __init__(self, model, name): super().__init__(); self.model, self.name = model, name
+    def __init__(self, model, name):
+        super().__init__()
+        self.model, self.name = model, name
     def state_dict(self): return {n: t.clone() if n == self.name else t for n, t in self.model.state_dict().items()}
 
 @settings(max_examples=20, deadline=None)
@@ -251,62 +262,62 @@ def test_known_failure_17_dropped_or_misnamed_tensors_are_caught(data):
     manifest = wt.describe(new, 1)
     fresh = [n for n in new if not torch.equal(new[n], engine.state_dict()[n])]
     name = data.draw(st.sampled_from(fresh))
-    with pytest.raises(wt.WeightError, match=f'did not arrive in the model: {name} has other contents; do not use it'):
+    with pytest.raises(wt.WeightError, match=f"did not arrive in the model: {name} has other contents; do not use it"):
         wt.apply_weights(Dropping(engine, name), new, manifest)
     twins = [n for n in fresh if n != name and new[n].shape == new[name].shape]
     if twins:
         other = data.draw(st.sampled_from(twins))
         swapped = new | {name: new[other], other: new[name]}
         tiny(0).load_state_dict(swapped) # the bug: strict, and nothing is noticed
-        with pytest.raises(wt.WeightError, match='did not arrive in the model: .* has other contents'):
+        with pytest.raises(wt.WeightError, match="did not arrive in the model: .* has other contents"):
             wt.apply_weights(tiny(0), swapped, manifest)
     assert wt.apply_weights(tiny(0), new, manifest) == manifest
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_flipped_bit_shows(data):
-    state = {'a': torch.arange(5.), 'b': torch.arange(6).reshape(2, 3), 'c': torch.ones(3, dtype=torch.bfloat16)}
+    state = {"a": torch.arange(5.), "b": torch.arange(6).reshape(2, 3), "c": torch.ones(3, dtype=torch.bfloat16)}
     name = data.draw(st.sampled_from(sorted(state)))
     t = state[name].clone()
     raw = t.view(torch.uint8).reshape(-1)
     raw[data.draw(st.integers(0, len(raw)-1))] ^= 1 << data.draw(st.integers(0, 7))
-    assert wt.differences(wt.describe(state), wt.describe(state | {name: t})) == [f'{name} has other contents']
+    assert wt.differences(wt.describe(state), wt.describe(state | {name: t})) == [f"{name} has other contents"]
 
 def test_wrong_config_and_dtype_are_one_line(tmp_path):
     model, tensors, manifest = published(tmp_path)
-    for engine, said in ((tiny(vocab_size=21), r'embed_tokens.weight has shape \[20, 16\] instead of \[21, 16\]'),
-            (tiny(num_experts=5), 'do not fit the model')):
+    for engine, said in ((tiny(vocab_size=21), r"embed_tokens.weight has shape \[20, 16\] instead of \[21, 16\]"),
+            (tiny(num_experts=5), "do not fit the model")):
         with pytest.raises(UserError, match=said) as e: wt.apply_weights(engine, tensors, manifest)
-        assert '\n' not in str(e.value)
+        assert "\n" not in str(e.value)
 
 def test_a_killed_publish_leaves_the_old_version(tmp_path):
-    wt.publish(tmp_path, 1, {'a': torch.zeros(3)})
-    (tmp_path/'.v2.tmp').mkdir()
-    (tmp_path/'.v2.tmp'/'model.safetensors').write_bytes(b'half')
+    wt.publish(tmp_path, 1, {"a": torch.zeros(3)})
+    (tmp_path/".v2.tmp").mkdir()
+    (tmp_path/".v2.tmp"/"model.safetensors").write_bytes(b"half")
     assert wt.versions(tmp_path) == [1]
-    wt.publish(tmp_path, 2, {'a': torch.ones(3)})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['v1', 'v2']
+    wt.publish(tmp_path, 2, {"a": torch.ones(3)})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["v1", "v2"]
     wt.prune(tmp_path, 2)
-    with pytest.raises(wt.WeightError, match=r'weights v1 are not in .*which has \[2\]'): wt.load_version(tmp_path, 1)
+    with pytest.raises(wt.WeightError, match=r"weights v1 are not in .*which has \[2\]"): wt.load_version(tmp_path, 1)
 
 # ---- checkpoints
 
-def save(run, step, parts=('model.safetensors', 'buffer.msgpack')):
-    with ck.saving(run, step, ('model.safetensors', 'buffer.msgpack')) as folder:
-        if parts[0]: ck.save_tensors(folder/'model.safetensors', {'w': torch.full((50,), float(step))})
-        if parts[1]: ck.save_state(folder/'buffer.msgpack', {'step': step})
+def save(run, step, parts=("model.safetensors", "buffer.msgpack")):
+    with ck.saving(run, step, ("model.safetensors", "buffer.msgpack")) as folder:
+        if parts[0]: ck.save_tensors(folder/"model.safetensors", {"w": torch.full((50,), float(step))})
+        if parts[1]: ck.save_state(folder/"buffer.msgpack", {"step": step})
 
-def careless_latest(run): return max((run/'checkpoints').iterdir(), key=lambda p: int(p.name.split('_')[1]))
+def careless_latest(run): return max((run/"checkpoints").iterdir(), key=lambda p: int(p.name.split("_")[1]))
 
 def test_known_failure_28_latest_is_never_unfinished(tmp_path):
     save(tmp_path, 7)
     half = ck.step_path(tmp_path, 8)
     half.mkdir()
-    (half/'model.safetensors').write_bytes(b'half')  # a crash between the parts of two components
+    (half/"model.safetensors").write_bytes(b"half")  # a crash between the parts of two components
     assert careless_latest(tmp_path) == half         # the bug
     assert ck.latest(tmp_path) == ck.step_path(tmp_path, 7) and ck.verify(ck.latest(tmp_path)).step == 7
-    with pytest.raises(ck.CheckpointError, match='buffer.msgpack missing'):
-        save(tmp_path, 8, ('model.safetensors', None))
+    with pytest.raises(ck.CheckpointError, match="buffer.msgpack missing"):
+        save(tmp_path, 8, ("model.safetensors", None))
     save(tmp_path, 8)                                # what the crash left is no obstacle
     assert ck.latest(tmp_path) == half and ck.verify(half).step == 8
 
@@ -317,7 +328,7 @@ def test_known_failure_28_sigkill_before_every_file_operation(tmp_path):
         if not pid:
             left = [fatal]
             def hook(event, args):
-                if event in ('open', 'os.rename', 'os.mkdir', 'os.remove', 'os.rmdir'):
+                if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
                     left[0] -= 1
                     if not left[0]: os.kill(os.getpid(), signal.SIGKILL)
             sys.addaudithook(hook)
@@ -339,15 +350,15 @@ def test_known_failure_28_sigkill_before_every_file_operation(tmp_path):
         "The bug: the marker before the parts."
         folder = ck.step_path(tmp_path, 2)
         folder.mkdir()
-        data = b'late part'
+        data = b"late part"
         (folder/ck.MARKER).write_bytes(ck.msgspec.json.encode(ck.Commit(2,
-            {'buffer': ck.PartInfo(len(data), ck.zlib.crc32(data))})))
-        (folder/'buffer').write_bytes(data)
-    with pytest.raises(ck.CheckpointError, match='lacks buffer|was not written by this program'): sweep(marker_first)
+            {"buffer": ck.PartInfo(len(data), ck.zlib.crc32(data))})))
+        (folder/"buffer").write_bytes(data)
+    with pytest.raises(ck.CheckpointError, match="lacks buffer|was not written by this program"): sweep(marker_first)
 
 def test_full_disk_is_one_line_and_overwrites_nothing(tmp_path):
     save(tmp_path, 1)
-    before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     code = f'''
 import resource, signal, torch
 from moe_rl.train import checkpoint as ck
@@ -363,33 +374,33 @@ for attempt in (lambda folder: ck.save_tensors(folder/'model.safetensors', big),
 try: publish({str(tmp_path/'weights')!r}, 1, big)
 except StorageError as e: print(e)
 '''
-    lines = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 3 and all('File too large; what was there before is untouched' in l and 'cannot write' in l
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 3 and all("File too large; what was there before is untouched" in l and "cannot write" in l
         for l in lines)
-    assert {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == before
-    if os.path.exists('/dev/full'):
-        with pytest.raises(StorageError, match='No space left on device'): ck.write_bytes('/dev/full', b'x')
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    if os.path.exists("/dev/full"):
+        with pytest.raises(StorageError, match="No space left on device"): ck.write_bytes("/dev/full", b"x")
 
-@pytest.mark.parametrize('harm, said', [
-    (lambda c: (c/'model.safetensors').write_bytes((c/'model.safetensors').read_bytes()[:30]),
-        'model.safetensors has 30 of'),
-    (lambda c: (c/'buffer.msgpack').unlink(), 'lacks buffer.msgpack'),
-    (lambda c: (c/'buffer.msgpack').write_bytes(b'\x81\xa4step\x09'), 'altered after the commit'),
-    (lambda c: (c/ck.MARKER).write_bytes(b'yes'), 'was not written by this program'),
-    (lambda c: (c/ck.MARKER).unlink(), 'is no finished checkpoint'),
+@pytest.mark.parametrize("harm, said", [
+    (lambda c: (c/"model.safetensors").write_bytes((c/"model.safetensors").read_bytes()[:30]),
+        "model.safetensors has 30 of"),
+    (lambda c: (c/"buffer.msgpack").unlink(), "lacks buffer.msgpack"),
+    (lambda c: (c/"buffer.msgpack").write_bytes(b"\x81\xa4step\x09"), "altered after the commit"),
+    (lambda c: (c/ck.MARKER).write_bytes(b"yes"), "was not written by this program"),
+    (lambda c: (c/ck.MARKER).unlink(), "is no finished checkpoint"),
 ])
 def test_truncated_and_foreign_checkpoints_are_one_line(tmp_path, harm, said):
     save(tmp_path, 1)
     harm(ck.step_path(tmp_path, 1))
     with pytest.raises(UserError, match=said) as e: ck.verify(ck.step_path(tmp_path, 1))
-    assert '\n' not in str(e.value)
+    assert "\n" not in str(e.value)
 
 def test_keep_last_and_rollouts_in_a_state(tmp_path):
     for step in (1, 2, 10): save(tmp_path, step)
     ck.keep_last(tmp_path, 2)
     assert ck.committed_steps(tmp_path) == [2, 10]
-    ck.save_state(tmp_path/'buffer', examples(3))
-    assert ck.load_state(tmp_path/'buffer', list[Example]) == examples(3)
+    ck.save_state(tmp_path/"buffer", examples(3))
+    assert ck.load_state(tmp_path/"buffer", list[Example]) == examples(3)
 
 # ---- warm start
 
@@ -398,7 +409,7 @@ def test_loss_is_cross_entropy_of_the_answers():
     [[batch]] = packed_batches(data, 4096)
     b = to_torch(batch)
     got = sft.sft_loss(model, b)
-    loss, counts = got.parts['answers'], got.counts
+    loss, counts = got.parts["answers"], got.counts
     logits = model.logits(model(b.token_ids, b.positions, sft.packed_attend(b.cu_seqlens)).hidden)
     assert torch.allclose(loss, nn.functional.cross_entropy(logits[b.loss_mask], b.targets[b.loss_mask]), atol=1e-5)
     assert int(counts.sum()) == 2*batch.tokens
@@ -408,7 +419,7 @@ def test_warm_start_is_a_function_of_the_seed():
         m = tiny()
         report = sft.run_sft(m, build_optimizer(m), examples(20), batch=6, steps=4, seed=seed)
         return report.stopped_by, wt.fingerprint(m.state_dict())
-    assert run(0) == run(0) and run(0)[0] == 'steps' and run(0) != run(1)
+    assert run(0) == run(0) and run(0)[0] == "steps" and run(0) != run(1)
 
 def test_fillers_change_nothing():
     "Rows that only fill up a micro-batch leave loss, gradient and counts as they were."
@@ -427,7 +438,8 @@ def test_fillers_change_nothing():
 def whole_state(model, opt): return wt.fingerprint(model.state_dict() | opt.state_dict())
 
 def step_with(teaching=1, size=1., strength=1., steps=1, seed=0, **balance):
-    "Steps whose main part has gradients of `size` and whose small parts have `strength`; returns state before and after, and the last report."
+    """Steps whose main part has gradients of `size` and whose small parts have `strength`; returns state before and
+    after, and the last report."""
     model, s = tiny(seed), BalanceSection(rate=.05, **balance)
     opt = build_optimizer(model, muon_lr=.01, adamw_lr=.01)
     batches = packed_batches(examples(12), 64)
@@ -435,16 +447,16 @@ def step_with(teaching=1, size=1., strength=1., steps=1, seed=0, **balance):
     before = whole_state(model, opt)
     def loss(model, b):
         p = sft.sft_loss(model, b, s)
-        small = {k: v*strength for k, v in p.parts.items() if k != 'answers'}
-        return p._replace(parts=dict(answers=p.parts['answers']*size, **small), teaching=teaching)
+        small = {k: v*strength for k, v in p.parts.items() if k != "answers"}
+        return p._replace(parts=dict(answers=p.parts["answers"]*size, **small), teaching=teaching)
     for _ in range(steps): report = optimizer_step(model, opt, batches, loss, s)
     return before, whole_state(model, opt), report
 
 def test_a_step_without_signal_moves_nothing():
     before, after, report = step_with(teaching=0, size=0., steps=10)
-    assert report.outcome == 'idle' and report.grad_norm > 0 and before == after
+    assert report.outcome == "idle" and report.grad_norm > 0 and before == after
     before, after, report = step_with(teaching=1, size=0.)       # the bug: the small parts at full speed
-    assert report.outcome == 'moved' and report.loss < 1e-2 and before != after
+    assert report.outcome == "moved" and report.loss < 1e-2 and before != after
 
 def test_balance_rules_differ_and_none_is_none():
     def biases(rule):
@@ -452,10 +464,10 @@ def test_balance_rules_differ_and_none_is_none():
         sft.run_sft(model, build_optimizer(model), examples(20), batch=6, steps=3,
             balance=BalanceSection(rule=rule, rate=.01))
         return moe_modules(model)[0].expert_bias
-    none, sign, smebu = map(biases, ('none', 'sign', 'smebu'))
+    none, sign, smebu = map(biases, ("none", "sign", "smebu"))
     assert not none.any() and sign.any() and smebu.any() and not torch.allclose(sign, smebu, atol=1e-4)
 
-@pytest.mark.parametrize('ranks', [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_shares_of_every_part_sum_to_one_over_ranks(ranks):
     data, s = examples(16), BalanceSection(aux_coef=.1, z_coef=.1, head_z_coef=.1)
     def parts(batches):
@@ -465,9 +477,9 @@ def test_shares_of_every_part_sum_to_one_over_ranks(ranks):
     for k in whole: assert split[k] == pytest.approx(whole[k], rel=1e-5), k
 
 def test_weights_of_16_bits_are_not_trained():
-    with pytest.raises(ValueError, match='embed_tokens.weight is torch.bfloat16'): build_optimizer(tiny().bfloat16())
+    with pytest.raises(ValueError, match="embed_tokens.weight is torch.bfloat16"): build_optimizer(tiny().bfloat16())
 
 def test_skill_is_measured_against_the_best_constant_answer():
-    answers = ['1']*361 + [str(i) for i in range(2, 641)]
+    answers = ["1"]*361 + [str(i) for i in range(2, 641)]
     assert sft.majority(answers) == .361 and sft.skill(.361, answers) == 0 and .05 < sft.skill(.4, answers) < .07
-    assert sft.skill(1., ['7']*9) == 1 and sft.skill(.9, ['7']*9) == 0
+    assert sft.skill(1., ["7"]*9) == 1 and sft.skill(.9, ["7"]*9) == 0

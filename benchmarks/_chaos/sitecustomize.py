@@ -6,12 +6,12 @@ MOE_CHAOS names a folder. `arm.POINT` in it arms a point; the process that comes
 import importlib.abc, importlib.machinery, os, sys, time
 from pathlib import Path
 
-FOLDER = Path(os.environ.get('MOE_CHAOS', '/nowhere'))
+FOLDER = Path(os.environ.get("MOE_CHAOS", "/nowhere"))
 
 
 def point(name):
     "Wait here when this point is armed."
-    try: (FOLDER / f'arm.{name}').rename(FOLDER / f'reached.{name}')
+    try: (FOLDER / f"arm.{name}").rename(FOLDER / f"reached.{name}")
     except OSError: return
     time.sleep(6)
 
@@ -28,21 +28,21 @@ def before(module, attribute, act):
 def weights(m):
     def writes(path, *args, **kwargs):
         aside = Path(path).parent.name
-        if aside.startswith('.v'): point('publication')
-        elif aside.startswith('.step_') and not aside.startswith('.step_0.'): point('saving')
-    before(m, 'save_tensors', writes)
+        if aside.startswith(".v"): point("publication")
+        elif aside.startswith(".step_") and not aside.startswith(".step_0."): point("saving")
+    before(m, "save_tensors", writes)
 
 
 def loads(*args, **kwargs):
-    if 'engine' in sys.orig_argv: time.sleep(float(os.environ.get('MOE_CHAOS_LOADING', 0)))
+    if "engine" in sys.orig_argv: time.sleep(float(os.environ.get("MOE_CHAOS_LOADING", 0)))
 
 
-HOOKS = {'moe_rl.train.weights': weights,
-         'moe_rl.train.checkpoint': lambda m: before(m, '_mark', lambda *a: point('commit')),
-         'moe_rl.train.sft': lambda m: before(m, 'index_batches', lambda *a, **k: point('warm_start')),
-         'moe_rl.rl.ask': lambda m: (before(m, 'engine_plan', loads),
-             before(m, 'grade', lambda *a: point('evaluation'))),
-         'moe_rl.moe.checkpoint': lambda m: before(m, 'save_pretrained', lambda *a, **k: point('end'))}
+HOOKS = {"moe_rl.train.weights": weights,
+         "moe_rl.train.checkpoint": lambda m: before(m, "_mark", lambda *a: point("commit")),
+         "moe_rl.train.sft": lambda m: before(m, "index_batches", lambda *a, **k: point("warm_start")),
+         "moe_rl.rl.ask": lambda m: (before(m, "engine_plan", loads),
+             before(m, "grade", lambda *a: point("evaluation"))),
+         "moe_rl.moe.checkpoint": lambda m: before(m, "save_pretrained", lambda *a, **k: point("end"))}
 
 
 class Finder(importlib.abc.MetaPathFinder):

@@ -38,9 +38,9 @@ class LengthProfile:
     longest:int
 
     @classmethod
-    def of(cls, lengths)->'LengthProfile':
+    def of(cls, lengths)->"LengthProfile":
         "Profile of `lengths`; `ValueError` if there are none."
-        if len(lengths) == 0: raise ValueError('lengths: empty, a profile needs at least one')
+        if len(lengths) == 0: raise ValueError("lengths: empty, a profile needs at least one")
         return cls(len(lengths), float(np.mean(lengths)), *(float(p) for p in np.percentile(lengths, [50, 95])),
             int(np.max(lengths)))
 
@@ -57,7 +57,7 @@ def _checked(lengths, budget)->tuple[list[int], list[int]]:
     "Lengths as Python integers, and their indices from longest to shortest."
     lengths = [int(n) for n in lengths]
     for i, n in enumerate(lengths):
-        if not 0 < n <= budget: raise ValueError(f'lengths[{i}]: {n} tokens, expected 1 to the budget of {budget}')
+        if not 0 < n <= budget: raise ValueError(f"lengths[{i}]: {n} tokens, expected 1 to the budget of {budget}")
     return lengths, sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 # %% ../../nbs/02_data/02_packing.ipynb #544c7352
@@ -69,7 +69,9 @@ def next_fit_decreasing(
     lengths, order = _checked(lengths, budget)
     bins, room = [], 0
     for i in order:
-        if lengths[i] > room: bins.append([]); room = budget
+        if lengths[i] > room:
+            bins.append([])
+            room = budget
         bins[-1].append(i)
         room -= lengths[i]
     return bins
@@ -101,12 +103,16 @@ def best_subset(
     sizes:list[int], # longest first
     room:int         # the sum may not exceed this
 )->list[int]:        # positions in `sizes`, ascending
-    "The subset with the largest sum that is at most `room`; of several, one that leaves short sizes unused. O(len(sizes)*room/64) word operations."
+    """The subset with the largest sum that is at most `room`; of several, one that leaves short sizes unused.
+
+    O(len(sizes)*room/64) word operations."""
     mask, reachable = (1 << room+1) - 1, [1]
     for w in sizes: reachable.append((reachable[-1] | reachable[-1] << w) & mask)
     left, chosen = reachable[-1].bit_length()-1, []
     for i in reversed(range(len(sizes))):
-        if not reachable[i]>>left & 1: chosen.append(i); left -= sizes[i]
+        if not reachable[i]>>left & 1:
+            chosen.append(i)
+            left -= sizes[i]
     return chosen[::-1]
 
 # %% ../../nbs/02_data/02_packing.ipynb #34f91341
@@ -121,13 +127,17 @@ def fill_bins(
     sizes, total, bins = [lengths[i] for i in rest], sum(lengths), []
     while total > budget:
         room, kept, average = budget, 0, total/len(rest)
-        while kept == 0 or room - sizes[kept] >= free*average: room -= sizes[kept]; kept += 1
+        while kept == 0 or room - sizes[kept] >= free*average:
+            room -= sizes[kept]
+            kept += 1
         first = bisect_left(sizes, -room, lo=kept, key=lambda n: -n)  # sizes[first:] fit
         last, count = len(rest)-1, min(window, len(rest)-first)
         fits = [first + round(q*(last-first)/max(count-1, 1)) for q in range(count)]
         taken = [*range(kept), *(fits[c] for c in best_subset([sizes[j] for j in fits], room))]
         bins.append([rest[j] for j in taken])
-        for j in reversed(taken): total -= sizes[j]; del rest[j], sizes[j]
+        for j in reversed(taken):
+            total -= sizes[j]
+            del rest[j], sizes[j]
     return bins + ([rest] if rest else [])
 
 # %% ../../nbs/02_data/02_packing.ipynb #fa9e81cd
@@ -135,7 +145,9 @@ def pack(
     lengths,    # n sequence lengths
     budget:int  # tokens per bin
 )->list[list[int]]: # indices per bin
-    "The fewest bins we find: never more than first-fit-decreasing, and nearly always `ceil(sum/budget)`. `ValueError` names a length outside `[1, budget]`."
+    """The fewest bins we find: never more than first-fit-decreasing, and nearly always `ceil(sum/budget)`.
+
+    `ValueError` names a length outside `[1, budget]`."""
     bound, best = fewest_bins(lengths, budget), first_fit_decreasing(lengths, budget)
     for window, free in ((48, 3.), (128, 4.)):
         if len(best) <= bound: break
@@ -152,8 +164,8 @@ def utilisation(
     "Share of the budget that is used; warns below `warn_below`."
     share = sum(int(lengths[i]) for b in bins for i in b) / (len(bins)*budget)
     if share < warn_below:
-        warnings.warn(f'utilisation {share:.0%}: {len(bins)} micro-batches of {budget} tokens are mostly empty; lower '
-                      'the token budget or raise the batch size', stacklevel=2)
+        warnings.warn(f"utilisation {share:.0%}: {len(bins)} micro-batches of {budget} tokens are mostly empty; lower "
+                      "the token budget or raise the batch size", stacklevel=2)
     return share
 
 # %% ../../nbs/02_data/02_packing.ipynb #f1110002
@@ -172,7 +184,8 @@ class Fill:
         if self.said or len(self.shares) < self.STEPS or mean >= self.ENOUGH: return ""
         self.said = True
         return (f"micro-batches were {mean:.0%} full over the last {self.STEPS} steps: rl.tokens_per_batch = {budget} "
-            f"is more than they need, {max(1, math.ceil(1.1*mean*budget/256))*256} would do, or raise rl.groups_per_step")
+            f"is more than they need, {max(1, math.ceil(1.1*mean*budget/256))*256} would do, or raise "
+            "rl.groups_per_step")
 
 # %% ../../nbs/02_data/02_packing.ipynb #00e61384
 def batch_token_budget(
@@ -188,7 +201,8 @@ def sequence_flops(
     spec:ModelSpec,
     lengths  # [n] tokens
 )->np.ndarray: # [n] float64
-    "Training FLOPs (forward and backward) of sequences: linear in tokens, and every pair of tokens that attend, layer by layer."
+    """Training FLOPs (forward and backward) of sequences: linear in tokens, and every pair of tokens that attend,
+    layer by layer."""
     return 3*forward_flops(spec, lengths)
 
 # %% ../../nbs/02_data/02_packing.ipynb #8530669e
@@ -196,9 +210,11 @@ def longest_first(
     costs,    # [n] non-negative
     ranks:int
 )->list[list[int]]: # indices per rank
-    "LPT: each item, dearest first, goes to the least loaded rank. At most 4/3 - 1/(3 ranks) of the optimum (Graham 1969)."
+    """LPT: each item, dearest first, goes to the least loaded rank.
+
+    At most 4/3 - 1/(3 ranks) of the optimum (Graham 1969)."""
     parts, heap = [[] for _ in range(ranks)], [(0., r) for r in range(ranks)]
-    for i in np.argsort(-np.asarray(costs, np.float64), kind='stable').tolist():
+    for i in np.argsort(-np.asarray(costs, np.float64), kind="stable").tolist():
         load, r = heap[0]
         parts[r].append(i)
         heapq.heapreplace(heap, (load + float(costs[i]), r))
@@ -215,7 +231,8 @@ def imbalance(
 
 # %% ../../nbs/02_data/02_packing.ipynb #a6900839
 def _best_swap(heavy, light, costs, sizes, limit):
-    "Positions in `heavy` and `light` (one past its end: nothing) whose exchange halves the gap best and keeps both sizes within `limit`; None if none helps."
+    """Positions in `heavy` and `light` (one past its end: nothing) whose exchange halves the gap best and keeps both
+    sizes within `limit`; None if none helps."""
     a, b, n, m = costs[heavy], np.append(costs[light], 0.), sizes[heavy], np.append(sizes[light], 0)
     gap, grow = a.sum() - b.sum(), n[:,None] - m
     miss = np.where((m.sum()+grow <= limit) & (n.sum()-grow <= limit), np.abs(a[:,None] - b - gap/2), np.inf)
@@ -236,7 +253,7 @@ def refine(
     sizes, parts = np.zeros(len(costs)) if sizes is None else np.asarray(sizes), [list(p) for p in parts]
     loads = np.array([costs[p].sum() for p in parts])
     for _ in range(swaps):
-        order = np.argsort(loads, kind='stable')
+        order = np.argsort(loads, kind="stable")
         h = order[-1]
         if loads[h] <= loads.mean()*(1+tolerance): break
         l, swap = next(((l, s) for l in order[:-1] if (s := _best_swap(parts[h], parts[l], costs, sizes, limit))),
@@ -254,8 +271,10 @@ def balance(
     costs,    # [n] non-negative work per item
     ranks:int
 )->list[list[int]]: # indices per rank; empty for ranks beyond the items
-    "Equal work for every rank: LPT, then `refine`; never worse than LPT. `ValueError` for costs that are negative or not finite, or for no rank."
+    """Equal work for every rank: LPT, then `refine`; never worse than LPT.
+
+    `ValueError` for costs that are negative or not finite, or for no rank."""
     costs = np.asarray(costs, np.float64)
     if ranks < 1 or not np.isfinite(costs).all() or (costs < 0).any():
-        raise ValueError(f'balance: {ranks} ranks, costs must be finite and non-negative')
+        raise ValueError(f"balance: {ranks} ranks, costs must be finite and non-negative")
     return refine(longest_first(costs, ranks), costs, tolerance=1e-5)

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer as Core, decoders, models, pre_toke
 from ..errors import UserError
 
 # %% ../../nbs/02_data/01_tokens.ipynb #4951d143
-SPECIALS = ['<pad>', '<bos>', '<eos>']  # ids 0, 1, 2
+SPECIALS = ["<pad>", "<bos>", "<eos>"]  # ids 0, 1, 2
 
 def _byte_core(across_words:bool=False)->Core:
     "A byte-level BPE without vocabulary; merges may cross word borders if `across_words`."
@@ -41,8 +41,10 @@ class Tokenizer(Protocol):
     stop_ids:tuple[int,...] # each of them ends an answer that is sampled, `eos_id` first
     def encode(self, text:str)->list[int]: "Ids of `text`, adding nothing; special-token strings in it are plain text."
     def decode(self, ids)->str: "Text of `ids`; padding, beginning and end tokens are left out, and nothing else."
-    def render(self, messages:list[dict])->list[int]: "Ids of a conversation that opens with `messages`, ready to be answered."
-    def render_next(self, messages:list[dict])->list[int]: "Ids that follow a finished answer when others say `messages`."
+    def render(self, messages:list[dict])->list[int]:
+        "Ids of a conversation that opens with `messages`, ready to be answered."
+    def render_next(self, messages:list[dict])->list[int]:
+        "Ids that follow a finished answer when others say `messages`."
     def save(self, folder)->None: "Write files that transformers and vLLM load."
 
 # %% ../../nbs/02_data/01_tokens.ipynb #57bcaab1
@@ -50,7 +52,7 @@ FIRST, LAST = 0xe000, 0xf8ff # private-use characters, which stand for texts whi
 
 def says(
     text:str,
-    role:str='user' # or system, assistant, tool
+    role:str="user" # or system, assistant, tool
 )->list[dict]:      # one message, as chat templates read it
     "What somebody says."
     return [dict(role=role, content=text)]
@@ -81,16 +83,16 @@ class TextTokenizer:
     ):
         self.core, self.config, self.template = core, config, template
         self.vocab_size = max(core.get_vocab().values()) + 1
-        self.eos_id, self.bos_id = self._id('eos_token'), self._id('bos_token', None)
-        self.pad_id = self._id('pad_token', self.eos_id)
+        self.eos_id, self.bos_id = self._id("eos_token"), self._id("bos_token", None)
+        self.pad_id = self._id("pad_token", self.eos_id)
         self.stop_ids = tuple(dict.fromkeys((self.eos_id, *stop_ids)))
         if bad := [i for i in self.stop_ids if core.id_to_token(i) is None]:
-            raise ValueError(f'tokenizer: end token {bad[0]} is not in the vocabulary of {self.vocab_size}')
+            raise ValueError(f"tokenizer: end token {bad[0]} is not in the vocabulary of {self.vocab_size}")
         self._silent = {self.pad_id, self.bos_id, *self.stop_ids}
         self.plain = self._deaf(core)
         special = sorted((t.content for t in self.plain.get_added_tokens_decoder().values() if t.special), key=len,
             reverse=True)
-        self._special = re.compile('(' + '|'.join(map(re.escape, special)) + ')')
+        self._special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
 
     def _deaf(self, core):
         "A copy that takes special tokens in a text for text, cuts nothing and pads nothing."
@@ -103,13 +105,13 @@ class TextTokenizer:
 
     def _name(self, key):
         v = self.config.get(key)
-        return v['content'] if isinstance(v, dict) else v
+        return v["content"] if isinstance(v, dict) else v
 
     def _id(self, key, *default):
         name = self._name(key)
         if name is None and default: return default[0]
         if not isinstance(name, str) or self.core.token_to_id(name) is None:
-            raise ValueError(f'tokenizer: {key} {name!r} is not in the vocabulary; set it in tokenizer_config.json')
+            raise ValueError(f"tokenizer: {key} {name!r} is not in the vocabulary; set it in tokenizer_config.json")
         return self.core.token_to_id(name)
 
     def encode(self, text): return self.plain.encode(text, add_special_tokens=False).ids
@@ -117,7 +119,9 @@ class TextTokenizer:
         return self.core.decode([i for i in map(int, ids) if i not in self._silent], skip_special_tokens=False)
 
     def _weave(self, between, texts):
-        "Ids of `between[0]+texts[0]+between[1]+...`; special tokens count in `between` only. `re.split` alternates plain, special, plain, ..."
+        """Ids of `between[0]+texts[0]+between[1]+...`; special tokens count in `between` only.
+
+        `re.split` alternates plain, special, plain, ..."""
         parts = self._special.split(between[0])
         for text, after in zip(texts, between[1:]):
             tail = self._special.split(after)
@@ -126,50 +130,52 @@ class TextTokenizer:
 
     def _between(self, messages):
         "What the template writes before, between and after the contents of `messages`."
-        if len(messages) > LAST - FIRST: raise UserError(f'a conversation of {len(messages)} messages can\'t be rendered at once')
+        if len(messages) > LAST - FIRST:
+            raise UserError(f"a conversation of {len(messages)} messages can\'t be rendered at once")
         slots = [chr(FIRST + n) for n in range(len(messages))]
-        names = {k: self._name(k) for k in ('bos_token', 'eos_token', 'pad_token', 'unk_token') if self.config.get(k)}
+        names = {k: self._name(k) for k in ("bos_token", "eos_token", "pad_token", "unk_token") if self.config.get(k)}
         try: s = render_template(self.template, names, [dict(m, content=c) for m, c in zip(messages, slots)])
         except Exception as e:
             # any code may be in it
-            raise UserError(f'chat template: {e}: correct chat_template.jinja or tokenizer_config.json') from None
+            raise UserError(f"chat template: {e}: correct chat_template.jinja or tokenizer_config.json") from None
         if odd := [m for m, c in zip(messages, slots) if s.count(c) != 1]:
-            raise UserError(f'chat template: shows a message ({odd[0]["role"]}) {s.count(slots[messages.index(odd[0])])} times, '
+            raise UserError(f'chat template: shows a message ({odd[0]["role"]}) '
+                            f'{s.count(slots[messages.index(odd[0])])} times, '
                             'expected once: correct chat_template.jinja or tokenizer_config.json')
         if [c for c in s if c in slots] != slots:
-            raise UserError('chat template: shows the messages in another order: correct chat_template.jinja or '
-                            'tokenizer_config.json')
+            raise UserError("chat template: shows the messages in another order: correct chat_template.jinja or "
+                            "tokenizer_config.json")
         return re.split(f'[{"".join(slots)}]', s)
 
     def _lines(self, messages):
         "Without a template: a message a line, the assistant's with the end token."
-        end, line = dict(assistant=[self.eos_id]), self.encode('\n')
-        return [i for m in messages for part in (self.encode(m['content']), end.get(m['role'], []), line) for i in part]
+        end, line = dict(assistant=[self.eos_id]), self.encode("\n")
+        return [i for m in messages for part in (self.encode(m["content"]), end.get(m["role"], []), line) for i in part]
 
     def render(self, messages):
-        texts = [m['content'] for m in messages]
+        texts = [m["content"] for m in messages]
         if self.template is not None: return self._weave(self._between(messages), texts)
         return ([] if self.bos_id is None else [self.bos_id]) + self._lines(messages)
 
     def render_next(self, messages):
-        texts = [m['content'] for m in messages]
-        if self.template is None: return self.encode('\n') + self._lines(messages)
-        between = self._between([*says('-'), *says('-', 'assistant'), *messages])
+        texts = [m["content"] for m in messages]
+        if self.template is None: return self.encode("\n") + self._lines(messages)
+        between = self._between([*says("-"), *says("-", "assistant"), *messages])
         ids = self._weave(between[2:], texts)
         return ids[ids[0] == self.eos_id:]
 
     def save(self, folder):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.core.save(str(folder/'tokenizer.json'))
-        (folder/'tokenizer_config.json').write_text(json.dumps(self.config, indent=2, ensure_ascii=False) + '\n',
-            encoding='utf-8')
+        self.core.save(str(folder/"tokenizer.json"))
+        (folder/"tokenizer_config.json").write_text(json.dumps(self.config, indent=2, ensure_ascii=False) + "\n",
+            encoding="utf-8")
         ids = dict(bos_token_id=self.bos_id, eos_token_id=list(self.stop_ids), pad_token_id=self.pad_id)
-        (folder/'generation_config.json').write_text(json.dumps(ids) + '\n', encoding='utf-8')
-        if config := _table(folder/'config.json'): # of the model in the same folder
+        (folder/"generation_config.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
+        if config := _table(folder/"config.json"): # of the model in the same folder
             new = ids | dict(eos_token_id=self.eos_id) | {k: v for k, v in config.items() if v is not None}
-            (folder/'config.json').write_text(json.dumps(config | new, indent=1), encoding='utf-8')
-        (folder/'chat_template.jinja').write_text(PLAIN if self.template is None else self.template, encoding='utf-8')
+            (folder/"config.json").write_text(json.dumps(config | new, indent=1), encoding="utf-8")
+        (folder/"chat_template.jinja").write_text(PLAIN if self.template is None else self.template, encoding="utf-8")
 
     def __repr__(self):
         return (f'TextTokenizer({self.vocab_size} ids, eos {self.eos_id}, '
@@ -179,8 +185,9 @@ class TextTokenizer:
 def _own(core)->TextTokenizer:
     "`core` with the configuration of the vocabularies that this project trains."
     pad, bos, eos = SPECIALS
-    core.post_processor = processors.TemplateProcessing(single=f'{bos} $A', special_tokens=[(bos, core.token_to_id(bos))])
-    return TextTokenizer(core, dict(tokenizer_class='PreTrainedTokenizerFast', pad_token=pad, bos_token=bos,
+    core.post_processor = processors.TemplateProcessing(single=f"{bos} $A",
+        special_tokens=[(bos, core.token_to_id(bos))])
+    return TextTokenizer(core, dict(tokenizer_class="PreTrainedTokenizerFast", pad_token=pad, bos_token=bos,
                                     eos_token=eos, clean_up_tokenization_spaces=False))
 
 def byte_tokenizer()->TextTokenizer: # 259 ids: three special tokens, 256 bytes
@@ -193,10 +200,12 @@ def train_bpe(
     vocab_size:int,     # upper limit on ids, at least 259
     min_frequency:int=2 # a pair must occur this often to be merged
 )->TextTokenizer:
-    "A byte-level BPE whose merges stay inside words. Raises `ValueError` for a `vocab_size` that does not hold all bytes."
+    """A byte-level BPE whose merges stay inside words.
+
+    Raises `ValueError` for a `vocab_size` that does not hold all bytes."""
     if vocab_size < len(SPECIALS)+256:
-        raise ValueError(f'vocab_size: {vocab_size}, expected at least {len(SPECIALS)+256} (special tokens and all '
-                         'bytes)')
+        raise ValueError(f"vocab_size: {vocab_size}, expected at least {len(SPECIALS)+256} (special tokens and all "
+                         "bytes)")
     return _own(_train(texts, vocab_size, min_frequency))
 
 # %% ../../nbs/02_data/01_tokens.ipynb #5fd3e005
@@ -204,7 +213,8 @@ def find_wording(
     texts:list[str],  # prompts of a task
     share:float=0.9   # a phrase must occur in this share of them
 )->list[str]:         # phrases, longest first
-    "Constant phrases of `texts`: what a byte-level BPE restricted to pairs of frequency `share*len(texts)` has merged in that share of the texts."
+    """Constant phrases of `texts`: what a byte-level BPE restricted to pairs of frequency `share*len(texts)` has
+    merged in that share of the texts."""
     core = _train(texts, 1<<16, max(2, int(share*len(texts))), across_words=True)
     used = {}
     for text in texts:
@@ -223,24 +233,25 @@ def wording_tokenizer(
     texts:list[str], # prompts of a task
     share:float=0.9  # a phrase must occur in this share of them
 )->TextTokenizer:
-    "Bytes, plus one token for each constant phrase of `texts` (see `find_wording`); everything else stays in single bytes."
+    """Bytes, plus one token for each constant phrase of `texts` (see `find_wording`); everything else stays in
+    single bytes."""
     return with_phrases(find_wording(texts, share))
 
 # %% ../../nbs/02_data/01_tokens.ipynb #a74ccdc0
 def _table(path:Path)->dict:
     "A JSON file that holds a table; an empty one if there is no file."
     if not path.is_file(): return {}
-    try: table = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{path}: not JSON ({e})') from e
-    if not isinstance(table, dict): raise ValueError(f'{path}: not a table of settings')
+    try: table = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e: raise ValueError(f"{path}: not JSON ({e})") from e
+    if not isinstance(table, dict): raise ValueError(f"{path}: not a table of settings")
     return table
 
 def _template(folder:Path, config:dict)->str|None:
     "The chat template of a folder: its own file, or the text or the `default` of a list in tokenizer_config.json."
-    jinja, found = folder/'chat_template.jinja', config.get('chat_template')
-    if jinja.is_file(): found = jinja.read_text(encoding='utf-8')
+    jinja, found = folder/"chat_template.jinja", config.get("chat_template")
+    if jinja.is_file(): found = jinja.read_text(encoding="utf-8")
     if isinstance(found, list):
-        found = {t.get('name'): t.get('template') for t in found if isinstance(t, dict)}.get('default', found)
+        found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default", found)
     if found is not None and not isinstance(found, str):
         raise ValueError(f"{folder/'tokenizer_config.json'}: chat_template is no text and has no template named "
                          "'default'")
@@ -248,26 +259,28 @@ def _template(folder:Path, config:dict)->str|None:
 
 def _ends(folder:Path)->list[int]:
     "The end tokens that generation_config.json and config.json name."
-    found = [(path, _table(path).get('eos_token_id')) for path in (folder/'generation_config.json',
-        folder/'config.json')]
+    found = [(path, _table(path).get("eos_token_id")) for path in (folder/"generation_config.json",
+        folder/"config.json")]
     found = [(path, i) for path, ids in found if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
     if bad := [(path, i) for path, i in found if type(i) is not int or i < 0]:
-        raise ValueError(f'{bad[0][0]}: eos_token_id {bad[0][1]!r} is no token id')
+        raise ValueError(f"{bad[0][0]}: eos_token_id {bad[0][1]!r} is no token id")
     return [i for _, i in found]
 
 # %% ../../nbs/02_data/01_tokens.ipynb #7d0c1e55
 def load_tokenizer(
     folder # a checkpoint folder with tokenizer.json and tokenizer_config.json
 )->TextTokenizer:
-    "Tokenizer of a Hugging Face checkpoint. Raises `ValueError` naming the file that is missing or broken. Without a padding token, the end token pads."
+    """Tokenizer of a Hugging Face checkpoint. Raises `ValueError` naming the file that is missing or broken.
+
+    Without a padding token, the end token pads."""
     folder = Path(folder)
-    for name in ('tokenizer.json', 'tokenizer_config.json'):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder/name).is_file():
-            raise ValueError(f'{folder/name}: no such file; expected a checkpoint folder with tokenizer.json and '
-                             'tokenizer_config.json')
-    try: core = Core.from_file(str(folder/'tokenizer.json'))
+            raise ValueError(f"{folder/name}: no such file; expected a checkpoint folder with tokenizer.json and "
+                             "tokenizer_config.json")
+    try: core = Core.from_file(str(folder/"tokenizer.json"))
     # the library raises bare Exception
     except Exception as e: raise ValueError(f'{folder/"tokenizer.json"}: not a tokenizer ({e})') from e
-    config = _table(folder/'tokenizer_config.json')
+    config = _table(folder/"tokenizer_config.json")
     try: return TextTokenizer(core, config, _template(folder, config), _ends(folder))
-    except ValueError as e: raise ValueError(f'{e}, says {folder}' if str(e).startswith('tokenizer') else str(e)) from e
+    except ValueError as e: raise ValueError(f"{e}, says {folder}" if str(e).startswith("tokenizer") else str(e)) from e

@@ -279,7 +279,9 @@ def capabilities()->dict[str,str]: # backend -> "" if this rank can run it, else
     if not torch.cuda.is_available(): reason = "no CUDA device"
     elif torch.cuda.get_device_capability()[0] < 9: reason = f"{torch.cuda.get_device_name()} is older than Hopper"
     else:
-        try: import_module("deep_ep"); reason = ""
+        try:
+            import_module("deep_ep")
+            reason = ""
         except ImportError as e: reason = f"deep_ep does not import ({str(e).splitlines()[0][:80]})"
     if reason: return dict.fromkeys(out, reason)
     if not any(Path("/sys/class/infiniband").glob("*")):

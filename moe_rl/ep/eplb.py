@@ -73,7 +73,8 @@ def pack_greedy(
         i = order[:,j]
         p = np.where(count < n//bins, load, np.inf).argmin(1)
         where[b,i], place[b,i] = p, count[b,p]
-        load[b,p] += weight[b,i]; count[b,p] += 1
+        load[b,p] += weight[b,i]
+        count[b,p] += 1
     return where, place
 
 # %% ../../nbs/12_ep/03_eplb.ipynb #9c45ea60

@@ -72,7 +72,9 @@ def interleave(
                         stream.wait_event(done[i])
                         for t in tensors: t.record_stream(stream)
                     try: at[i] = next(programs[i])
-                    except StopIteration as e: results[i] = e.value; alive.remove(i)
+                    except StopIteration as e:
+                        results[i] = e.value
+                        alive.remove(i)
                     if stream: done[i] = stream.record_event()
                 if i not in alive or where == "compute": break
     if streams:

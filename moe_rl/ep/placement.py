@@ -118,8 +118,11 @@ def replicate(
         gain = N*even - (N*w*part/c)[:,:,None] + per_visit*visits
         gain[np.broadcast_to((used >= slots//N)[:,None], gain.shape)] = np.inf
         e, v = np.divmod(gain.reshape(L, -1).argmin(1), N)
-        node += off[l,e]; node[l,v] += part[l,e]
-        n[l,e,v] += 1; c[l,e] += 1; used[l,v] += 1
+        node += off[l,e]
+        node[l,v] += part[l,e]
+        n[l,e,v] += 1
+        c[l,e] += 1
+        used[l,v] += 1
     copies = np.zeros((L, E, N), int)
     np.put_along_axis(copies, home[:,:,None], 1, 2)
     np.put_along_axis(copies, top[:,:,None], n.astype(int), 1)
@@ -157,8 +160,12 @@ def exchange_slots(
         go = np.flatnonzero((s > 0) & (node[l,empty] + s < node[l,full]) & (node[l,full]*N > 1 + tolerance))
         if len(go) == 0: break
         e, f, a, b, s = e[go], f[go], full[go], empty[go], s[go]
-        copies[go,e,a] -= 1; copies[go,e,b] += 1; copies[go,f,b] -= 1; copies[go,f,a] += 1
-        node[go,a] -= s; node[go,b] += s
+        copies[go,e,a] -= 1
+        copies[go,e,b] += 1
+        copies[go,f,b] -= 1
+        copies[go,f,a] += 1
+        node[go,a] -= s
+        node[go,b] += s
     return copies
 
 # %% ../../nbs/12_ep/04_placement.ipynb #1f1707ba
@@ -350,8 +357,10 @@ def rebalance(
         if len(yes) == 0: break
         full = np.repeat((np.take_along_axis(w/c, slots, 1)).reshape(L, old.gpus, -1).sum(2), P//old.gpus, 1)
         s = np.where(here, full, np.inf).argmin(1)                         # on the emptiest GPU that holds it
-        slots[yes,s[yes]] = e[yes]; touched[yes,s[yes]] = True
-        n[yes,f[yes],v[yes]] -= 1; n[yes,e[yes],v[yes]] += 1
+        slots[yes,s[yes]] = e[yes]
+        touched[yes,s[yes]] = True
+        n[yes,f[yes],v[yes]] -= 1
+        n[yes,e[yes],v[yes]] += 1
     return relieve(weigh(evenly(slots, E, N, old.gpus), loads), loads, budget - touched.sum(1))
 
 # %% ../../nbs/12_ep/04_placement.ipynb #7a3cd077

@@ -54,7 +54,9 @@ def run_ranks(
         for r in range(world):
             here, there = ctx.Pipe()
             p = ctx.Process(target=_child, args=(there, fn, r, world, f"{tmp}/store", timeout, args), daemon=True)
-            p.start(); there.close(); ranks.append((p, here))
+            p.start()
+            there.close()
+            ranks.append((p, here))
         for r, (p, pipe) in enumerate(ranks):
             try:
                 if not pipe.poll(max(0., deadline - time.monotonic())):
@@ -66,7 +68,10 @@ def run_ranks(
                 ok, value = False, ExchangeError(f"rank {r} died without an answer (exit code {p.exitcode})")
             except ExchangeError as e: ok, value = False, e
             out.append(value)
-        for p, pipe in ranks: p.kill(); p.join(); pipe.close()
+        for p, pipe in ranks:
+            p.kill()
+            p.join()
+            pipe.close()
     failed = [e for e in out if isinstance(e, ExchangeError)]
     if failed and not errors: raise ExchangeError("\n".join(str(e) for e in failed))
     return out

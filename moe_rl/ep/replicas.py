@@ -222,7 +222,9 @@ def move_experts(
         else: source = sources(old.slots[l], new.slots[l], R, new.nodes if R % new.nodes == 0 else 1)
         for t, holder, name in list(expert_state(layer.experts, optimizers)):
             rows = move_rows(t, source, *((0, None) if old is None else (old.slots.shape[1], group)))
-            if name == "data": holder.grad = None; holder.data = rows
+            if name == "data":
+                holder.grad = None
+                holder.data = rows
             else: holder[name] = rows
         layer.experts.compute = PlacedExperts(new, l, exchange, experts, layer.experts.gate_up_proj.device)
 
@@ -238,7 +240,8 @@ def sum_replica_grads(
     for l, layer in enumerate(moe_modules(model)):
         slots, copied = place.slots[l], np.flatnonzero(place.copies()[l] > 1)
         if len(copied) == 0: continue
-        row = np.full(place.num_experts, -1); row[copied] = np.arange(len(copied))
+        row = np.full(place.num_experts, -1)
+        row[copied] = np.arange(len(copied))
         mine = torch.as_tensor(row[slots.reshape(R, -1)[me]], device=layer.experts.gate_up_proj.device)
         here = (mine >= 0).nonzero()[:,0]
         for p in (layer.experts.gate_up_proj, layer.experts.down_proj):

@@ -36,7 +36,9 @@ def rows_between(
         return hit[:,:places]
     for r, s in enumerate(slots):
         ranks = visits(s, R)
-        if per_node is None: rows[r] += ranks.sum(0); continue
+        if per_node is None:
+            rows[r] += ranks.sum(0)
+            continue
         nodes = R//per_node
         rail = np.arange(nodes)*per_node + r % per_node
         rows[r, rail] += visits(s, nodes).sum(0)

@@ -52,7 +52,8 @@ def answer_logprobs(
         logp, at = model.logits(run(model, part).hidden).log_softmax(-1), 0
         for s in part:
             mine = logp[at+s.answer-1:at+len(s.ids)-1]
-            rows.append(mine); exact.append(mine.argmax(-1).tolist() == s.ids[s.answer:])
+            rows.append(mine)
+            exact.append(mine.argmax(-1).tolist() == s.ids[s.answer:])
             at += len(s.ids)
     return torch.cat(rows), torch.tensor(exact)
 
@@ -62,7 +63,12 @@ class CalibrationError(UserError):
 
 class Verdict(NamedTuple):
     "How a candidate compares with the original on held-out prompts, and what was allowed."
-    kl: float; exact: float; exact_original: float; prompts: int; max_kl: float; max_drop: float
+    kl: float
+    exact: float
+    exact_original: float
+    prompts: int
+    max_kl: float
+    max_drop: float
 
     @property
     def ok(self)->bool:
@@ -156,8 +162,13 @@ def record(
     "Run the prompts and keep what every expert saw."
     stats = [ExpertStats(model.spec.num_experts) for _ in moe_modules(model)]
     def recorder(s):
-        def x(e, t): s.tokens[e] += len(t); s.add(e, 0, t); return t
-        def h(e, t): s.add(e, 1, t); return t
+        def x(e, t):
+            s.tokens[e] += len(t)
+            s.add(e, 0, t)
+            return t
+        def h(e, t):
+            s.add(e, 1, t)
+            return t
         return loop_experts(x, h, lambda e, w: w)
     watched = with_experts(model, [recorder(s) for s in stats])
     for i in range(0, len(samples), batch): run(watched, samples[i:i+batch])

@@ -49,7 +49,9 @@ def quantise_tensors(
     "E4M3 and scales for `names`; the rest as it is. Raises `CheckpointError` for sizes that are no multiples of 128."
     out = {}
     for name, t in tensors.items():
-        if name not in names: out[name] = t; continue
+        if name not in names:
+            out[name] = t
+            continue
         if t.shape[0] % TILE or t.shape[1] % TILE:
             raise CheckpointError(f"{name} is {t.shape[0]} x {t.shape[1]}; FP8 blocks need multiples of {TILE}")
         q = quantise(t, (TILE, TILE))
@@ -65,7 +67,8 @@ def _quantise_folder(folder:Path, spec:ModelSpec):
     for path in sorted(folder.glob("*.safetensors")):
         tensors = quantise_tensors(_read(path), names)
         save_file(tensors, path, metadata=dict(format="pt"))
-        where |= dict.fromkeys(tensors, path.name); total += sum(t.nbytes for t in tensors.values())
+        where |= dict.fromkeys(tensors, path.name)
+        total += sum(t.nbytes for t in tensors.values())
     if index.exists(): index.write_text(json.dumps(dict(metadata=dict(total_size=total), weight_map=where), indent=1))
     config = folder/"config.json"
     settings = json.loads(config.read_text()) | dict(dtype="bfloat16",

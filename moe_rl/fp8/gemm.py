@@ -62,7 +62,8 @@ def _deep_masked(a, b, groups):
 def _deep_k_grouped(a, b, groups):
     E, total = len(groups), a.shape[1]
     out = torch.zeros(E, a.shape[0], b.shape[0], dtype=torch.float32, device=a.q.device)
-    sizes = [total//TILE//E*TILE]*(E-1); sizes.append(total-sum(sizes))
+    sizes = [total//TILE//E*TILE]*(E-1)
+    sizes.append(total-sum(sizes))
     flat = [(by_group(x.q, groups), x.scale) for x in (a, b)]
     _deep_gemm().k_grouped_fp8_gemm_nt_contiguous(*flat, out, sizes, groups, c=out)
     return out

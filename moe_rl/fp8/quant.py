@@ -102,7 +102,8 @@ def distributions(
     normal = torch.randn(shape, generator=g)
     t = lambda nu: torch.randn(shape, generator=g)/(torch._standard_gamma(torch.full(shape, nu/2),
         generator=g)*2/nu).sqrt()
-    channels = normal.clone(); channels[:,torch.randperm(shape[1], generator=g)[:shape[1]//100]] *= 1e4
+    channels = normal.clone()
+    channels[:,torch.randperm(shape[1], generator=g)[:shape[1]//100]] *= 1e4
     return {"normal": normal, "t(3)": t(3.), "t(1)": t(1.), "large channels": channels}
 
 # %% ../../nbs/11_fp8/00_quant.ipynb #937ddeba

@@ -48,7 +48,8 @@ def layout_plain(
     row = torch.where(flat[order] < 0, -1, first[flat[order].clamp(0)]+rank)
     rows = torch.empty_like(row).scatter_(0, order, row)
     pairs = torch.full((max_rows(len(flat), E, align)+1,), -1, dtype=torch.int64, device=idx.device)
-    pairs[row] = order; pairs[-1] = -1  # unrouted pairs land on the extra last place
+    pairs[row] = order
+    pairs[-1] = -1  # unrouted pairs land on the extra last place
     return Layout(rows.view_as(idx).int(), pairs[:-1].int(), padded.cumsum(0).int(), counts.int())
 
 # %% ../../nbs/10_gpu/01_experts.ipynb #77727a8d

@@ -183,7 +183,8 @@ class Muon(FusedOptimizer):
                 key = (*matrices(p, group["parts"]).shape[1:], p.dtype)
                 job = open.setdefault(key, [])
                 if job and sum(q.numel() for q, _ in job)+p.numel() > self.at_once:
-                    done.append(job); job = open[key] = []
+                    done.append(job)
+                    job = open[key] = []
                 job.append((p, group))
         return done + list(open.values())
 

@@ -28,7 +28,9 @@ def to_disk(
     state:Mapping[str,Tensor], # our `state_dict`, or a part of it
     spec:ModelSpec,
 )->dict[str,Tensor]: # views, nothing is copied
-    "Rename and unstack: one tensor per expert and projection. What has no name on disk is training state and is left out."
+    """Rename and unstack: one tensor per expert and projection.
+
+    What has no name on disk is training state and is left out."""
     out = {}
     for name, t in state.items():
         names = spec.tensors[name].names
@@ -98,7 +100,9 @@ def from_hf_config(
     hf:dict, # parsed `config.json`
     where:str="config.json", # what error messages call it
 )->ModelSpec:
-    "Read a `config.json`. Raises `CheckpointError` for another architecture and for any setting that our model does not compute."
+    """Read a `config.json`.
+
+    Raises `CheckpointError` for another architecture and for any setting that our model does not compute."""
     try: return from_hf(hf)
     except ValueError as e: raise CheckpointError(f"{where}: {e}") from e
 
@@ -114,7 +118,9 @@ def _read_json(path:Path)->dict:
 
 # %% ../../nbs/01_moe/08_checkpoint.ipynb #f755b818
 def _tensor_files(folder:Path)->list[Path]:
-    "The safetensors files of a checkpoint. Raises `CheckpointError` when there are none or the index leaves the folder."
+    """The safetensors files of a checkpoint.
+
+    Raises `CheckpointError` when there are none or the index leaves the folder."""
     index = folder/"model.safetensors.index.json"
     if not index.exists():
         if not (folder/"model.safetensors").exists() and (old := sorted(p.name
@@ -165,7 +171,9 @@ def check_vocabulary(
     tokenizer_size:int, # one more than the tokenizer's largest id
     where:str="tokenizer", # what the error message calls it
 )->None:
-    "Raise `CheckpointError` if the tokenizer makes ids that have no row in the embedding. A larger embedding is padding, and legal."
+    """Raise `CheckpointError` if the tokenizer makes ids that have no row in the embedding.
+
+    A larger embedding is padding, and legal."""
     if tokenizer_size > spec.vocab_size:
         raise CheckpointError(f"{where} makes ids up to {tokenizer_size-1}, the model has "
                               f"vocab_size={spec.vocab_size}; use the tokenizer that the model was trained with")
@@ -190,7 +198,9 @@ def load_pretrained(
     experts:ExpertsFn=auto_experts,  # computes the routed experts
     dtype:torch.dtype|None=None,     # of the matrices; None: as stored
 )->Model: # on the CPU; what must be float32 is
-    "Read a Hugging Face checkpoint of any family. Raises `CheckpointError` in one line for anything missing, foreign, truncated or contradictory."
+    """Read a Hugging Face checkpoint of any family.
+
+    Raises `CheckpointError` in one line for anything missing, foreign, truncated or contradictory."""
     folder = Path(folder)
     spec = load_spec(folder)
     state = from_disk(_Files(folder), spec, str(folder))
@@ -208,7 +218,9 @@ class _Headers(_Files):
 def check_pretrained(
     folder:str|Path, # holds config.json and model*.safetensors
 )->ModelSpec:
-    "Whether `load_pretrained` would succeed, from config.json and the files' headers alone. Raises the same `CheckpointError`."
+    """Whether `load_pretrained` would succeed, from config.json and the files' headers alone.
+
+    Raises the same `CheckpointError`."""
     folder = Path(folder)
     spec = load_spec(folder)
     from_disk(_Headers(folder), spec, str(folder))
@@ -222,7 +234,9 @@ def _shards(
     "Cut a checkpoint into files."
     out, size = [{}], 0
     for name, t in tensors.items():
-        if out[-1] and size+t.nbytes > limit: out.append({}); size = 0
+        if out[-1] and size+t.nbytes > limit:
+            out.append({})
+            size = 0
         out[-1][name] = t
         size += t.nbytes
     return out
@@ -254,11 +268,13 @@ def save_pretrained(
     overwrite:bool=False, # replace an older checkpoint of this name once the new one is complete
     shard_bytes:int=4<<30, # size of a file
 )->Path: # the folder
-    """Write a checkpoint that transformers, vLLM and `load_pretrained` read; warns if transformers would compute another model.
+    """Write a checkpoint that transformers, vLLM and `load_pretrained` read; warns if transformers would compute
+    another model.
 
     The folder appears under its name complete or not at all.
 
-    Raises `CheckpointError` if the folder exists and `overwrite` is off, or if writing fails (disk full); what was there before stays."""
+    Raises `CheckpointError` if the folder exists and `overwrite` is off, or if writing fails (disk full); what was
+    there before stays."""
     folder = Path(folder)
     if other := ", ".join(unread_by_transformers(model.spec)):
         warnings.warn(f"{folder}: moe_rl and vLLM read this model; transformers ignores {other} and computes other "

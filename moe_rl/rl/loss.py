@@ -191,7 +191,7 @@ def resolve(
     **settings   # of that loss
 )->Callable:     # fn(logp, logp_old, adv, mask, cu_seqlens) -> LossOut
     "The loss function that a setting names, with its own settings bound. `UserError` for an unknown name or setting."
-    function = choose_by_name(name, LOSSES, 'rl.loss')
+    function = choose_by_name(name, LOSSES, "rl.loss")
     parameters = inspect.signature(function).parameters
     known = [n for n, p in parameters.items() if p.default is not p.empty]
     free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -226,11 +226,11 @@ def policy_loss(
     Sum `per_token` and divide by the step's loss tokens (`global_mean`): that is the mean over tokens, or over
     sequences for a loss that is `by_sequence`.
     `ValueError` if shapes differ or a KL is asked for without a reference."""
-    for name, x in (('logp', logp), ('logp_old', logp_old), ('adv', adv), ('mask', mask)):
+    for name, x in (("logp", logp), ("logp_old", logp_old), ("adv", adv), ("mask", mask)):
         if x.shape != logp.shape or x.ndim != 1:
-            raise ValueError(f'{name}: shape {tuple(x.shape)}, expected [N] = {tuple(logp.shape)}')
+            raise ValueError(f"{name}: shape {tuple(x.shape)}, expected [N] = {tuple(logp.shape)}")
     if kl_coef and logp_ref is None:
-        raise ValueError(f'kl_coef is {kl_coef} but logp_ref is missing: give the log-probabilities of the reference')
+        raise ValueError(f"kl_coef is {kl_coef} but logp_ref is missing: give the log-probabilities of the reference")
     function = resolve(loss, **settings) if isinstance(loss, str) else partial(loss, **settings)
     out = function(logp, logp_old, adv, mask, cu_seqlens)
     if out.by_sequence:

@@ -30,9 +30,9 @@ def disagreement(
     valid:Tensor|None=None  # [N] bool; False: filler, not looked at
 )->Disagreement:
     "Compare two choices of experts as sets. `ValueError` if shapes differ or no token is left."
-    if a.shape != b.shape: raise ValueError(f'routes: shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared')
+    if a.shape != b.shape: raise ValueError(f"routes: shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be compared")
     if valid is not None: a, b = a[valid], b[valid]
-    if not len(a): raise ValueError('routes: no token to compare')
+    if not len(a): raise ValueError("routes: no token to compare")
     missing = ~(a[..., :, None] == b[..., None, :]).any(-1)
     routers = missing.any(-1)
     mean = lambda x: x.float().mean().item()
@@ -46,10 +46,10 @@ def require_routes(
     "Raise `RouteError` naming the first rollout without routes, or with routes that `cfg`'s model cannot have made."
     for r in rollouts:
         if r.routes is None:
-            raise RouteError(f'rollout {r.id} ({r.env}): has no routes, but replay is on: use an engine that records '
-                             'routes, or set rl.replay = false')
+            raise RouteError(f"rollout {r.id} ({r.env}): has no routes, but replay is on: use an engine that records "
+                             "routes, or set rl.replay = false")
         check_routes(r.routes, len(r)-1, cfg.num_moe_layers, cfg.num_experts_per_tok, cfg.num_experts,
-                     f'rollout {r.id}')
+                     f"rollout {r.id}")
 
 # %% ../../nbs/05_rl/02_replay.ipynb #33041c20
 def replay_of(
@@ -58,9 +58,9 @@ def replay_of(
 ):               # [N,L,k] routes, or None: choose live
     "The routes that the model must replay. Raises `RouteError` if replay is on and the batch has none."
     if replay and batch.routes is None:
-        first = ', '.join(batch.ids[:3])
-        raise RouteError(f'batch of rollouts {first}...: has no routes, but replay is on: use an engine that records '
-                         'routes, or set rl.replay = false')
+        first = ", ".join(batch.ids[:3])
+        raise RouteError(f"batch of rollouts {first}...: has no routes, but replay is on: use an engine that records "
+                         "routes, or set rl.replay = false")
     return batch.routes if replay else None
 
 # %% ../../nbs/05_rl/02_replay.ipynb #7f0f5356
@@ -73,9 +73,9 @@ def verify_replay(
     wrong = (used != given).any(-1) & valid[:, None]
     if wrong.any():
         n, l = wrong.nonzero()[0].tolist()
-        raise RouteError(f'row {n}, MoE layer {l}: the model used experts {used[n, l].tolist()}, given were '
-                         f'{given[n, l].tolist()}')
-    if (used[~valid] >= 0).any(): raise RouteError('a filler row was routed to an expert; pass token_mask to the model')
+        raise RouteError(f"row {n}, MoE layer {l}: the model used experts {used[n, l].tolist()}, given were "
+                         f"{given[n, l].tolist()}")
+    if (used[~valid] >= 0).any(): raise RouteError("a filler row was routed to an expert; pass token_mask to the model")
 
 # %% ../../nbs/05_rl/02_replay.ipynb #7df189e9
 @torch.no_grad()
@@ -97,14 +97,14 @@ def check_plausible(
     "Raise `RouteError` when routes look as if they belonged to other tokens, layers or weights."
     slots, chance = disagreement(given, live, valid).slots, 1 - given.shape[-1]/num_experts
     if slots > limit*chance:
-        raise RouteError(f'{slots:.0%} of the replayed experts are not what the router would choose '
-                         f'(random routes: {chance:.0%}): '
-                          'the routes belong to other tokens, layers or weights')
+        raise RouteError(f"{slots:.0%} of the replayed experts are not what the router would choose "
+                         f"(random routes: {chance:.0%}): "
+                          "the routes belong to other tokens, layers or weights")
     return slots
 
 # %% ../../nbs/05_rl/02_replay.ipynb #8e618c56
-SHIFTS = {'the token before': (0, 1), 'the token after': (0, -1), # axis of [N,L,k], by how much
-          'the layer before': (1, 1), 'the layer after': (1, -1)}
+SHIFTS = {"the token before": (0, 1), "the token after": (0, -1), # axis of [N,L,k], by how much
+          "the layer before": (1, 1), "the layer after": (1, -1)}
 
 def fits_shifted(
     given:Tensor, # [N,L,k] replayed routes
@@ -133,9 +133,9 @@ def watch_routes(
     live, c = live_choice(model, out), model.spec
     slots, chance = disagreement(given, live, valid).slots, 1 - c.num_experts_per_tok/c.num_experts
     if slots > .1*chance:
-        name, best = min(fits_shifted(given, live, valid).items(), key=lambda x: x[1], default=('', 1.))
+        name, best = min(fits_shifted(given, live, valid).items(), key=lambda x: x[1], default=("", 1.))
         if best < .6*slots:
-            raise RouteError(f'routes: {slots:.0%} of the replayed experts are not what the router would choose, '
-                             f'but only {best:.0%} if they are those of {name}: '
-                                              'engine or packing has shifted them')
+            raise RouteError(f"routes: {slots:.0%} of the replayed experts are not what the router would choose, "
+                             f"but only {best:.0%} if they are those of {name}: "
+                                              "engine or packing has shifted them")
     return check_plausible(given, live, valid, c.num_experts)

@@ -18,27 +18,28 @@ import numpy as np
 from ..errors import UserError
 from ..plugins import load_attribute
 from .calls import Caller
-from .environments import Environment, ReasoningGym, Task, complaint, executes, load_env, made, training_task, usable_reward, usable_text
+from .environments import (
+    Environment, ReasoningGym, Task, complaint, executes, load_env, made, training_task, usable_reward, usable_text)
 from .sandbox import Plan, enter, syscall
 
 # %% ../../nbs/04_rollout/07_apart.ipynb #ap000006
 def pack(v, depth:int=0)->Any:
     "Plain Python data as MessagePack data, types kept. `TypeError` for what is no plain data."
     kind = type(v)
-    if depth > 100: raise TypeError('nested too deeply')
+    if depth > 100: raise TypeError("nested too deeply")
     if v is None or kind in (bool, float, bytes): return v
-    if kind is int: return v if -2**63 <= v < 2**63 else ['int', hex(v)]
-    if kind is str: return v if v.isascii() else ['str', v.encode('utf-8', 'surrogatepass')]
+    if kind is int: return v if -2**63 <= v < 2**63 else ["int", hex(v)]
+    if kind is str: return v if v.isascii() else ["str", v.encode("utf-8", "surrogatepass")]
     if kind in (list, tuple, set, frozenset): return [kind.__name__, [pack(x, depth+1) for x in v]]
-    if kind is dict: return ['dict', [[pack(k, depth+1), pack(x, depth+1)] for k, x in v.items()]]
+    if kind is dict: return ["dict", [[pack(k, depth+1), pack(x, depth+1)] for k, x in v.items()]]
     if kind in (complex, Decimal, Fraction): return [kind.__name__, str(v)]
     if kind in (datetime.date, datetime.datetime, datetime.time): return [kind.__name__, v.isoformat()]
-    if isinstance(v, (np.ndarray, np.generic)) and v.dtype.kind in 'biufc':
-        return ['array', v.dtype.str, list(v.shape), v.tobytes(), isinstance(v, np.generic)]
-    raise TypeError(f'{kind.__name__} is no plain data')
+    if isinstance(v, (np.ndarray, np.generic)) and v.dtype.kind in "biufc":
+        return ["array", v.dtype.str, list(v.shape), v.tobytes(), isinstance(v, np.generic)]
+    raise TypeError(f"{kind.__name__} is no plain data")
 
 # %% ../../nbs/04_rollout/07_apart.ipynb #ap000007
-READERS = dict(int=lambda v: int(v, 16), str=lambda v: v.decode('utf-8', 'surrogatepass'), complex=complex,
+READERS = dict(int=lambda v: int(v, 16), str=lambda v: v.decode("utf-8", "surrogatepass"), complex=complex,
                Decimal=Decimal, Fraction=Fraction,
                date=datetime.date.fromisoformat, datetime=datetime.datetime.fromisoformat,
                time=datetime.time.fromisoformat,
@@ -49,7 +50,7 @@ READERS = dict(int=lambda v: int(v, 16), str=lambda v: v.decode('utf-8', 'surrog
 def unpack(v)->Any:
     "What `pack` has written."
     if not isinstance(v, list): return v
-    if v[0] != 'array': return READERS[v[0]](v[1])
+    if v[0] != "array": return READERS[v[0]](v[1])
     found = np.frombuffer(v[3], np.dtype(v[1])).reshape(v[2]).copy()
     return found[()] if v[4] else found
 
@@ -62,11 +63,12 @@ class Parcel(msgspec.Struct, array_like=True):
     data:bytes|None
     origin:list
     before:tuple[dict[str, str], ...] = ()
-    replies:str = 'user'
+    replies:str = "user"
 
     def task(self, env:str, data)->Task:
         "The task again, under the name that `env` has here."
-        return Task(env=env, prompt=self.prompt, answer=self.answer, data=data, before=self.before, replies=self.replies)
+        return Task(env=env, prompt=self.prompt, answer=self.answer, data=data, before=self.before,
+            replies=self.replies)
 
 MOST = 1<<20    # bytes of a task's data that travel
 
@@ -87,16 +89,16 @@ class Desk:
         "What to call for an order. `shares`: of texts that are held out, by the environment and in the whole mixture."
         env = self.envs[label]
         if shares: env.held_out_share, env.train_share = shares
-        if op in ('reply', 'score', 'reward'): return self.judge(op, env, *args)
-        if op == 'held':
-            return env.held_out, (args[0],), lambda tasks: [self.seal(made(t, 'held_out'), label, [op, args[0], i])
+        if op in ("reply", "score", "reward"): return self.judge(op, env, *args)
+        if op == "held":
+            return env.held_out, (args[0],), lambda tasks: [self.seal(made(t, "held_out"), label, [op, args[0], i])
                 for i, t in enumerate(tasks)]
-        if op == 'sample': return training_task, (env, args[0]), lambda t: self.seal(t, label, [op, args[0]])
+        if op == "sample": return training_task, (env, args[0]), lambda t: self.seal(t, label, [op, args[0]])
         return self.series, (op, label, *args), lambda found: found
 
     def judge(self, op:str, env:Environment, task, turns:list)->tuple:
         "What to call for a reply or a score."
-        function, check = (env.reply, usable_text) if op == 'reply' else (self.scorer if op == 'reward' else env.score,
+        function, check = (env.reply, usable_text) if op == "reply" else (self.scorer if op == "reward" else env.score,
             usable_reward)
         if self.there(task): return function, (self.task(task), list(turns)), check
         # drawing it again takes time: on the clock, in a thread
@@ -105,9 +107,9 @@ class Desk:
 
     def make(self, op:str, label:str, *args):
         "One draw: a training problem, one of a stream, or one of either side by its key."
-        if op == 'problem': return made(self.envs[label].problem(*args), op)
-        if op == 'sample': return training_task(self.envs[label], *args)
-        if op == 'held': return self.envs[label].held_out(args[0])[args[1]]
+        if op == "problem": return made(self.envs[label].problem(*args), op)
+        if op == "sample": return training_task(self.envs[label], *args)
+        if op == "held": return self.envs[label].held_out(args[0])[args[1]]
         return self.envs[label].draw(*args)
 
     # one entry per draw: a parcel or what went wrong, and the seconds that it took
@@ -130,8 +132,8 @@ class Desk:
             return p.task(env, unpack(msgspec.msgpack.decode(p.data)))
         task = self.make(p.origin[0], p.env, *p.origin[1:])
         if task.prompt != p.prompt:
-            raise RuntimeError('the problem could not be drawn again; make `data` plain values, or the draw depend on '
-                               'its key alone')
+            raise RuntimeError("the problem could not be drawn again; make `data` plain values, or the draw depend on "
+                               "its key alone")
         return msgspec.structs.replace(task, env=env)
 
 # %% ../../nbs/04_rollout/07_apart.ipynb #ap000014
@@ -143,21 +145,21 @@ class Section(msgspec.Struct):
     held_out:float=0.               # share; 0: the environment's own
     def load(self, seed:int)->Environment:
         return load_env(dict(name=self.name, params=unpack(msgspec.msgpack.decode(self.params)),
-            held_out=self.held_out or 'auto'), seed)
+            held_out=self.held_out or "auto"), seed)
 
 def section_of(label:str, section:dict)->Section:
     "A section of the settings for the wire. `UserError` for a parameter that is no plain data."
-    try: params = msgspec.msgpack.encode(pack(dict(section.get('params') or {})))
+    try: params = msgspec.msgpack.encode(pack(dict(section.get("params") or {})))
     except TypeError as e: raise UserError(f'env {section["name"]}: params: {e}') from None
-    share = section.get('held_out', 'auto')
-    return Section(label, section['name'], params, 0. if share == 'auto' else share)
+    share = section.get("held_out", "auto")
+    return Section(label, section["name"], params, 0. if share == "auto" else share)
 
 class Setup(msgspec.Struct):
     "What a nursery is told: the environments, the reward function, the sandbox."
     sections:list[Section]
     plan:Plan
     seed:int=0
-    reward:str=''                   # module:attribute, or empty: the environments' own
+    reward:str=""                   # module:attribute, or empty: the environments' own
     path:list[str]=[]               # where modules are found
 
 def desk_of(setup:Setup)->Desk:
@@ -176,7 +178,7 @@ class Facts(msgspec.Struct):
 def facts_of(env:Environment)->Facts:
     "The facts of an environment."
     kind = type(env)
-    return Facts(usable_text(env.name, 'name of an environment', False), float(env.held_out_share),
+    return Facts(usable_text(env.name, "name of an environment", False), float(env.held_out_share),
                  kind.reply is Environment.reply and kind.single_turn is Environment.single_turn,
                  kind.held_out is not Environment.held_out, isinstance(env, ReasoningGym)
                  and executes(type(env.dataset)))
@@ -186,7 +188,7 @@ FRAME = 64<<20
 
 def receive(sock:socket.socket)->Any:
     "The next message; `EOFError` at the end."
-    size, = struct.unpack('!I', exactly(sock, 4))
+    size, = struct.unpack("!I", exactly(sock, 4))
     return msgspec.msgpack.decode(exactly(sock, size))
 
 def exactly(sock:socket.socket, n:int)->bytes:
@@ -200,8 +202,8 @@ def exactly(sock:socket.socket, n:int)->bytes:
 def framed(message)->bytes:
     "A message with its length. `ValueError` if it is too long."
     data = msgspec.msgpack.encode(message)
-    if len(data) > FRAME: raise ValueError(f'{len(data)} bytes are too many to send')
-    return struct.pack('!I', len(data)) + data
+    if len(data) > FRAME: raise ValueError(f"{len(data)} bytes are too many to send")
+    return struct.pack("!I", len(data)) + data
 
 # %% ../../nbs/04_rollout/07_apart.ipynb #ap000019
 class WorkerProcess:
@@ -216,7 +218,7 @@ class WorkerProcess:
             self.sock.sendall(message)
     def answer(self, id, kind, value):
         try: message = framed([id, kind, value])
-        except Exception as e: message = framed([id, 'env_error', complaint(e)])
+        except Exception as e: message = framed([id, "env_error", complaint(e)])
         self.say(message)
     def serve(self):
         while True:
@@ -224,27 +226,27 @@ class WorkerProcess:
             if ready: self.begin(*receive(self.sock))
             self.caller.expire()
             if self.caller.tired or (self.caller.live and time.monotonic() > self.spoke + self.BEAT):
-                self.say(framed([0, 'beat', self.caller.tired]))
+                self.say(framed([0, "beat", self.caller.tired]))
     def begin(self, id:int, op:str, label:str, args:list, limit:float, shares:list):
         try: function, arguments, check = self.desk.order(op, label, args, shares)
-        except Exception as e: return self.answer(id, 'env_error', complaint(e))
+        except Exception as e: return self.answer(id, "env_error", complaint(e))
         self.caller.start(id, function, tuple(arguments), check, limit)
 
 # %% ../../nbs/04_rollout/07_apart.ipynb #ap000021
-def stock(name:str)->bool: return ':' not in name
+def stock(name:str)->bool: return ":" not in name
 
 def worker(sock:socket.socket, setup:Setup, desk:Desk|None):
     "The life of a forked worker. Never returns."
     try:
         os.setsid()
-        syscall('prctl', 1, signal.SIGKILL, 0, 0, 0)     # with the nursery, also where no namespace ends it
-        if 'numpy' in sys.modules: np.random.seed()
+        syscall("prctl", 1, signal.SIGKILL, 0, 0, 0)     # with the nursery, also where no namespace ends it
+        if "numpy" in sys.modules: np.random.seed()
         desk = desk or desk_of(setup)
-        sock.sendall(framed([0, 'ready', {label: facts_of(env) for label, env in desk.envs.items()}]))
+        sock.sendall(framed([0, "ready", {label: facts_of(env) for label, env in desk.envs.items()}]))
         WorkerProcess(sock, desk).serve()
     except EOFError: os._exit(0)
     except BaseException as e:
-        try: sock.sendall(framed([0, 'failed', str(e) if isinstance(e, UserError) else complaint(e)]))
+        try: sock.sendall(framed([0, "failed", str(e) if isinstance(e, UserError) else complaint(e)]))
         finally: os._exit(1)
 
 def bury(pid:int):
@@ -259,15 +261,15 @@ class Nursery:
     def __init__(self, control:socket.socket, setup:Setup):
         self.control, self.setup, self.desk, self.children = control, setup, None, set()
         if all(stock(s.name) for s in setup.sections) and not setup.reward: self.desk = desk_of(setup)
-        elif any(stock(s.name) and s.name != 'calculator' for s in setup.sections):
-            importlib.import_module('reasoning_gym')
+        elif any(stock(s.name) and s.name != "calculator" for s in setup.sections):
+            importlib.import_module("reasoning_gym")
     def serve(self):
-        self.control.send(b'ready')
+        self.control.send(b"ready")
         while True:
             if select.select([self.control], [], [], 1.)[0]:
                 message, fds, *_ = socket.recv_fds(self.control, 64, 1)
                 if not message: os._exit(0)
-                if message == b'fork': self.fork(socket.socket(fileno=fds[0]))
+                if message == b"fork": self.fork(socket.socket(fileno=fds[0]))
                 else: bury(int(message))
             self.reap()
     def fork(self, sock:socket.socket):
@@ -287,14 +289,14 @@ class Nursery:
             self.children.discard(pid)
         for orphan in orphans() - self.children: bury(orphan)
         # they multiply, and no limit binds the superuser
-        if self.setup.plan.isolate and len(list(filter(str.isdigit, os.listdir('/proc')))) > self.setup.plan.processes:
+        if self.setup.plan.isolate and len(list(filter(str.isdigit, os.listdir("/proc")))) > self.setup.plan.processes:
             for pid in self.children: bury(pid)
 
 def orphans()->set[int]:
     "Children of this process."
     out = set()
-    for entry in filter(str.isdigit, os.listdir('/proc')):
-        try: parent = int(open(f'/proc/{entry}/stat').read().rpartition(')')[2].split()[1])
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try: parent = int(open(f"/proc/{entry}/stat").read().rpartition(")")[2].split()[1])
         except OSError: continue
         if parent == os.getpid(): out.add(int(entry))
     return out
@@ -306,14 +308,16 @@ def main(fd:int):
     setup = msgspec.msgpack.decode(control.recv(1<<20), type=Setup)
     sys.path[:] = setup.path
     try:
-        syscall('prctl', 36, 1, 0, 0, 0)                # orphans come to us, also without a process namespace
-        enter(setup.plan, born=lambda pid: control.send(b'born %d' % pid))
-        syscall('prctl', 4, 0, 0, 0, 0)                 # not to be traced or read by its children
-    except OSError as e: control.send(f'refused {e.strerror or e}'.encode()); os._exit(1)
+        syscall("prctl", 36, 1, 0, 0, 0)                # orphans come to us, also without a process namespace
+        enter(setup.plan, born=lambda pid: control.send(b"born %d" % pid))
+        syscall("prctl", 4, 0, 0, 0, 0)                 # not to be traced or read by its children
+    except OSError as e:
+        control.send(f"refused {e.strerror or e}".encode())
+        os._exit(1)
     try: nursery = Nursery(control, setup)
     except BaseException as e:
-        control.send(f'failed {e if isinstance(e, UserError) else complaint(e)}'.encode('utf-8', 'replace')[:4000])
+        control.send(f"failed {e if isinstance(e, UserError) else complaint(e)}".encode("utf-8", "replace")[:4000])
         os._exit(1)
     nursery.serve()
 
-if __name__ == '__main__' and len(sys.argv) == 2 and sys.argv[1].isdigit(): main(int(sys.argv[1]))
+if __name__ == "__main__" and len(sys.argv) == 2 and sys.argv[1].isdigit(): main(int(sys.argv[1]))

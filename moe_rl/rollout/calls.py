@@ -32,9 +32,9 @@ class Call:
 
 def verdict(e:BaseException)->tuple[str, str]: # kind, message
     "How an exception is counted. Without memory it may be the fault of a neighbour: that call is suspect, no more."
-    if isinstance(e, Unusable): return 'env_reward', str(e)
-    if isinstance(e, MemoryError): return 'suspect', 'MemoryError'
-    return 'env_error', complaint(e)
+    if isinstance(e, Unusable): return "env_reward", str(e)
+    if isinstance(e, MemoryError): return "suspect", "MemoryError"
+    return "env_error", complaint(e)
 
 # %% ../../nbs/04_rollout/06_calls.ipynb #ca000014
 class Loop:
@@ -42,7 +42,7 @@ class Loop:
     PATIENCE = .5   # seconds after which a mark that is not answered means that the loop is blocked
     def __init__(self):
         self.loop, self.marks = asyncio.new_event_loop(), []
-        threading.Thread(target=self._turn, daemon=True, name='env-loop').start()
+        threading.Thread(target=self._turn, daemon=True, name="env-loop").start()
     def _turn(self):
         asyncio.set_event_loop(self.loop)
         while not self.loop.is_closed():
@@ -52,7 +52,7 @@ class Loop:
         "Run an async call, or finish what a plain one returned (`awaited`)."
         async def make():
             call.task, call.began = asyncio.current_task(), call.began or time.monotonic()
-            try: end(call, 'ok', call.finish(await (awaited if awaited is not None else call.function(*call.args))))
+            try: end(call, "ok", call.finish(await (awaited if awaited is not None else call.function(*call.args))))
             except BaseException as e: end(call, *verdict(e))
         self.loop.call_soon_threadsafe(lambda: self.loop.create_task(make()))
     def leave_mark(self, then:Callable=lambda: None)->threading.Event:
@@ -80,7 +80,7 @@ class Caller:
     LOST, HELD = 8, .3
     def __init__(self, answer:Callable[[Any, str, Any], None]):
         self.answer, self.pid, self.live, self.lock = answer, os.getpid(), {}, threading.Lock()
-        self.idle, self.lost, self.loop, self.tired, self.looked = [], 0, None, '', 0.
+        self.idle, self.lost, self.loop, self.tired, self.looked = [], 0, None, "", 0.
 
     def start(self, id, function:Callable, args:tuple=(), finish:Callable=lambda value: value, limit:float=10.):
         "Begin a call; `finish` turns what it returns into the value of the answer, on the same clock."
@@ -106,7 +106,7 @@ class Caller:
         with self.lock: jobs = self.idle.pop() if self.idle else None
         if jobs is None:
             jobs = queue.SimpleQueue()
-            threading.Thread(target=self._work, args=(jobs,), daemon=True, name='env-call').start()
+            threading.Thread(target=self._work, args=(jobs,), daemon=True, name="env-call").start()
         jobs.put(call)
     def _work(self, jobs):
         while True:
@@ -118,7 +118,7 @@ class Caller:
         try:
             value = call.function(*call.args)
             if inspect.isawaitable(value): return self._await(call, value)
-            return self.end(call, 'ok', call.finish(value))
+            return self.end(call, "ok", call.finish(value))
         except BaseException as e: return self.end(call, *verdict(e))
 
     def expire(self):
@@ -128,12 +128,12 @@ class Caller:
         held, self.looked = now - self.looked > self.HELD, now
         for call in [c for c in list(self.live.values()) if c.late(now)]:
             if call.awaits and not self.loop.guilty(call): continue
-            if not self.end(call, 'suspect' if held or not call.awaits and call.starved(now) else 'env_timeout',
-                    f'no answer within {call.limit:g} s'):
+            if not self.end(call, "suspect" if held or not call.awaits and call.starved(now) else "env_timeout",
+                    f"no answer within {call.limit:g} s"):
                 continue
             if call.awaits: self.loop.cancel(call)
             else:
                 self.lost += 1
-                if call.burning(now): self.tired = 'a call that was given up still computes'
-        if self.lost >= self.LOST: self.tired = f'{self.lost} threads are lost'
-        if self.loop and self.loop.blocked(now): self.tired = 'blocked'
+                if call.burning(now): self.tired = "a call that was given up still computes"
+        if self.lost >= self.LOST: self.tired = f"{self.lost} threads are lost"
+        if self.loop and self.loop.blocked(now): self.tired = "blocked"

@@ -26,7 +26,9 @@ def expected(
     request:Request,
     finished:Finished,
 )->tuple[np.ndarray,np.ndarray]: # log-probabilities [n], routes [P+n-1,L_moe,k]
-    "What an engine that keeps its KV should report for the tokens it sampled. The mixture of versions is computed without paging, sharing or batching."
+    """What an engine that keeps its KV should report for the tokens it sampled.
+
+    The mixture of versions is computed without paging, sharing or batching."""
     P, ids = len(request.prompt), torch.tensor(request.prompt + finished.token_ids)
     c = models[int(finished.versions[0])].spec
     made = np.append(np.full(P-1, finished.versions[0]), finished.versions) # [P+n-1] version that computed each input

@@ -73,14 +73,15 @@ def plain_generate(
     version:int=0, # policy version of the weights
 )->Finished:
     "Run the whole text through the model for every token: slow, and easy to believe."
-    ids, logprobs, P, reason = list(request.prompt), [], len(request.prompt), 'length'
-    while len(ids) < P+request.max_tokens and reason == 'length':
+    ids, logprobs, P, reason = list(request.prompt), [], len(request.prompt), "length"
+    while len(ids) < P+request.max_tokens and reason == "length":
         out = model(torch.tensor(ids), torch.arange(len(ids)), packed_attend(torch.tensor([0, len(ids)])))
         u = uniform(np.array([request.seed & (2**64-1)], np.uint64), np.array([len(ids)]))
         token, lp = sample(model.logits(out.hidden[-1:]), torch.from_numpy(u),
             *(np.array([x]) for x in (request.temperature, request.top_k, request.top_p)))
-        ids.append(token.item()); logprobs.append(lp.item())
-        if ids[-1] in request.stop_ids: reason = 'stop'
+        ids.append(token.item())
+        logprobs.append(lp.item())
+        if ids[-1] in request.stop_ids: reason = "stop"
     return Finished(id=request.id, token_ids=ids[P:], logprobs=np.array(logprobs, np.float32),
                     versions=np.full(len(ids)-P, version, np.int32),
                     routes=narrow_routes(out.routes.numpy(force=True), model.spec.num_experts), stop_reason=reason)
@@ -150,7 +151,7 @@ def sampling_noise(
     return uniform(runner.ledger.seeds[rows], runner.scheduler.length[rows])
 
 def not_finite(version:int)->FloatingPointError:
-    return FloatingPointError(f'the model computes nan or inf with weights v{version}: load weights that are finite')
+    return FloatingPointError(f"the model computes nan or inf with weights v{version}: load weights that are finite")
 
 def plain_step(
     runner, # a `StepRunner`, with the model, the cache, and what is known of every seat
@@ -206,8 +207,8 @@ class StepRunner:
         if plan.copies: self.cache.copy_heads(plan.copies)
         tokens, logprobs = self.compute(self, plan)
         s.commit(plan)
-        self.counters['steps'] += 1
-        self.counters['computed_tokens'] += int(plan.counts.sum())
+        self.counters["steps"] += 1
+        self.counters["computed_tokens"] += int(plan.counts.sum())
         return self.take_tokens(plan.rows[plan.samples], tokens, logprobs)
 
     def take_tokens(self, rows:np.ndarray, tokens:np.ndarray, logprobs:np.ndarray)->list[Finished]: # [B] each
@@ -216,10 +217,10 @@ class StepRunner:
         s, l, at = self.scheduler, self.ledger, self.scheduler.length[rows]
         l.logprobs[rows,at], l.versions[rows,at] = logprobs, self.version
         s.extend(rows, tokens)
-        self.counters['tokens'] += len(rows)
+        self.counters["tokens"] += len(rows)
         stop = (tokens[:,None] == l.stops[rows]).any(1)
         over = stop | (at+1 == l.limit[rows])
-        return [self.leave(s.at[row].id, 'stop' if stopped else 'length')
+        return [self.leave(s.at[row].id, "stop" if stopped else "length")
             for row,stopped in zip(rows[over].tolist(), stop[over].tolist())]
 
     def leave(self, id:str, reason:str)->Finished:
@@ -227,7 +228,7 @@ class StepRunner:
         s, seq = self.scheduler, self.scheduler.seqs[id]
         if (row := seq.row) >= 0:
             self.ledger.farewell(seq, row, int(s.length[row]), self.made(row, s.tables[row]), self.version)
-        self.counters['aborted' if reason == 'aborted' else 'finished'] += 1
+        self.counters["aborted" if reason == "aborted" else "finished"] += 1
         return self.ledger.close(id, s.remove(id).tokens, reason, self.record_routes)
 
     def make_way(self, plan:Plan, version:int):
@@ -243,13 +244,13 @@ class StepRunner:
 def check_request(request:Request, vocab_size:int, max_positions:int):
     "`ValueError` that names the request, its fault and a remedy."
     check_sampling(request.temperature, request.top_k, request.top_p)
-    P, what = len(request.prompt), f'request {request.id!r}'
+    P, what = len(request.prompt), f"request {request.id!r}"
     if P + request.max_tokens > max_positions:
-        raise ValueError(f'{what}: prompt of {P} and max_tokens {request.max_tokens} exceed the {max_positions} '
-                         'positions of the model: shorten the request')
+        raise ValueError(f"{what}: prompt of {P} and max_tokens {request.max_tokens} exceed the {max_positions} "
+                         "positions of the model: shorten the request")
     if P and not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
-        raise ValueError(f'{what}: token ids from {min(request.prompt)} to {max(request.prompt)}, the vocabulary has '
-                         f'{vocab_size}: use the tokenizer of this model')
+        raise ValueError(f"{what}: token ids from {min(request.prompt)} to {max(request.prompt)}, the vocabulary has "
+                         f"{vocab_size}: use the tokenizer of this model")
 
 # %% ../../nbs/04_rollout/02_engine.ipynb #3c27b5e7
 def replayed(
@@ -271,15 +272,17 @@ def replayed(
 
 # %% ../../nbs/04_rollout/02_engine.ipynb #0753d3e6
 class Engine(StepRunner):
-    """An engine in this process, on CPU or GPU. `add` and `step`, or `generate`. The same requests in the same order with the same weights give the same bits.
+    """An engine in this process, on CPU or GPU. `add` and `step`, or `generate`. The same requests in the same order
+    with the same weights give the same bits.
 
-    `ValueError` for settings that are out of range. The model is used as it is, not copied: with `dtype` its weights are cast in place."""
+    `ValueError` for settings that are out of range. The model is used as it is, not copied: with `dtype` its weights
+    are cast in place."""
     def __init__(self,
         model:Model,                   # on its device
         kv_tokens:int,                 # budget of the cache, in tokens
         block_size:int=16,             # tokens per block
         max_seqs:int=32,               # requests that run at the same time
-        kv_update:str='keep',          # at new weights, running requests 'keep' their KV or 'recompute' it
+        kv_update:str="keep",          # at new weights, running requests 'keep' their KV or 'recompute' it
         version:int=0,                 # policy version of the weights
         prefix_cache:bool=True,        # share the KV of equal beginnings
         record_routes:bool=True,       # return routes
@@ -288,12 +291,12 @@ class Engine(StepRunner):
         dtype:torch.dtype|None=None,   # cast to 16 bits, see `lower_precision`; None: as it is
         compute:Callable=plain_step,   # the device's part of a step
     ):
-        if kv_update not in ('keep', 'recompute'):
+        if kv_update not in ("keep", "recompute"):
             raise ValueError(f"kv_update {kv_update!r}: use 'keep' or 'recompute'")
-        if not 0 < eval_share < 1: raise ValueError(f'eval_share {eval_share}: give a number between 0 and 1')
+        if not 0 < eval_share < 1: raise ValueError(f"eval_share {eval_share}: give a number between 0 and 1")
         if dtype is not None: lower_precision(model, dtype)
         super().__init__(model, kv_tokens, block_size, max_seqs, version, prefix_cache, record_routes,
-                         {'train': 1-eval_share, 'eval': eval_share},
+                         {"train": 1-eval_share, "eval": eval_share},
                          max(1024, 2*max_seqs) if max_step_tokens is None else max_step_tokens, compute)
         self.kv_update, self.boxes, self.driver = kv_update, {}, None
 
@@ -305,18 +308,18 @@ class Engine(StepRunner):
         "Take new weights between two steps. `WeightError` names what is wrong with them; then nothing was changed."
         manifest = manifest or describe(tensors, version)
         if manifest.version != version:
-            raise WeightError(f'weights v{manifest.version} were sent as v{version}: send the manifest of v{version}')
+            raise WeightError(f"weights v{manifest.version} were sent as v{version}: send the manifest of v{version}")
         held = apply_weights(self.model, tensors, manifest, cast=True)
-        self.make_way(self.scheduler.new_version(version, self.kv_update == 'recompute'), self.version)
+        self.make_way(self.scheduler.new_version(version, self.kv_update == "recompute"), self.version)
         self.ledger.replays.clear() # routes of other weights
         self.version = version
-        self.counters['updates'] += 1
+        self.counters["updates"] += 1
         return held
 
     def abort(self, id:str)->Finished|None: # None: no such request (any more)
         "Take a request out now, with the tokens it has."
         if id not in self.scheduler.seqs: return None
-        done = self.leave(id, 'aborted')
+        done = self.leave(id, "aborted")
         if id in self.boxes: self.boxes.pop(id).put_nowait(done)
         return done
 
@@ -334,7 +337,9 @@ class Engine(StepRunner):
                     **self.counters, **s.counters)
 
     async def generate(self, requests:Iterable[Request])->AsyncIterator[Finished]:
-        "Give each request as it finishes. Calls may overlap, with each other but not with `step`; a call that is broken off aborts what it has left."
+        """Give each request as it finishes.
+
+        Calls may overlap, with each other but not with `step`; a call that is broken off aborts what it has left."""
         box, mine = asyncio.Queue(), set()
         try:
             for r in requests:
@@ -358,8 +363,8 @@ class Engine(StepRunner):
             while self.boxes:
                 for done in self.step():
                     if done.id not in self.boxes:
-                        raise RuntimeError(f'request {done.id!r} came by `add` and nobody waits for it: use `add` and '
-                                           '`step`, or `generate`, not both at a time')
+                        raise RuntimeError(f"request {done.id!r} came by `add` and nobody waits for it: use `add` and "
+                                           "`step`, or `generate`, not both at a time")
                     self.boxes.pop(done.id).put_nowait(done)
                 await asyncio.sleep(.001 if self.paused else 0)
         except Exception as e:

@@ -25,27 +25,27 @@ SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
 
 def brief(value, most:int=80)->str:
     "`repr(value)`, in one short line whatever it does."
-    try: text = ' '.join(SHORT.repr(value).split())
-    except BaseException as e: text = f'a {type(value).__name__} whose repr raises {type(e).__name__}'
-    return (text if len(text) <= most else text[:most] + ' ...').encode('utf-8', 'replace').decode()
+    try: text = " ".join(SHORT.repr(value).split())
+    except BaseException as e: text = f"a {type(value).__name__} whose repr raises {type(e).__name__}"
+    return (text if len(text) <= most else text[:most] + " ...").encode("utf-8", "replace").decode()
 
 def complaint(e:BaseException)->str:
     "An exception in one line."
     try: text = str(e)
-    except BaseException: text = 'its message raises too'
+    except BaseException: text = "its message raises too"
     if isinstance(e, UserError): return text
-    return f'{type(e).__name__}: {" ".join(text.split())[:300]}'.encode('utf-8', 'replace').decode()
+    return f'{type(e).__name__}: {" ".join(text.split())[:300]}'.encode("utf-8", "replace").decode()
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #ev000002
 LARGEST, LONGEST = 1e6, 1<<20 # of a reward; characters of a prompt, an answer or a reply
 
-def usable_text(value, what:str='reply', none:bool=True)->str|None:
+def usable_text(value, what:str="reply", none:bool=True)->str|None:
     "`value` if it is text (or None), with half characters replaced. `TypeError` or `ValueError` otherwise."
     if value is None and none: return None
     if not isinstance(value, str):
         raise TypeError(f'{what} must be text{" or None" if none else ""}, got {type(value).__name__} ({brief(value)})')
-    if len(value) > LONGEST: raise ValueError(f'{what} has {len(value)} characters; {LONGEST} are the most')
-    return value.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    if len(value) > LONGEST: raise ValueError(f"{what} has {len(value)} characters; {LONGEST} are the most")
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 class Unusable(ValueError):
     "A reward that is none."
@@ -53,14 +53,14 @@ class Unusable(ValueError):
 def usable_reward(value)->float:
     """`value` as a float. `Unusable` unless it is one finite number of at most a million: advantages are squared in
     float32."""
-    if type(value).__module__ != 'builtins' and getattr(value, 'shape', None) == () and hasattr(value, 'item'):
+    if type(value).__module__ != "builtins" and getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()    # a NumPy or torch scalar
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise Unusable(f'reward is {brief(value)} ({type(value).__name__}), expected one finite number')
+        raise Unusable(f"reward is {brief(value)} ({type(value).__name__}), expected one finite number")
     try: reward = float(value)
     except OverflowError: reward = math.inf
     if not abs(reward) <= LARGEST:
-        raise Unusable(f'reward is {brief(value)}, expected one finite number between {-LARGEST:.0e} and {LARGEST:.0e}')
+        raise Unusable(f"reward is {brief(value)}, expected one finite number between {-LARGEST:.0e} and {LARGEST:.0e}")
     return reward
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #3f8fe1e1
@@ -71,7 +71,7 @@ class Task(msgspec.Struct, kw_only=True, frozen=True):
     answer:str|None=None   # text that solves it
     data:Any=None          # anything `reply` and `score` need; each call gets a copy
     before:tuple[dict[str,str],...]=() # messages that come before the prompt: a system's, worked examples
-    replies:str='user'     # role of what the environment says later: user or tool
+    replies:str="user"     # role of what the environment says later: user or tool
 
     @property
     def opening(self)->list[dict[str,str]]: # role and content of each
@@ -79,11 +79,11 @@ class Task(msgspec.Struct, kw_only=True, frozen=True):
         return [*self.before, *says(self.prompt)]
 
     def __post_init__(self):
-        for field, none in (('env', False), ('prompt', False), ('answer', True)):
-            msgspec.structs.force_setattr(self, field, usable_text(getattr(self, field), f'{field} of a task', none))
+        for field, none in (("env", False), ("prompt", False), ("answer", True)):
+            msgspec.structs.force_setattr(self, field, usable_text(getattr(self, field), f"{field} of a task", none))
         for m in self.before:
-            if not (isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str)):
-                raise TypeError(f'a message before the prompt has a role and a content, both text; got {brief(m)}')
+            if not (isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
+                raise TypeError(f"a message before the prompt has a role and a content, both text; got {brief(m)}")
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #4e7d13d1
 def exact_match(
@@ -92,13 +92,13 @@ def exact_match(
 )->float:           # 1.0 or 0.0
     "1 if the model's last text, stripped, is `task.answer`. `ValueError` when the task has no reference answer."
     if task.answer is None:
-        raise ValueError(f'{task.env}: the task has no reference answer, so there is no exact match; use its own score')
+        raise ValueError(f"{task.env}: the task has no reference answer, so there is no exact match; use its own score")
     return float(turns[-1].strip() == task.answer.strip())
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #cf0d9659
 def text_hash(text:str)->float: # in [0, 1)
     "Where `text` falls on the unit interval; the same on every machine and in every run."
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), 'big') / 2**48
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
 
 def is_held_out(prompt:str, share:float)->bool:
     "Whether `prompt` is for evaluation: a `share` of all texts is, by hash alone."
@@ -107,13 +107,13 @@ def is_held_out(prompt:str, share:float)->bool:
 # %% ../../nbs/04_rollout/03_environments.ipynb #491da57e
 def mix(*parts)->int: # 63-bit key
     "A key that depends on every one of `parts`, by their `repr`."
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), 'big') >> 1
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #ev000006
 def made(task, what:str)->Task:
     "`task` if it is one; `TypeError` with the name of the function that returned something else."
     if not isinstance(task, Task):
-        raise TypeError(f'{what} must return a Task, got {type(task).__name__} ({brief(task)})')
+        raise TypeError(f"{what} must return a Task, got {type(task).__name__} ({brief(task)})")
     return task
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #bef76534
@@ -123,12 +123,12 @@ class Environment:
     Who has numbered problems of his own writes `sample` instead of `problem`.
     `sample` and `train_examples` never give a prompt of the held-out side, `held_out` never one of the training
     side."""
-    name, seed, held_out_share, train_share, draws, recipe = 'environment', 0, 1/16, 0., 256, ()
+    name, seed, held_out_share, train_share, draws, recipe = "environment", 0, 1/16, 0., 256, ()
 
     def problem(self, key:int)->Task:
         "A problem that depends on `key` (63 bits) alone."
         if type(self).sample is Environment.sample:
-            raise NotImplementedError(f'{type(self).__name__} must define problem(key)')
+            raise NotImplementedError(f"{type(self).__name__} must define problem(key)")
         return self.sample(key & 0x7fffffff)
     async def reply(self, task:Task, turns:list[str])->str|None:
         """Text that the model reads before its next turn, or None: the conversation is over. `turns`: model,
@@ -140,7 +140,7 @@ class Environment:
 
     def sample(self, i:int)->Task:
         "Training problem number `i`."
-        return self.draw('train', i)
+        return self.draw("train", i)
     def held_out(self, n:int)->list[Task]:
         "`n` distinct problems for evaluation."
         return held_out_tasks(self, n)
@@ -159,16 +159,16 @@ class Environment:
         None for one that can't be drawn), and the seconds that they took."""
         while True:
             began = time.monotonic()
-            task = made(self.problem(mix('held out', self.name, number)), 'problem')
+            task = made(self.problem(mix("held out", self.name, number)), "problem")
             yield number, task, time.monotonic() - began
             number += 1
     def draw(self, stream:str, i:int)->Task:
         "Problem number `i` of a stream of the training side."
         for attempt in range(self.draws):
-            task = made(self.problem(mix(self.seed, self.name, stream, i, attempt)), 'problem')
+            task = made(self.problem(mix(self.seed, self.name, stream, i, attempt)), "problem")
             if not self.keeps_out(task.prompt): return task
-        raise UserError(f'{self.name}: {self.draws} draws gave only held-out prompts; the task has too few problems '
-                        'to train on')
+        raise UserError(f"{self.name}: {self.draws} draws gave only held-out prompts; the task has too few problems "
+                        "to train on")
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #9da267ec
 class HeldOut:
@@ -189,14 +189,14 @@ class HeldOut:
         "What to do about too small a supply."
         found, places = len(self.tasks), sorted(p for p in self.hashes if 0 <= p < 1)
         if found:
-            return UserError(f'{self.name}: only {found} distinct held-out prompts in {self.draws} draws; ask for at '
-                             f'most {found} (eval.prompts)')
+            return UserError(f"{self.name}: only {found} distinct held-out prompts in {self.draws} draws; ask for at "
+                             f"most {found} (eval.prompts)")
         if len(places) < 2:
-            return UserError(f'{self.name}: {len(places)} distinct prompts in {self.draws} draws, and both sides need '
-                             'one: give it more problems')
+            return UserError(f"{self.name}: {len(places)} distinct prompts in {self.draws} draws, and both sides need "
+                             "one: give it more problems")
         share = math.ceil(1000*(places[0] + places[1])/2)/1000
-        return UserError(f'{self.name}: none of its {len(places)} prompts is held out: set held_out = {share:g} in '
-                         'its section of the settings, for one that is')
+        return UserError(f"{self.name}: none of its {len(places)} prompts is held out: set held_out = {share:g} in "
+                         "its section of the settings, for one that is")
 
 def held_out_tasks(
     env:Environment,
@@ -213,8 +213,8 @@ def held_out_tasks(
 def solved(task:Task)->tuple[str, str]: # (prompt, answer)
     "A task as a worked example. `UserError` if it has no reference answer."
     if task.answer is None:
-        raise UserError(f'{task.env}: tasks have no reference answer, so a warm start is impossible; set '
-                        'warm_start.seconds = 0')
+        raise UserError(f"{task.env}: tasks have no reference answer, so a warm start is impossible; set "
+                        "warm_start.seconds = 0")
     return task.prompt, task.answer
 
 def solved_examples(
@@ -223,17 +223,17 @@ def solved_examples(
     start:int=0   # number of the first one
 )->list[tuple[str,str]]: # (prompt, answer)
     "Solved problems for a supervised warm start, none of them held out."
-    return [solved(env.draw('warm start', i)) for i in range(start, start+n)]
+    return [solved(env.draw("warm start", i)) for i in range(start, start+n)]
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #ev000013
 def training_task(env:Environment, i:int)->Task:
     """Training problem number `i`, also of an environment with a `sample` of its own, whose held-out texts are
     replaced by others."""
     for attempt in range(env.draws):
-        task = made(env.sample(mix('again', i, attempt) & 0x7fffffff if attempt else i), 'sample')
+        task = made(env.sample(mix("again", i, attempt) & 0x7fffffff if attempt else i), "sample")
         if type(env).held_out is not Environment.held_out or not env.keeps_out(task.prompt): return task
-    raise UserError(f'{env.name}: {env.draws} samples gave only held-out prompts; the task has too few problems to '
-                    'train on')
+    raise UserError(f"{env.name}: {env.draws} samples gave only held-out prompts; the task has too few problems to "
+                    "train on")
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #9fe09a95
 @contextmanager
@@ -247,8 +247,8 @@ def seeded(key:int):
 # %% ../../nbs/04_rollout/03_environments.ipynb #8193a718
 def last_number(text:str)->str|None: # without separators of thousands
     "The last number in a text."
-    found = re.findall(r'-?\d[\d,]*(?:\.\d+)?', text)
-    return found[-1].replace(',', '') if found else None
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return found[-1].replace(",", "") if found else None
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #a0e48594
 class ReasoningGym(Environment):
@@ -268,8 +268,8 @@ class ReasoningGym(Environment):
             dataset = copy.copy(self.dataset)
             dataset.seed = key >> 32
             item = dataset[key % self.SIZE]
-        answer = item['answer']
-        return Task(env=self.name, prompt=item['question'], answer=answer if answer is None else str(answer), data=item)
+        answer = item["answer"]
+        return Task(env=self.name, prompt=item["question"], answer=answer if answer is None else str(answer), data=item)
     async def score(self, task, turns):
         said = self.extract(turns[-1])
         return float(said == task.answer if self.last_number else self.dataset.score_answer(said, task.data))
@@ -286,18 +286,18 @@ def make_dataset(name:str, params:dict):
     from reasoning_gym.factory import DATASETS, create_dataset
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1)
-        raise UserError(f'env: no reasoning-gym task {name!r}'
-            + (f'; did you mean {near[0]!r}?' if near else '; for your own environment write "module:attribute"'))
+        raise UserError(f"env: no reasoning-gym task {name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else '; for your own environment write "module:attribute"'))
     known = {f for f in DATASETS[name][1].__dataclass_fields__}
     for key in params.keys() - known:
         raise UserError(f'env {name}: no setting {key!r}; it has {", ".join(sorted(known - {"seed", "size"}))}')
     try: return create_dataset(name, **params)
-    except (AssertionError, ValueError, TypeError) as e: raise UserError(f'env {name}: settings refused: {e}') from None
+    except (AssertionError, ValueError, TypeError) as e: raise UserError(f"env {name}: settings refused: {e}") from None
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #ev000021
-EXECUTING = {'eval', 'exec', 'compile', 'parse_expr', 'sympify', 'parse_latex'}
+EXECUTING = {"eval", "exec", "compile", "parse_expr", "sympify", "parse_latex"}
 
-def executes(cls:type, method:str='score_answer')->bool:
+def executes(cls:type, method:str="score_answer")->bool:
     """Whether `method` of a class may execute text: it or a function that it calls names one of `EXECUTING`. True when
     the source can't be read."""
     todo, seen = [getattr(cls, method)], set()
@@ -311,8 +311,8 @@ def executes(cls:type, method:str='score_answer')->bool:
         names = {f.id if isinstance(f, ast.Name) else f.attr for f in called
             if isinstance(f, (ast.Name, ast.Attribute))}
         if names & EXECUTING: return True
-        near = [getattr(cls, n, None) or getattr(function, '__globals__', {}).get(n) for n in names]
-        todo += [f for f in near if inspect.isfunction(f) and f.__module__.startswith('reasoning_gym')]
+        near = [getattr(cls, n, None) or getattr(function, "__globals__", {}).get(n) for n in names]
+        todo += [f for f in near if inspect.isfunction(f) and f.__module__.startswith("reasoning_gym")]
     return False
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #8e364be9
@@ -320,51 +320,53 @@ def calculate(
     expression:str # integers with + - * and brackets, at most 64 characters
 )->str:            # the value, or 'error'
     "What the calculator prints for `expression`."
-    rest = re.findall('[0-9]+|[-+*()]', expression)
+    rest = re.findall("[0-9]+|[-+*()]", expression)
     def atom():
         t = rest.pop(0)
-        if t == '-': return -atom()
-        if t != '(': return int(t)
+        if t == "-": return -atom()
+        if t != "(": return int(t)
         value = total()
-        if rest.pop(0) != ')': raise ValueError('bracket not closed')
+        if rest.pop(0) != ")": raise ValueError("bracket not closed")
         return value
     def product():
         value = atom()
-        while rest and rest[0] == '*': rest.pop(0); value *= atom()
+        while rest and rest[0] == "*":
+            rest.pop(0)
+            value *= atom()
         return value
     def total():
         value = product()
-        while rest and rest[0] in '+-': value += product() if rest.pop(0) == '+' else -product()
+        while rest and rest[0] in "+-": value += product() if rest.pop(0) == "+" else -product()
         return value
-    if len(expression) > 64 or ''.join(rest) != re.sub(r'\s', '', expression): return 'error'
+    if len(expression) > 64 or "".join(rest) != re.sub(r"\s", "", expression): return "error"
     try: value = total()
-    except (IndexError, ValueError): return 'error'
-    return 'error' if rest else str(value)
+    except (IndexError, ValueError): return "error"
+    return "error" if rest else str(value)
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #f7eb3738
 class Calculator(Environment):
     """Sums of `terms` products; a turn that starts with `=` is computed and answered, any other turn is the final
     answer."""
-    name = 'calculator'
+    name = "calculator"
     def __init__(self, terms:int=2, largest:int=99, seed:int=0, **unknown):
         for name in unknown:
-            raise UserError(f'env calculator: params refused: no setting {name!r}; it has terms and largest')
+            raise UserError(f"env calculator: params refused: no setting {name!r}; it has terms and largest")
         fine = all(type(v) is int for v in (terms, largest)) and 1 <= terms <= 100 and 2 <= largest <= 10**9
         if not fine:
-            raise UserError('env calculator: params refused: terms is a number from 1 to 100, largest one from 2 to '
-                            f'10**9; got {terms!r:.40}, {largest!r:.40}')
+            raise UserError("env calculator: params refused: terms is a number from 1 to 100, largest one from 2 to "
+                            f"10**9; got {terms!r:.40}, {largest!r:.40}")
         self.terms, self.largest, self.seed = terms, largest, seed
-        self.recipe = [dict(name='calculator', params=dict(terms=terms,
+        self.recipe = [dict(name="calculator", params=dict(terms=terms,
             largest=largest))] if type(self) is Calculator else ()
     def problem(self, key):
         rng = random.Random(key)
-        expression = '+'.join(f'{rng.randint(2, self.largest)}*{rng.randint(2, self.largest)}'
+        expression = "+".join(f"{rng.randint(2, self.largest)}*{rng.randint(2, self.largest)}"
             for _ in range(self.terms))
         return Task(env=self.name, prompt=f'Compute {expression} (write "= 1+2" to use the calculator): ',
-            answer=calculate(expression), replies='tool')
+            answer=calculate(expression), replies="tool")
     async def reply(self, task, turns):
         text = turns[-1].strip()
-        return calculate(text[1:]) if text.startswith('=') else None
+        return calculate(text[1:]) if text.startswith("=") else None
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #acfe3f53
 def load_env(
@@ -373,25 +375,27 @@ def load_env(
 )->Environment:
     "The environment that a section of the settings describes. `UserError` in one line for anything the user can mend."
     section = dict(name=section) if isinstance(section, str) else section
-    name, params = section['name'], dict(section.get('params') or {})
-    if ':' in name:
+    name, params = section["name"], dict(section.get("params") or {})
+    if ":" in name:
         make = load_attribute(name)
         try: env = make(**params)
-        except Exception as e: raise UserError(f'env {name}: params refused: {complaint(e)}') from e
-    elif name == 'jsonl':
-        try: env = load_attribute('moe_rl.rollout.lines:lines')(**params)
-        except TypeError as e: raise UserError(f'env jsonl: params refused: {complaint(e)}: it takes path, test, split, last_number') from None
-    else: env = Calculator(**params) if name == 'calculator' else ReasoningGym(name, **params)
-    missing = [f for f in ('problem', 'sample', 'held_out', 'reply', 'score', 'draw', 'single_turn')
+        except Exception as e: raise UserError(f"env {name}: params refused: {complaint(e)}") from e
+    elif name == "jsonl":
+        try: env = load_attribute("moe_rl.rollout.lines:lines")(**params)
+        except TypeError as e:
+            raise UserError(
+                f"env jsonl: params refused: {complaint(e)}: it takes path, test, split, last_number") from None
+    else: env = Calculator(**params) if name == "calculator" else ReasoningGym(name, **params)
+    missing = [f for f in ("problem", "sample", "held_out", "reply", "score", "draw", "single_turn")
         if not hasattr(env, f)]
     if missing:
-        raise UserError(f'env {name}: {type(env).__name__} has no {missing[0]}; derive it from '
-                        'moe_rl.rollout.environments.Environment')
+        raise UserError(f"env {name}: {type(env).__name__} has no {missing[0]}; derive it from "
+                        "moe_rl.rollout.environments.Environment")
     own = type(env).problem is not Environment.problem or type(env).sample is not Environment.sample
-    if not own: raise UserError(f'env {name}: {type(env).__name__} has no problem(key); define it')
+    if not own: raise UserError(f"env {name}: {type(env).__name__} has no problem(key); define it")
     env.seed = seed
     env.recipe = [section]
-    if section.get('held_out', 'auto') != 'auto': env.held_out_share = section['held_out']
+    if section.get("held_out", "auto") != "auto": env.held_out_share = section["held_out"]
     return env
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #35448969
@@ -404,21 +408,21 @@ def choose(
     """Which part of a mixture makes problem `i`: shares are within a few problems of the weights in every stretch of
     numbers."""
     borders = np.cumsum(weights)/np.sum(weights)
-    return int(min(np.searchsorted(borders, (0.5 + i*GOLDEN) % 1, side='right'), len(weights)-1))
+    return int(min(np.searchsorted(borders, (0.5 + i*GOLDEN) % 1, side="right"), len(weights)-1))
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #f01c9be9
 class Mixture(Environment):
     """Several environments as one; problem `i` comes from the part that `choose(i, weights)` names.
 
     Tasks bear the label of their part: its name, or `name-2` for the second part of that name."""
-    name = 'mixture'
+    name = "mixture"
     def __init__(self, envs:list[Environment], weights:list[float]|None=None):
         self.weights = list(weights or [1.]*len(envs))
         if not envs or len(self.weights) != len(envs) or min(self.weights) <= 0:
-            raise UserError('env: a mixture needs environments and one positive weight for each')
+            raise UserError("env: a mixture needs environments and one positive weight for each")
         self.envs, self.parts = dict(zip(labels([e.name for e in envs]), envs)), list(envs)
         if all(e.recipe for e in envs):
-            self.recipe, self.seed = [{**e.recipe[0], 'weight': w} for e, w in zip(envs, self.weights)], envs[0].seed
+            self.recipe, self.seed = [{**e.recipe[0], "weight": w} for e, w in zip(envs, self.weights)], envs[0].seed
     def pick(self, i:int)->str:
         "The label of the part that makes problem `i`."
         # what one part holds out, no other part trains
@@ -442,7 +446,7 @@ def labelled(task:Task, label:str)->Task: return task if task.env == label else 
 
 def labels(names:list[str])->list[str]:
     "Names made distinct: the second `a` is `a-2`."
-    return [name if name not in names[:i] else f'{name}-{names[:i].count(name) + 1}' for i, name in enumerate(names)]
+    return [name if name not in names[:i] else f"{name}-{names[:i].count(name) + 1}" for i, name in enumerate(names)]
 
 def portions(n:int, weights:list[float])->list[int]:
     "`n` divided by the weights; every part has at least one."
@@ -453,4 +457,4 @@ def load_envs(
     seed:int=0
 )->Mixture:
     "The mixture that the settings describe; one section makes a mixture of one."
-    return Mixture([load_env(s, seed) for s in sections], [s.get('weight', 1.) for s in sections])
+    return Mixture([load_env(s, seed) for s in sections], [s.get("weight", 1.) for s in sections])

@@ -28,7 +28,7 @@ class Episode:
         self.routes.append(part.routes)
     def _extend(self, tokens, sampled, logprobs, versions):
         if not len(tokens) == len(logprobs) == len(versions):
-            raise ValueError(f'{len(tokens)} tokens with {len(logprobs)} logprobs and {len(versions)} versions')
+            raise ValueError(f"{len(tokens)} tokens with {len(logprobs)} logprobs and {len(versions)} versions")
         self.tokens += list(tokens)
         self.sampled += [sampled]*len(tokens)
         self.logprobs += list(logprobs)
@@ -55,8 +55,8 @@ class Conversation(Episode):
     def said(self, part)->str: # the text
         "The model has spoken, in the tokens that the engine reports."
         super().said(part)
-        self.messages += says(self.tokenizer.decode(part.token_ids), 'assistant')
-        return self.messages[-1]['content']
+        self.messages += says(self.tokenizer.decode(part.token_ids), "assistant")
+        return self.messages[-1]["content"]
 
 # %% ../../nbs/04_rollout/09_episode.ipynb #93603307
 async def play(
@@ -75,16 +75,16 @@ async def play(
     talk, texts = Conversation(tokenizer, task.opening), []
     for turn in range(max_turns):
         part = await generate(talk.tokens, turn)
-        if part.stop_reason not in ('stop', 'length'):
-            raise RolloutLost(part.stop_reason, f'rollout {group}-{index}: the engine ended the request: '
-                                                f'{part.stop_reason}')
+        if part.stop_reason not in ("stop", "length"):
+            raise RolloutLost(part.stop_reason, f"rollout {group}-{index}: the engine ended the request: "
+                                                f"{part.stop_reason}")
         texts.append(talk.said(part))
         stop = part.stop_reason
-        if stop == 'length': break
+        if stop == "length": break
         reply = await guard.reply(task, list(texts))
         if reply is None: break
         if turn+1 == max_turns or not talk.told(says(reply, task.replies), max_length):
-            stop = 'turns' if turn+1 == max_turns else 'length'
+            stop = "turns" if turn+1 == max_turns else "length"
             break
         texts.append(reply)
     reward = await guard.score(task, list(texts))

@@ -72,7 +72,8 @@ async def examine(
     async def one(i, j, task):
         try: rollout = await play(i, j, task)
         except RolloutLost: return None if task.answer is None else 0.0, 0.0
-        return rollout.metrics.get('exact'), rollout.reward
+        return rollout.metrics.get("exact"), rollout.reward
     got = await asyncio.gather(*(one(i, j, t) for i, t in enumerate(tasks) for j in range(k)))
-    envs = {e: grade([g for n, g in enumerate(got) if tasks[n//k].env == e], k) for e in dict.fromkeys(t.env for t in tasks)}
+    envs = {e: grade([g for n, g in enumerate(got) if tasks[n//k].env == e], k)
+        for e in dict.fromkeys(t.env for t in tasks)}
     return grade(got, k) | (dict(envs=envs) if len(envs) > 1 else {})

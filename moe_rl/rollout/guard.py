@@ -61,7 +61,7 @@ class Here:
     def _answer(self, number, kind, value):
         loop, future = self.out.pop(number)
         # here nobody can be asked again alone
-        if kind == 'suspect': kind = 'env_timeout' if value.startswith('no answer') else 'env_error'
+        if kind == "suspect": kind = "env_timeout" if value.startswith("no answer") else "env_error"
         try: loop.call_soon_threadsafe(lambda: future.done() or future.set_result((kind, value)))
         except RuntimeError: pass           # the loop has ended, and nobody waits
     def _tick(self, loop):
@@ -75,7 +75,7 @@ class Remote:
     "A worker process: its socket, its number, its open calls."
     def __init__(self, sock:socket.socket, pid:int):
         self.sock, self.pid, self.calls, self.numbers = sock, pid, {}, itertools.count(1)
-        self.heard, self.retiring, self.gone, self.ready = time.monotonic(), '', False, None
+        self.heard, self.retiring, self.gone, self.ready = time.monotonic(), "", False, None
     async def open(self):
         self.reader, self.writer = await asyncio.open_connection(sock=self.sock, limit=1<<20)
         self.ready = asyncio.get_running_loop().create_future()
@@ -87,13 +87,15 @@ class Remote:
         if not self.calls: self.heard = time.monotonic()
         self.calls[number] = future, limit
         try: self.writer.write(framed([number, op, label, args, limit, shares]))
-        except ValueError as e: self.calls.pop(number); return 'env_error', str(e)
+        except ValueError as e:
+            self.calls.pop(number)
+            return "env_error", str(e)
         try: return await future
         finally: self.calls.pop(number, None)
     async def _listen(self):
         try:
             while True:
-                size, = struct.unpack('!I', await self.reader.readexactly(4))
+                size, = struct.unpack("!I", await self.reader.readexactly(4))
                 if size > FRAME: break
                 self._hear(*msgspec.msgpack.decode(await self.reader.readexactly(size)))
         except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError, TypeError, ValueError): pass
@@ -101,14 +103,14 @@ class Remote:
     def _hear(self, number, kind, value):
         self.heard = time.monotonic()
         if number: future, _ = self.calls.get(number, (None, 0))
-        else: future = self.ready if kind in ('ready', 'failed') else None
-        if kind == 'beat': self.retiring = str(value or self.retiring)
+        else: future = self.ready if kind in ("ready", "failed") else None
+        if kind == "beat": self.retiring = str(value or self.retiring)
         elif future and not future.done(): future.set_result((kind, value))
     def frozen(self, grace:float)->bool:
         "Whether it has been silent for longer than a call may take: some call holds the interpreter."
         return bool(self.calls) and time.monotonic() > self.heard + min(limit
             for _, limit in self.calls.values()) + grace
-    def fail(self, kind:str='suspect', why:str='its process died'):
+    def fail(self, kind:str="suspect", why:str="its process died"):
         "It is gone: end what is open."
         self.gone = True
         try:
@@ -119,42 +121,42 @@ class Remote:
         except RuntimeError: self.sock.close()
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000012
-PASSED = ('PATH', 'LANG', 'LC_ALL', 'LC_CTYPE', 'TZ', 'LD_LIBRARY_PATH', 'PYTHONHOME', 'VIRTUAL_ENV', 'SSL_CERT_FILE',
-    'NIX_LD', 'NIX_LD_LIBRARY_PATH')
-FIXED = dict(HOME='/tmp', MPLCONFIGDIR='/tmp', TMPDIR='/tmp', PYTHONHASHSEED='0', PYTHONDONTWRITEBYTECODE='1',
-    OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MPLBACKEND='agg', TOKENIZERS_PARALLELISM='false')
+PASSED = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PYTHONHOME", "VIRTUAL_ENV", "SSL_CERT_FILE",
+    "NIX_LD", "NIX_LD_LIBRARY_PATH")
+FIXED = dict(HOME="/tmp", MPLCONFIGDIR="/tmp", TMPDIR="/tmp", PYTHONHASHSEED="0", PYTHONDONTWRITEBYTECODE="1",
+    OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MPLBACKEND="agg", TOKENIZERS_PARALLELISM="false")
 
 def variables(open_:bool)->dict[str, str]:
     "Environment variables of a nursery: a few that Python needs; for one that is open, all but the run's own."
     path = dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     if open_:
-        return {k: v for k, v in os.environ.items() if not k.startswith('MOE_RL')} | path | dict(PYTHONHASHSEED='0',
-            OMP_NUM_THREADS='1')
+        return {k: v for k, v in os.environ.items() if not k.startswith("MOE_RL")} | path | dict(PYTHONHASHSEED="0",
+            OMP_NUM_THREADS="1")
     return {k: os.environ[k] for k in PASSED if k in os.environ} | FIXED | path
 
 class NotIsolated(Exception): "The system refused a sandbox; the message says why."
 
 class Prints:
     "What a process prints: read at leisure, the last of it kept, a limited part of it written to a file."
-    def __init__(self, fd:int, file:str=''):
-        self.fd, self.last, self.file, self.room, self.loop = fd, b'', file, 1<<20, asyncio.get_running_loop()
+    def __init__(self, fd:int, file:str=""):
+        self.fd, self.last, self.file, self.room, self.loop = fd, b"", file, 1<<20, asyncio.get_running_loop()
         os.set_blocking(fd, False)
         self.loop.add_reader(fd, self._read)
     def _read(self):
         try: data = os.read(self.fd, 1<<15)
         except BlockingIOError: return
-        except OSError: data = b''
+        except OSError: data = b""
         self.loop.remove_reader(self.fd)
         if not data: return
         self.last = (self.last + data)[-4000:]
         if self.file and self.room > 0:
-            with open(self.file, 'ab') as f: f.write(data[:self.room])
+            with open(self.file, "ab") as f: f.write(data[:self.room])
             self.room -= len(data)
         self.waiting = self.loop.call_later(.1, lambda: self.loop.add_reader(self.fd, self._read))
-    def words(self)->str: return ' '.join(self.last.decode('utf-8', 'replace').split())[-300:]
+    def words(self)->str: return " ".join(self.last.decode("utf-8", "replace").split())[-300:]
     def close(self):
         self.loop.remove_reader(self.fd)
-        if hasattr(self, 'waiting'): self.waiting.cancel()
+        if hasattr(self, "waiting"): self.waiting.cancel()
         os.close(self.fd)
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000013
@@ -169,12 +171,12 @@ def kill(process:LocalHandle, inside:list[int]):
 class Nurse:
     "A nursery process and the socket of its orders."
     START = 180.    # seconds for imports on a busy machine
-    def __init__(self, setup:Setup, open_:bool=False, log:str=''):
+    def __init__(self, setup:Setup, open_:bool=False, log:str=""):
         self.setup, self.lock, self.inside = setup, asyncio.Lock(), []
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control.setblocking(False)
         out, into = os.pipe()
-        job = Job('environments', 'moe_rl.rollout.apart', (str(theirs.fileno()),), 'environments', variables(open_),
+        job = Job("environments", "moe_rl.rollout.apart", (str(theirs.fileno()),), "environments", variables(open_),
             inherits=False)
         self.process = LocalLauncher().start(job, into, (theirs.fileno(),), apart=True)
         theirs.close(), os.close(into)
@@ -183,24 +185,24 @@ class Nurse:
         """Await its imports. `NotIsolated` if the system refuses the sandbox, `UserError` if the environments can't be
         made."""
         self.control.send(msgspec.msgpack.encode(self.setup))
-        while (word := await self.hear()) != 'ready':
-            kind, _, rest = word.partition(' ')
-            if kind == 'born': self.inside.append(int(rest))
-            elif kind == 'refused': raise NotIsolated(rest)
+        while (word := await self.hear()) != "ready":
+            kind, _, rest = word.partition(" ")
+            if kind == "born": self.inside.append(int(rest))
+            elif kind == "refused": raise NotIsolated(rest)
             else:
-                raise UserError(rest if kind == 'failed' else 'the process of the environments died while it '
-                    f'started: {self.prints.words()}')
+                raise UserError(rest if kind == "failed" else "the process of the environments died while it "
+                    f"started: {self.prints.words()}")
     async def hear(self)->str: # empty: it has ended
         try:
             return (await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.control, 1<<16),
                 self.START)).decode()
-        except (ConnectionError, TimeoutError): return ''
+        except (ConnectionError, TimeoutError): return ""
     async def fork(self)->Remote:
         "A new worker. `ConnectionError` if the nursery has died."
         async with self.lock:
             ours, theirs = socket.socketpair()
             ours.setblocking(False)
-            try: socket.send_fds(self.control, [b'fork'], [theirs.fileno()])
+            try: socket.send_fds(self.control, [b"fork"], [theirs.fileno()])
             finally: theirs.close()
             word = await self.hear()
             if not word.isdigit(): raise ConnectionError(self.prints.words())
@@ -219,33 +221,37 @@ class Nurse:
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000015
 class Staff:
     "The processes of one setup."
-    def __init__(self, setup:Setup, open_:bool=False, workers:int=1, log:str=''):
+    def __init__(self, setup:Setup, open_:bool=False, workers:int=1, log:str=""):
         self.setup, self.open_, self.size, self.log, self.nurse = setup, open_, workers, log, None
         self.remotes, self.known, self.opening = [], None, asyncio.Lock()
         self.hiring = asyncio.Lock()
     async def start(self)->Remote:
         "Fork a worker; start the nursery first if there is none."
-        words = ''
+        words = ""
         for attempt in range(3):
             nurse = await self.open()
             try:
                 remote = await nurse.fork()
                 kind, value = await asyncio.wait_for(remote.ready, Nurse.START)
-                if kind == 'failed': raise UserError(value)
-                if kind == 'ready': self.known = msgspec.convert(value, dict[str, Facts]); return remote
+                if kind == "failed": raise UserError(value)
+                if kind == "ready":
+                    self.known = msgspec.convert(value, dict[str, Facts])
+                    return remote
                 words = nurse.prints.words()
             except TimeoutError:
                 raise UserError(
-                    f'environments: a worker was not ready within {Nurse.START:g} s: make __init__ quicker') from None
+                    f"environments: a worker was not ready within {Nurse.START:g} s: make __init__ quicker") from None
             except OSError as e: words = str(e)
             if self.nurse is nurse: self.drop()
-        raise UserError(f'environments: their process dies again and again while it starts: {words}')
+        raise UserError(f"environments: their process dies again and again while it starts: {words}")
     async def open(self)->Nurse:
         async with self.opening:
             if self.nurse is None:
                 nurse = Nurse(self.setup, self.open_, self.log)
                 try: await nurse.open()
-                except BaseException: nurse.close(); raise
+                except BaseException:
+                    nurse.close()
+                    raise
                 self.nurse = nurse
         return self.nurse
     def fit(self)->list[Remote]: return [r for r in self.remotes if not r.gone and not r.retiring]
@@ -261,7 +267,7 @@ class Staff:
         "What the environments say of themselves."
         if self.known is None: await self.worker()
         return self.known
-    def bury(self, remote:Remote, kind:str='suspect', why:str='its process died'):
+    def bury(self, remote:Remote, kind:str="suspect", why:str="its process died"):
         "Kill a worker and end its calls."
         if self.nurse and not remote.gone: self.nurse.bury(remote)
         remote.fail(kind, why)
@@ -287,12 +293,12 @@ class Crew(Staff):
                 remote = await self.worker()
                 self._watch()
                 kind, value = await remote.ask(op, label, args, limit, shares)
-                if kind == 'suspect': break
-                if kind != 'again': return kind, value
+                if kind == "suspect": break
+                if kind != "again": return kind, value
             return await self.ask_alone(op, label, args, limit, shares)
         except UserError as e:          # it worked at the beginning: this is an outage like any other
             if self.known is None: raise
-            return 'env_error', str(e)
+            return "env_error", str(e)
     async def ask_alone(self, op, label, args, limit, shares)->tuple:
         "Ask in a worker that does nothing else."
         # one that died may have been killed by a neighbour: then really alone
@@ -302,7 +308,9 @@ class Crew(Staff):
                 self.alone.append(remote)
                 self._watch()
                 try: kind, value = await remote.ask(op, label, args, limit + self.FIRST, shares)
-                finally: self.alone.remove(remote); self.bury(remote)
+                finally:
+                    self.alone.remove(remote)
+                    self.bury(remote)
             held = kind != "ok" and value == "frozen"
             if held or kind != "ok" and str(value).startswith("no answer"):
                 return "env_timeout", f"no answer within {limit:g} s" + ", and it held the interpreter"*held
@@ -319,9 +327,9 @@ class Crew(Staff):
             await asyncio.sleep(.2)
             for r in [*self.remotes, *self.alone]:
                 if r.frozen(self.GRACE):
-                    self.bury(r, *(('suspect', 'frozen') if len(r.calls) > 1
-                        else ('env_timeout', 'no answer in time, and it held the interpreter')))
-                elif r.retiring == 'blocked': self.bury(r, 'again', 'its loop was blocked by another call')
+                    self.bury(r, *(("suspect", "frozen") if len(r.calls) > 1
+                        else ("env_timeout", "no answer in time, and it held the interpreter")))
+                elif r.retiring == "blocked": self.bury(r, "again", "its loop was blocked by another call")
                 elif r.retiring and not r.calls: self.bury(r)
             self.remotes = [r for r in self.remotes if not r.gone]
     def close(self):
@@ -332,30 +340,30 @@ class Crew(Staff):
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000019
 class Apart:
     "Environments in processes, as the settings describe them; a loop of its own, in a thread, looks after them."
-    def __init__(self, sections:list[dict], seed:int=0, reward:str='', hides:list[str]=(), workers:int=1,
-            memory:int=4<<30, log:str='', say:Callable[[str], None]=lambda line: None):
+    def __init__(self, sections:list[dict], seed:int=0, reward:str="", hides:list[str]=(), workers:int=1,
+            memory:int=4<<30, log:str="", say:Callable[[str], None]=lambda line: None):
         self.sections = {str(n): s for n, s in enumerate(sections)}
-        self.weights, self.say, self.reward = [s.get('weight', 1.) for s in sections], say, reward
+        self.weights, self.say, self.reward = [s.get("weight", 1.) for s in sections], say, reward
         self.seed = seed
         self.labels, self.known, self.numbers, self.crews, self.shares = [], None, {}, {}, {}
         for open_ in (False, True):
-            mine = [section_of(number, s) for number, s in self.sections.items() if not open_ and stock(s['name'])
-                or (s.get('isolate', 'auto') == 'none') == open_]
+            mine = [section_of(number, s) for number, s in self.sections.items() if not open_ and stock(s["name"])
+                or (s.get("isolate", "auto") == "none") == open_]
             if not mine: continue
             plan = Plan(isolate=False, memory=1<<62, file=1<<62, processes=1<<20,
                 folder=os.getcwd()) if open_ else plan_for(hides=hides, memory=memory)
             self.crews[open_] = Crew(Setup(mine, plan, seed, reward, [p for p in sys.path if p]), open_, workers, log)
         for s in sections:
-            if stock(s['name']) and s.get('isolate') == 'none' and not reward:
+            if stock(s["name"]) and s.get("isolate") == "none" and not reward:
                 raise UserError(f'env {s["name"]}: isolate = "none" is for environments of your own and for an '
                                 'rl.reward of your own; a stock scorer is always isolated')
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True, name='environments').start()
+        threading.Thread(target=self.loop.run_forever, daemon=True, name="environments").start()
         self.opening, self.end = asyncio.Lock(), weakref.finalize(self, self.loop.call_soon_threadsafe, self.loop.stop)
     def crew(self, number:str, op:str)->Crew:
         "Who answers a call."
         s = self.sections[number]
-        return self.crews[s.get('isolate', 'auto') == 'none' and (op == 'reward' or not stock(s['name']))]
+        return self.crews[s.get("isolate", "auto") == "none" and (op == "reward" or not stock(s["name"]))]
     async def open(self)->dict[str, Facts]:
         async with self.opening:
             if self.known: return self.known
@@ -370,14 +378,14 @@ class Apart:
         return self.known
     async def unprotected(self, crew:Crew, why:str)->dict[str, Facts]:
         "Go on without a sandbox, but with nothing that executes what a model writes."
-        self.say(f'environments are not isolated on this system ({why}): they run with your rights, but without the '
-                 'run\'s secrets')
+        self.say(f"environments are not isolated on this system ({why}): they run with your rights, but without the "
+                 "run\'s secrets")
         crew.setup.plan.isolate, crew.setup.plan.folder = False, os.getcwd()
         found = await crew.facts()
         for f in found.values():
             if f.executes:
-                raise UserError(f'env {f.name}: its scorer executes what the model writes, and this system isolates '
-                                f'no process ({why}): allow user namespaces, or take another task')
+                raise UserError(f"env {f.name}: its scorer executes what the model writes, and this system isolates "
+                                f"no process ({why}): allow user namespaces, or take another task")
         return found
     async def pass_on(self, op, label, args, limit):
         await self.open()
@@ -410,9 +418,9 @@ class Doors(Apart):
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000020
 class Local:
     "An environment object of this process. Nothing is isolated."
-    def __init__(self, env:Environment, reward:str=''):
-        self.envs = env.envs if hasattr(env, 'envs') and hasattr(env, 'weights') else {env.name: env}
-        self.labels, self.weights = list(self.envs), getattr(env, 'weights', [1.])
+    def __init__(self, env:Environment, reward:str=""):
+        self.envs = env.envs if hasattr(env, "envs") and hasattr(env, "weights") else {env.name: env}
+        self.labels, self.weights = list(self.envs), getattr(env, "weights", [1.])
         self.here = Here(self.envs, load_attribute(reward) if reward else None)
     async def facts(self): return await self.here.facts()
     async def call(self, op, label, args, limit): return await self.here.call(op, label, args, limit)
@@ -428,17 +436,17 @@ class Outage:
         self.gate, self.since, self.delay = asyncio.Lock(), 0., .5
     def here(self)->bool: return self.worked > 0 and self.row >= self.AFTER and self.patience > 0
     def over(self)->bool: return time.monotonic() > self.since + self.patience
-    def note(self, began:float, good:bool, message:str=''):
+    def note(self, began:float, good:bool, message:str=""):
         "The result of a call that began then."
         if good:
-            if self.here(): self.say(f'{self.what} works again after {time.monotonic() - self.since:.0f} s')
+            if self.here(): self.say(f"{self.what} works again after {time.monotonic() - self.since:.0f} s")
             self.row, self.worked, self.delay = 0, time.monotonic(), .5
             return
         self.row += began > self.worked
         if self.here() and self.row == self.AFTER and began > self.worked:
             self.since = time.monotonic()
-            self.say(f'{self.what} has failed {self.row} times in a row ({message}): waiting up to {self.patience:g} '
-                     's for it')
+            self.say(f"{self.what} has failed {self.row} times in a row ({message}): waiting up to {self.patience:g} "
+                     "s for it")
     async def turn(self, call:Callable):
         "Make a call; during an outage in turn, after a pause."
         if not self.here(): return await self.noted(call)
@@ -450,14 +458,14 @@ class Outage:
         return await self.noted(call)
     async def noted(self, call:Callable):
         began, kind, value = await call()
-        self.note(began, kind in ('ok', 'env_reward'), str(value))
+        self.note(began, kind in ("ok", "env_reward"), str(value))
         return kind, value
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000023b
 def recipe_of(env:Environment)->list[dict]:
     "Sections of the settings that make `env` again, with the share that it holds out now."
-    envs, weights = (list(env.envs.values()), env.weights) if hasattr(env, 'envs') else ([env], [1.])
-    return [{**e.recipe[0], 'weight': w, 'held_out': e.held_out_share} for e, w in zip(envs, weights)]
+    envs, weights = (list(env.envs.values()), env.weights) if hasattr(env, "envs") else ([env], [1.])
+    return [{**e.recipe[0], "weight": w, "held_out": e.held_out_share} for e, w in zip(envs, weights)]
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000024b
 def arrived(value, label:str)->Task:
@@ -480,18 +488,18 @@ class Guard:
     the exact match alone for the
     environments in `sharp`; without a reference answer it is the score. `width` calls are open at a time; the clock
     of a call starts when it does."""
-    def __init__(self, env:Environment|Apart, timeout:float=10., reward:str='score', width:int=64, patience:float=300.,
+    def __init__(self, env:Environment|Apart, timeout:float=10., reward:str="score", width:int=64, patience:float=300.,
             say:Callable[[str], None]=lambda line: None, **apart):
-        if reward not in ('auto', 'score', 'exact') and ':' not in reward:
+        if reward not in ("auto", "score", "exact") and ":" not in reward:
             raise UserError(f"rl.reward: {reward!r}, expected 'auto', 'score', 'exact' or \"module:attribute\"")
-        own = reward if ':' in reward else ''
+        own = reward if ":" in reward else ""
         if own: load_attribute(own)        # a wrong name is said now
         self.env, self.timeout, self.reward, self.sharp = env, timeout, reward, set()
-        self.host = env if isinstance(env, Apart) else getattr(env, 'host',
+        self.host = env if isinstance(env, Apart) else getattr(env, "host",
             None) or (Doors(recipe_of(env), env.seed, own, say=say, **apart) if env.recipe else Local(env, own))
         self.width, self.patience, self.say, self.failures = width, patience, say, Counter()
         self.outages, self.seats = {}, {}
-    def beside(self, reward:str|None=None)->'Guard':
+    def beside(self, reward:str|None=None)->"Guard":
         """The same environments and the same count of failures, with a width of its own: for an evaluation that must
         not wait for training's calls."""
         other = copy.copy(self)
@@ -504,41 +512,41 @@ class Guard:
         "The value of a call. `EnvError` for any other end."
         await self.host.facts()
         loop = asyncio.get_running_loop()
-        if (loop, 'width') not in self.seats: self.seats[loop, 'width'] = asyncio.Semaphore(self.width)
-        outage = self.outages.setdefault((loop, label, op), Outage(f'{label}: {op}', self.patience,
+        if (loop, "width") not in self.seats: self.seats[loop, "width"] = asyncio.Semaphore(self.width)
+        outage = self.outages.setdefault((loop, label, op), Outage(f"{label}: {op}", self.patience,
             lambda line: self.say(line)))
         async def call():
-            async with self.seats[loop, 'width']:
+            async with self.seats[loop, "width"]:
                 return time.monotonic(), *await self.host.call(op, label, args, limit or self.timeout)
         for attempt in range(Outage.TRIES):
             kind, value = await outage.turn(call)
-            if kind in ('ok', 'env_reward') or not outage.here() or outage.over(): break
-        if kind == 'ok': return value
+            if kind in ("ok", "env_reward") or not outage.here() or outage.over(): break
+        if kind == "ok": return value
         raise self._lost(kind, f'{label}: {op}{list(args) if op == "sample" else ""} failed: {value}')
     def _lost(self, reason:str, message:str)->EnvError:
         self.failures[reason] += 1
-        return EnvError(reason, ' '.join(message.split())[:600])
+        return EnvError(reason, " ".join(message.split())[:600])
 
     async def sample(self, i:int)->Task:
         "Training problem number `i`."
         await self.host.facts()
         label = self.pick(i)
-        return arrived(await self._call('sample', label, (i,)), label)
+        return arrived(await self._call("sample", label, (i,)), label)
     async def reply(self, task:Task, turns:list[str])->str|None:
         "The environment's answer to the model's last turn, or None."
         if (await self.host.facts())[task.env].single: return None
-        return usable_text(await self._call('reply', task.env, (leaving(task, self.host), turns)))
+        return usable_text(await self._call("reply", task.env, (leaving(task, self.host), turns)))
     async def score(self, task:Task, turns:list[str])->float:
         "The reward, a finite float."
-        if self.reward == 'exact' or self.reward == 'auto' and task.env in self.sharp:
+        if self.reward == "exact" or self.reward == "auto" and task.env in self.sharp:
             if task.answer is None:
                 raise UserError(f"{task.env}: its tasks have no reference answer, so rl.reward = 'exact' is "
                                 "impossible: use 'score'")
             return exact_match(task, turns)      # our own and quick: no process
         await self.host.facts()
-        value = usable_reward(await self._call('reward' if ':' in self.reward else 'score', task.env,
+        value = usable_reward(await self._call("reward" if ":" in self.reward else "score", task.env,
             (leaving(task, self.host), turns)))
-        return value if self.reward != 'auto' or task.answer is None else (value + exact_match(task, turns))/2
+        return value if self.reward != "auto" or task.answer is None else (value + exact_match(task, turns))/2
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000025a
 class Proxy(Environment):
@@ -546,35 +554,35 @@ class Proxy(Environment):
     PIECE, SECONDS, FAILS = 64, .5, 64
     recipe = ()
     def __init__(self, host:Doors, label:str, limit:float=20.):
-        self.host, self.label, self.limit, self.good, self.bad, self.last = host, label, limit, 0, 0, ''
+        self.host, self.label, self.limit, self.good, self.bad, self.last = host, label, limit, 0, 0, ""
         self.facts, self.name, self.seed = host.facts_now()[label], host.facts_now()[label].name, host.seed
     @property
     def held_out_share(self)->float: return self.host.shares[self.label][0]
     @held_out_share.setter
     def held_out_share(self, share:float): self.host.shares[self.label][0] = share
     def single_turn(self, task): return self.facts.single
-    def sample(self, i): return self.ask('sample', (i,))
-    def problem(self, key): return self.one('problem', [key])
-    def draw(self, stream, i): return self.one('draw', [stream, i])
+    def sample(self, i): return self.ask("sample", (i,))
+    def problem(self, key): return self.one("problem", [key])
+    def draw(self, stream, i): return self.one("draw", [stream, i])
 
     def ask(self, op:str, args:tuple, limit:float=0.):
         "The value of a call. `UserError` if there is none."
         kind, value = self.host.now(op, self.label, args, limit or self.limit)
-        if kind != 'ok': raise UserError(f'env {self.name}: {op} failed: {value}')
-        return self.task(value) if op == 'sample' else value
+        if kind != "ok": raise UserError(f"env {self.name}: {op} failed: {value}")
+        return self.task(value) if op == "sample" else value
     def task(self, parcel)->Task:
         p = msgspec.convert(parcel, Parcel)
         return p.task(self.label, p)
     def one(self, op:str, number:list)->Task:
         found, _ = self.piece(op, [number])[0]
-        if isinstance(found, str): raise UserError(f'env {self.name}: {op} failed: {found}')
+        if isinstance(found, str): raise UserError(f"env {self.name}: {op} failed: {found}")
         return self.task(found)
     def piece(self, op:str, numbers:list)->list: # entries of `Desk.series`
         "The first few of these draws; one at a time where together they fail."
         kind, value = self.host.now(op, self.label, (numbers, self.SECONDS), self.limit + self.SECONDS)
-        if kind == 'ok': return value
+        if kind == "ok": return value
         if len(numbers) == 1:
-            self.bad += 15*(kind == 'env_timeout')  # sixteen times as bad, since it takes so long
+            self.bad += 15*(kind == "env_timeout")  # sixteen times as bad, since it takes so long
             return [[value, self.limit]]
         out = []
         for number in numbers:      # one of them spoils the piece
@@ -589,26 +597,28 @@ class Proxy(Environment):
                 for found, spent in self.piece(op, piece):
                     yield piece.pop(0), self.count(found), spent
     def count(self, found)->Task|None:
-        if not isinstance(found, str): self.good += 1; return self.task(found)
+        if not isinstance(found, str):
+            self.good += 1
+            return self.task(found)
         self.bad += 1
         if not self.last:
-            self.host.say(f'{self.name}: a problem can not be drawn and is skipped, as all like it: {found}')
+            self.host.say(f"{self.name}: a problem can not be drawn and is skipped, as all like it: {found}")
         self.last = found
         if self.bad >= self.FAILS and self.bad > self.good:
-            raise UserError(f'env {self.name}: most of its problems can not be drawn, the last: {found}')
+            raise UserError(f"env {self.name}: most of its problems can not be drawn, the last: {found}")
 
 # %% ../../nbs/04_rollout/08_guard.ipynb #gu000025b
 class DrawnProxy(Proxy):
     "The two sides of one, drawn in pieces."
     def candidates(self, number=0):
-        for (key,), task, spent in self.series('problem', ([mix('held out', self.name, n)]
+        for (key,), task, spent in self.series("problem", ([mix("held out", self.name, n)]
                 for n in itertools.count(number))):
             yield number, task, spent
             number += 1
 
 class OwnProxy(DrawnProxy):
     "An environment with a list of held-out problems of its own, which may take as long as ten calls."
-    def held_out(self, n): return [self.task(p) for p in self.ask('held', (n,), 10*self.limit)]
+    def held_out(self, n): return [self.task(p) for p in self.ask("held", (n,), 10*self.limit)]
 
 class Proxies(Mixture):
     "A mixture of proxies; `host` are its processes."
@@ -616,20 +626,22 @@ class Proxies(Mixture):
         numbers, found = {}, {}
         for i in range(start, start + n): numbers.setdefault(self.pick(i), []).append(i)
         for label, mine in numbers.items():
-            for (_, i), task, _ in self.envs[label].series('draw', (['warm start', i] for i in mine)): found[i] = task
+            for (_, i), task, _ in self.envs[label].series("draw", (["warm start", i] for i in mine)): found[i] = task
         return [solved(found[i]) for i in sorted(found) if found[i]]
 
 def open_envs(
     sections:list[dict], # {name, weight, params, held_out, isolate} each
     seed:int=0,
-    reward:str='score',  # `rl.reward`
+    reward:str="score",  # `rl.reward`
     limit:float=20.,     # seconds of one draw
     **apart              # what else `Apart` takes
 )->Proxies:
     "The mixture that the settings describe, in processes of its own."
-    host = Doors(sections, seed, reward if ':' in reward else '', **apart)
+    host = Doors(sections, seed, reward if ":" in reward else "", **apart)
     try: facts = host.facts_now()
-    except BaseException: host.close(); raise
+    except BaseException:
+        host.close()
+        raise
     mixture = Proxies([(OwnProxy if f.own_held_out else DrawnProxy)(host, label, limit) for label, f in facts.items()],
         host.weights)
     mixture.host, mixture.seed = host, seed

@@ -24,7 +24,7 @@ def root_key(
     version:int, # policy version whose weights make the KV
 )->bytes: # 16 bytes, parent of the first block
     "The salt of all block names of one policy version."
-    return hashlib.blake2b(b'moe_rl kv %d' % version, digest_size=16).digest()
+    return hashlib.blake2b(b"moe_rl kv %d" % version, digest_size=16).digest()
 
 def block_key(
     parent:bytes,      # name of the block before, or `root_key`
@@ -44,11 +44,12 @@ def prefix_keys(
     for i in range(0, full, block_size):
         parent = block_key(parent, tokens[i:i+block_size])
         keys.append(parent)
-    return keys, block_key(parent + b'rest', tokens[full:])
+    return keys, block_key(parent + b"rest", tokens[full:])
 
 # %% ../../nbs/04_rollout/00_kvcache.ipynb #4455a47a
 class BlockPool:
-    "Blocks by number: how many requests hold each, by which names it can be found, and the free ones in the order of their reuse."
+    """Blocks by number: how many requests hold each, by which names it can be found, and the free ones in the order
+    of their reuse."""
     def __init__(self,
         num_blocks:int, # size of the cache
     ):
@@ -73,7 +74,7 @@ class BlockPool:
 
     def release(self, block:int):
         "Give `block` back; without a holder it is free, and reused late if it can be found."
-        if not self.refs[block]: raise ValueError(f'block {block} is released by nobody who holds it')
+        if not self.refs[block]: raise ValueError(f"block {block} is released by nobody who holds it")
         self.refs[block] -= 1
         if self.refs[block]: return
         self.free[block] = None
@@ -96,7 +97,7 @@ class BlockPool:
     def available(self)->int: return len(self.free)
     @property
     def held(self)->int: return self.num_blocks - len(self.free)
-    def __repr__(self): return f'BlockPool({self.held} of {self.num_blocks} blocks held, {len(self.found)} names)'
+    def __repr__(self): return f"BlockPool({self.held} of {self.num_blocks} blocks held, {len(self.found)} names)"
 
 # %% ../../nbs/04_rollout/00_kvcache.ipynb #4e21aa07
 def join_kv(
@@ -123,11 +124,11 @@ class PagedCache:
         num_layers:int, shape:KvShape,              # of a token's keys and values in a layer
         num_blocks:int, block_size:int,             # num_blocks*block_size slots
         moe_layers:int, k:int, num_experts:int,     # shape of the routes
-        dtype:torch.dtype=torch.float32, device:str|torch.device='cpu',
+        dtype:torch.dtype=torch.float32, device:str|torch.device="cpu",
     ):
         self.block_size, self.num_blocks, self.shape = block_size, num_blocks, shape
         # what queries meet the keys in
-        self.compute = dtype if torch.device(device).type == 'cuda' else torch.promote_types(dtype, torch.float32)
+        self.compute = dtype if torch.device(device).type == "cuda" else torch.promote_types(dtype, torch.float32)
         slots = num_blocks*block_size
         self.num_experts = max(1, num_experts) # a dense model has routes, of width 0
         self.kv = torch.zeros(num_layers, slots, shape.columns, dtype=dtype, device=device) # keys, then values
@@ -170,7 +171,9 @@ def plain_attend(
     starts:np.ndarray, # [R] int64 position of each request's first token in this step
     counts:np.ndarray, # [R] int64 tokens of each request in this step, sum N
 )->AttendFn:
-    "The definition: for each request, write, gather all slots so far, attend with an explicit mask. The oracle of `paged_attend`."
+    """The definition: for each request, write, gather all slots so far, attend with an explicit mask.
+
+    The oracle of `paged_attend`."""
     # [N,H,hd] and [N,KV,hd] x 2 -> [N,H,hd]
     def attend(layer:int, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor:
         here = [cache.slots(t, np.arange(s, s+n)) for t,s,n in zip(tables, starts, counts)]
@@ -210,7 +213,8 @@ class RowGroup:
     def _put(self, x:np.ndarray)->Tensor: return torch.from_numpy(x).to(self.device)
 
     def view(self, window:int|None)->tuple[Tensor,Tensor]: # [R*m] blocks to gather, [R,1,Q,m*block_size] additive mask
-        "The blocks that some query of each row can see, and what each query sees of them; made once per step and window."
+        """The blocks that some query of each row can see, and what each query sees of them; made once per step and
+        window."""
         if window in self.views: return self.views[window]
         bs, last = self.block_size, (self.starts+self.counts-1)//self.block_size                 # [R]
         first = np.zeros_like(last) if window is None else np.maximum(self.starts-window+1, 0)//bs
@@ -285,7 +289,7 @@ class StepLayout:
     ):
         device, kinds, blocks = cache.kv.device, size_class(counts), (starts+counts-1)//cache.block_size
         if ((np.diff(kinds) < 0) | ((np.diff(kinds) == 0) & (np.diff(blocks) > 0))).any():
-            raise ValueError('requests of a step must be in step_order')
+            raise ValueError("requests of a step must be in step_order")
         # [N] request of each token
         self.row = row = np.repeat(np.arange(len(counts)), counts)
         self.host_positions = position = np.arange(len(row)) + (starts-(counts.cumsum()-counts))[row]   # [N] int64

@@ -11,28 +11,30 @@ from ..errors import UserError
 from .environments import Environment, Task, last_number
 
 # %% ../../nbs/04_rollout/12_lines.ipynb #de36cc0b
-def rows_of(path:str, split:str='')->list[tuple[str, dict]]: # where it stands, the row
-    "The rows of a JSONL file, or of whatever else the package `datasets` reads: a folder that it saved, a Parquet or CSV file."
-    if path.endswith(('.jsonl', '.json', '.ndjson')): return read_lines(path)
+def rows_of(path:str, split:str="")->list[tuple[str, dict]]: # where it stands, the row
+    """The rows of a JSONL file, or of whatever else the package `datasets` reads: a folder that it saved, a Parquet
+    or CSV file."""
+    if path.endswith((".jsonl", ".json", ".ndjson")): return read_lines(path)
     try: import datasets
-    except ModuleNotFoundError: raise UserError(f'{path}: only JSONL is read without the package datasets: pip install datasets') from None
-    kind = dict(parquet='parquet', csv='csv', tsv='csv').get(path.rpartition('.')[2])
-    try: data = datasets.load_dataset(kind, data_files=path, split='train') if kind else datasets.load_from_disk(path)
+    except ModuleNotFoundError:
+        raise UserError(f"{path}: only JSONL is read without the package datasets: pip install datasets") from None
+    kind = dict(parquet="parquet", csv="csv", tsv="csv").get(path.rpartition(".")[2])
+    try: data = datasets.load_dataset(kind, data_files=path, split="train") if kind else datasets.load_from_disk(path)
     except Exception as e: # whatever the library and its readers raise
         raise UserError(f'{path}: is no data set ({" ".join(str(e).split())[:200]})') from None
     if isinstance(data, dict):
         if split not in data: raise UserError(f'{path}: has no split {split!r}; it has {", ".join(data)}')
         data = data[split]
-    return [(f'{path}, row {n}', dict(row)) for n, row in enumerate(data, 1)]
+    return [(f"{path}, row {n}", dict(row)) for n, row in enumerate(data, 1)]
 
 class Lines(Environment):
     "Problems of a file; a share of them is held out by text."
-    def __init__(self, path:str, split:str='train', last_number:bool=False, name:str='jsonl'):
+    def __init__(self, path:str, split:str="train", last_number:bool=False, name:str="jsonl"):
         self.name, self.last_number, self.tasks = name, last_number, [self.task(*r) for r in rows_of(path, split)]
     def task(self, where:str, row:dict)->Task:
         *before, question, answer = messages_of(row, where)
-        if question['role'] != 'user': raise UserError(f'{where}: the last answer must follow a user')
-        return Task(env=self.name, prompt=question['content'], answer=answer['content'], before=tuple(before))
+        if question["role"] != "user": raise UserError(f"{where}: the last answer must follow a user")
+        return Task(env=self.name, prompt=question["content"], answer=answer["content"], before=tuple(before))
     def problem(self, key): return self.tasks[key % len(self.tasks)]
     async def score(self, task, turns):
         if not self.last_number: return await super().score(task, turns)
@@ -40,17 +42,19 @@ class Lines(Environment):
         return float(said is not None and said == right)
 
 class Tested(Lines):
-    "With a test of its own: a file, or a split of the data set. Its problems are never trained, and no others are held out."
+    """With a test of its own: a file, or a split of the data set.
+
+    Its problems are never trained, and no others are held out."""
     held_out_share = 0.
-    def __init__(self, path:str, test:str, split:str='train', **more):
+    def __init__(self, path:str, test:str, split:str="train", **more):
         super().__init__(path, split, **more)
-        there = rows_of(test) if '.' in test or '/' in test else rows_of(path, test)
+        there = rows_of(test) if "." in test or "/" in test else rows_of(path, test)
         self.tests = list({t.prompt: t for t in (self.task(*r) for r in there)}.values())
         known = {t.prompt for t in self.tests}
         self.tasks = [t for t in self.tasks if t.prompt not in known]
-        if not self.tasks: raise UserError(f'{path}: every problem is in {test}, too: none is left to train on')
+        if not self.tasks: raise UserError(f"{path}: every problem is in {test}, too: none is left to train on")
     def held_out(self, n): return self.tests[:n]
 
-def lines(test:str='', **params)->Lines:
+def lines(test:str="", **params)->Lines:
     "The environment `jsonl` of the settings."
     return Tested(test=test, **params) if test else Lines(**params)

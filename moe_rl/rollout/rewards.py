@@ -23,7 +23,8 @@ def digits(
     task:Task,
     turns:list[str],
 )->float: # 1: right; else at most 1/2
-    "Half the share of digits that are right, counted from the last; the other half for a number that is right as a whole."
+    """Half the share of digits that are right, counted from the last; the other half for a number that is right as a
+    whole."""
     said, right = last_number(turns[-1]) or "", last_number(task.answer) or ""
     if said == right: return float(bool(right))
     if said.startswith("-") != right.startswith("-"): return 0.0
@@ -37,7 +38,8 @@ def maths(
 )->float: # 1 or 0
     "Whether the answer equals the reference as mathematics. `UserError` without the package math-verify."
     try: from math_verify import parse, verify
-    except ModuleNotFoundError: raise UserError('the reward maths reads answers by math-verify: pip install "moe_rl[agents]"') from None
+    except ModuleNotFoundError:
+        raise UserError('the reward maths reads answers by math-verify: pip install "moe_rl[agents]"') from None
     read = lambda text: parse(text, parsing_timeout=None)
     return float(verify(read(f"${task.answer}$") or read(task.answer), read(turns[-1]), timeout_seconds=None))
 

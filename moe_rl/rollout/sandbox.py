@@ -24,7 +24,7 @@ def syscall(name:str, *args):
     args = [a.encode() if isinstance(a, str) else ctypes.c_ulong(a) if isinstance(a, int) else a for a in args]
     if getattr(libc(), name)(*args) == -1:
         code = ctypes.get_errno()
-        raise OSError(code, f'{name}: {os.strerror(code)}')
+        raise OSError(code, f"{name}: {os.strerror(code)}")
 
 NEW_USER, NEW_MOUNT, NEW_PID, NEW_NET = 0x10000000, 0x20000, 0x20000000, 0x40000000
 NEW_IPC, NEW_UTS = 0x8000000, 0x4000000
@@ -36,17 +36,17 @@ class Plan(msgspec.Struct):
     isolate:bool=True      # namespaces; False: only the limits below
     reads:list[str]=[]     # files and folders of the read-only view
     hides:list[str]=[]     # what is empty in it
-    folder:str='/'         # working directory
+    folder:str="/"         # working directory
     memory:int=4<<30       # bytes a process may use
     file:int=64<<20        # bytes of one file
     processes:int=512      # of this user; the superuser has no such limit
 
 # %% ../../nbs/04_rollout/05_sandbox.ipynb #sb000010
-SYSTEM = ['/usr', '/bin', '/sbin', '/lib', '/lib32', '/lib64', '/nix/store', '/gnu/store'] + ['/etc/' + f for f in
-          ('ld.so.cache', 'ld.so.conf', 'ld.so.conf.d', 'localtime', 'passwd', 'group', 'nsswitch.conf', 'ssl/certs',
-              'alternatives', 'os-release', 'mime.types', 'fonts')]
-SECRETS = ['.ssh', '.aws', '.azure', '.config', '.docker', '.gnupg', '.kube', '.netrc', '.npmrc', '.pypirc',
-    '.git-credentials', '.cache/huggingface/token', '.bash_history', '.local/share/keyrings']
+SYSTEM = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/gnu/store"] + ["/etc/" + f for f in
+          ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "passwd", "group", "nsswitch.conf", "ssl/certs",
+              "alternatives", "os-release", "mime.types", "fonts")]
+SECRETS = [".ssh", ".aws", ".azure", ".config", ".docker", ".gnupg", ".kube", ".netrc", ".npmrc", ".pypirc",
+    ".git-credentials", ".cache/huggingface/token", ".bash_history", ".local/share/keyrings"]
 
 def plan_for(
     hides:list[str]=(),   # the run's folder
@@ -57,22 +57,22 @@ def plan_for(
     home, here = Path.home(), os.getcwd()
     python = [sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path, str(Path(moe_rl.__file__).resolve().parents[1])]
     shown = [os.path.abspath(p) for p in [*SYSTEM, *python, here, *reads] if p and os.path.exists(p)]
-    shown = [p for p in shown if p != '/' and p != str(home)]
+    shown = [p for p in shown if p != "/" and p != str(home)]
     hidden = [os.path.abspath(p) for p in [*hides, *(home/s for s in SECRETS)]]
     return Plan(reads=sorted({q for p in shown for q in (p, os.path.realpath(p))}), hides=hidden,
-        folder=here if here in shown else '/', **limits)
+        folder=here if here in shown else "/", **limits)
 
 # %% ../../nbs/04_rollout/05_sandbox.ipynb #sb000013
 def unescape(path:str)->str:
     "A path as /proc writes it: space, tab, newline and backslash in octal."
-    return re.sub(r'\\([0-7]{3})', lambda m: chr(int(m[1], 8)), path)
+    return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), path)
 
 def mounts(below:str)->list[tuple[str, int]]: # (path, flags)
     "Mount points at and below a path, with the flags that a change has to repeat."
     names = dict(nosuid=NO_SUID, nodev=NO_DEV, noexec=NO_EXEC, noatime=1024, nodiratime=2048, relatime=1<<21)
-    rows = [line.split() for line in Path('/proc/self/mountinfo').read_text().splitlines()]
-    found = [(unescape(r[4]), sum(names.get(o, 0) for o in r[5].split(','))) for r in rows]
-    return [(p, flags) for p, flags in found if p == below or p.startswith(below + '/')]
+    rows = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    found = [(unescape(r[4]), sum(names.get(o, 0) for o in r[5].split(","))) for r in rows]
+    return [(p, flags) for p, flags in found if p == below or p.startswith(below + "/")]
 
 def show(path:str, root:str):
     "Bind `path` into the new root, read-only; a link stays a link."
@@ -81,59 +81,59 @@ def show(path:str, root:str):
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.islink(path): return os.symlink(os.readlink(path), target)
     if os.path.isdir(path): os.makedirs(target)
-    else: open(target, 'x').close()
-    syscall('mount', path, target, None, BIND | RECURSIVE, None)
+    else: open(target, "x").close()
+    syscall("mount", path, target, None, BIND | RECURSIVE, None)
     for p, flags in mounts(target):
-        syscall('mount', None, p, None, BIND | REMOUNT | READ_ONLY | NO_SUID | NO_DEV | flags, None)
+        syscall("mount", None, p, None, BIND | REMOUNT | READ_ONLY | NO_SUID | NO_DEV | flags, None)
 
 def cover(path:str, root:str):
     "Put something empty over `path`, if the new root shows it."
     target = root + path
     if os.path.isdir(target) and not os.path.islink(target):
-        syscall('mount', 'tmpfs', target, 'tmpfs', READ_ONLY | NO_SUID | NO_DEV, 'size=4k,mode=755')
-    elif os.path.exists(target): syscall('mount', '/dev/null', target, None, BIND, None)
+        syscall("mount", "tmpfs", target, "tmpfs", READ_ONLY | NO_SUID | NO_DEV, "size=4k,mode=755")
+    elif os.path.exists(target): syscall("mount", "/dev/null", target, None, BIND, None)
 
 # %% ../../nbs/04_rollout/05_sandbox.ipynb #sb000014
 def furnish(root:str):
     "The few devices that programs expect, and a private /tmp."
-    for d in ('dev', 'tmp', 'proc'): os.makedirs(f'{root}/{d}', exist_ok=True)
-    for d in (d for d in ('null', 'zero', 'full', 'random', 'urandom') if os.path.exists(f'/dev/{d}')):
-        open(f'{root}/dev/{d}', 'x').close()
-        syscall('mount', f'/dev/{d}', f'{root}/dev/{d}', None, BIND, None)
-    os.symlink('/proc/self/fd', f'{root}/dev/fd')
-    syscall('mount', 'tmpfs', f'{root}/tmp', 'tmpfs', NO_SUID | NO_DEV, 'size=256m,mode=1777')
+    for d in ("dev", "tmp", "proc"): os.makedirs(f"{root}/{d}", exist_ok=True)
+    for d in (d for d in ("null", "zero", "full", "random", "urandom") if os.path.exists(f"/dev/{d}")):
+        open(f"{root}/dev/{d}", "x").close()
+        syscall("mount", f"/dev/{d}", f"{root}/dev/{d}", None, BIND, None)
+    os.symlink("/proc/self/fd", f"{root}/dev/fd")
+    syscall("mount", "tmpfs", f"{root}/tmp", "tmpfs", NO_SUID | NO_DEV, "size=256m,mode=1777")
 
-def new_root(plan:Plan, root:str='/sys'): # a folder that the view does not need: the new root is built over it
+def new_root(plan:Plan, root:str="/sys"): # a folder that the view does not need: the new root is built over it
     "Move this process's mount namespace into the view of `plan`."
-    syscall('mount', None, '/', None, RECURSIVE | PRIVATE, None)
-    syscall('mount', 'tmpfs', root, 'tmpfs', NO_SUID | NO_DEV, 'size=16m,mode=755')
+    syscall("mount", None, "/", None, RECURSIVE | PRIVATE, None)
+    syscall("mount", "tmpfs", root, "tmpfs", NO_SUID | NO_DEV, "size=16m,mode=755")
     furnish(root)
     for path in sorted(plan.reads, key=len): show(path, root)
     for path in plan.hides: cover(path, root)
-    try: syscall('mount', 'proc', f'{root}/proc', 'proc', NO_SUID | NO_DEV | NO_EXEC, None)
+    try: syscall("mount", "proc", f"{root}/proc", "proc", NO_SUID | NO_DEV | NO_EXEC, None)
     except OSError: pass            # inside some containers: /proc stays empty, which is less to see
-    syscall('mount', None, root, None, BIND | REMOUNT | READ_ONLY | NO_SUID | NO_DEV, None)
+    syscall("mount", None, root, None, BIND | REMOUNT | READ_ONLY | NO_SUID | NO_DEV, None)
     os.chdir(root)
-    syscall('pivot_root', '.', '.')
-    syscall('umount2', '.', 2)      # 2: detach, the old root is busy
-    os.chdir(plan.folder if os.path.isdir(plan.folder) else '/')
+    syscall("pivot_root", ".", ".")
+    syscall("umount2", ".", 2)      # 2: detach, the old root is busy
+    os.chdir(plan.folder if os.path.isdir(plan.folder) else "/")
 
 # %% ../../nbs/04_rollout/05_sandbox.ipynb #sb000016
 def map_user(uid:int, gid:int):
     "In the new user namespace we are who we were."
-    Path('/proc/self/setgroups').write_text('deny')
-    Path('/proc/self/uid_map').write_text(f'{uid} {uid} 1')
-    Path('/proc/self/gid_map').write_text(f'{gid} {gid} 1')
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
 
 def give_up_rights():
     "No capability, no way to get one, and no further user namespace."
-    try: Path('/proc/sys/user/max_user_namespaces').write_text('0')
+    try: Path("/proc/sys/user/max_user_namespaces").write_text("0")
     except OSError: pass            # not there without /proc: a nested namespace could not undo the view either
     for capability in range(64):
         if libc().prctl(24, capability, 0, 0, 0) == -1: break
-    syscall('prctl', 38, 1, 0, 0, 0)                                    # no_new_privs
+    syscall("prctl", 38, 1, 0, 0, 0)                                    # no_new_privs
     header, data = (ctypes.c_uint32*2)(0x20080522, 0), (ctypes.c_uint32*6)()
-    syscall('capset', header, data)
+    syscall("capset", header, data)
 
 def limit(plan:Plan):
     "Limits of memory, file size and processes; no core files."
@@ -149,18 +149,18 @@ def enter(
     born:Callable[[int], None]=lambda pid: None # called outside with the number of the process inside
 ):
     "Go on inside the sandbox of `plan`, as a child of this process. `OSError` where the system does not allow it."
-    syscall('prctl', 1, signal.SIGKILL, 0, 0, 0)                        # die with the parent
+    syscall("prctl", 1, signal.SIGKILL, 0, 0, 0)                        # die with the parent
     if not plan.isolate: return limit(plan)
     uid, gid = os.getuid(), os.getgid()
-    syscall('unshare', NEW_USER | NEW_MOUNT | NEW_PID | NEW_NET | NEW_IPC | NEW_UTS)
-    syscall('prctl', 1, signal.SIGKILL, 0, 0, 0)                        # forgotten with the change of namespace
+    syscall("unshare", NEW_USER | NEW_MOUNT | NEW_PID | NEW_NET | NEW_IPC | NEW_UTS)
+    syscall("prctl", 1, signal.SIGKILL, 0, 0, 0)                        # forgotten with the change of namespace
     map_user(uid, gid)
     child = os.fork()
     if child:
         born(child)
         os.closerange(3, 1024)
         os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
-    syscall('prctl', 1, signal.SIGKILL, 0, 0, 0)
+    syscall("prctl", 1, signal.SIGKILL, 0, 0, 0)
     new_root(plan)
     give_up_rights()
     limit(plan)
@@ -169,7 +169,7 @@ def enter(
 @functools.cache
 def isolation()->str: # empty: it works
     "Why this system isolates no process, in a few words."
-    code = 'from moe_rl.rollout.sandbox import enter, plan_for; enter(plan_for())'
-    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+    code = "from moe_rl.rollout.sandbox import enter, plan_for; enter(plan_for())"
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
         env=os.environ | dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p)), timeout=60)
-    return '' if r.returncode == 0 else (r.stderr.strip().splitlines() or [f'exit code {r.returncode}'])[-1]
+    return "" if r.returncode == 0 else (r.stderr.strip().splitlines() or [f"exit code {r.returncode}"])[-1]

@@ -62,10 +62,10 @@ class Seats:
         lanes:dict[str,float],          # share of each lane
     ):
         if min(num_blocks, block_size, max_seqs) < 1:
-            raise ValueError(f'num_blocks {num_blocks}, block_size {block_size}, max_seqs {max_seqs}: all must be at '
-                             'least 1')
+            raise ValueError(f"num_blocks {num_blocks}, block_size {block_size}, max_seqs {max_seqs}: all must be at "
+                             "least 1")
         if not lanes or min(lanes.values()) <= 0:
-            raise ValueError(f'lanes {lanes}: give at least one lane, and each a share above 0')
+            raise ValueError(f"lanes {lanes}: give at least one lane, and each a share above 0")
         self.pool, self.block_size, self.max_seqs = BlockPool(num_blocks), block_size, max_seqs
         self.lanes = {name: Lane(share) for name,share in lanes.items()}
         self.at:list[Sequence|None] = [None]*max_seqs   # who sits where
@@ -187,24 +187,24 @@ class Scheduler(Seats):
         version:int=0,                    # policy version
         prefix_cache:bool=True,           # find blocks by their contents
     ):
-        super().__init__(num_blocks, block_size, max_seqs, lanes or {'train': 1.})
+        super().__init__(num_blocks, block_size, max_seqs, lanes or {"train": 1.})
         if max_step_tokens <= max_seqs:
-            raise ValueError(f'max_step_tokens {max_step_tokens} must exceed max_seqs {max_seqs}: prompts would wait '
-                             'for ever')
+            raise ValueError(f"max_step_tokens {max_step_tokens} must exceed max_seqs {max_seqs}: prompts would wait "
+                             "for ever")
         self.max_step_tokens, self.version, self.prefix_cache = max_step_tokens, version, prefix_cache
         self.seqs:dict[str,Sequence] = {}      # all that are waiting or running
         self.leaders:dict[bytes,Sequence] = {} # who reads a prompt, by the name of its rest
         self.arrivals = 0
         self.counters = dict(prompt_tokens=0, prefix_hits=0, preemptions=0, recomputes=0)
 
-    def add(self, id:str, prompt:np.ndarray, max_tokens:int, lane:str='train')->Sequence:
+    def add(self, id:str, prompt:np.ndarray, max_tokens:int, lane:str="train")->Sequence:
         "Queue a request. `ValueError` when it is malformed, known already, or could never fit."
         return add_request(self, id, np.asarray(prompt, np.int32), max_tokens, lane)
 
     def schedule(self)->Plan:
         "Decide the next step. Blocks are given and taken here; `commit` tells that they contain what was planned."
         plan = Plan()
-        self.counters['preemptions'] += grow(self, plan)
+        self.counters["preemptions"] += grow(self, plan)
         for seq,*_ in plan.evicted: self.resign(seq)
         spend(self, plan)
         return plan
@@ -227,7 +227,7 @@ class Scheduler(Seats):
     def remove(self, id:str)->Sequence:
         "Forget a request that is finished or aborted, wherever it is. `KeyError` when there is none."
         seq = self.seqs.pop(id, None)
-        if seq is None: raise KeyError(f'request {id!r} is neither waiting nor running')
+        if seq is None: raise KeyError(f"request {id!r} is neither waiting nor running")
         self.resign(seq)
         if seq.row < 0: self.lanes[seq.lane].queue.remove(seq)
         else: self.vacate(seq)
@@ -239,7 +239,9 @@ class Scheduler(Seats):
         seq.leads = False
 
     def new_version(self, version:int, recompute:bool)->Plan: # with those that were evicted
-        "Nothing computed so far is found again. Running requests keep their KV, which is a mixture from now on, or queue up again (`recompute`)."
+        """Nothing computed so far is found again.
+
+        Running requests keep their KV, which is a mixture from now on, or queue up again (`recompute`)."""
         plan, running = Plan(), [q for q in self.at if q]
         self.version = version
         self.pool.forget_all()
@@ -247,7 +249,7 @@ class Scheduler(Seats):
             self.resign(seq)
             if recompute: evict(self, seq, plan)
             else: seq.pure = False
-        self.counters['recomputes'] += len(plan.evicted)
+        self.counters["recomputes"] += len(plan.evicted)
         return plan
 
     @property
@@ -259,13 +261,13 @@ class Scheduler(Seats):
 def add_request(s:Scheduler, id:str, prompt:np.ndarray, max_tokens:int, lane:str)->Sequence:
     "Check a request and queue it."
     n, room = len(prompt), s.pool.num_blocks*s.block_size
-    if id in s.seqs: raise ValueError(f'request {id!r} is already waiting or running: give each request its own id')
+    if id in s.seqs: raise ValueError(f"request {id!r} is already waiting or running: give each request its own id")
     if lane not in s.lanes: raise ValueError(f'request {id!r}: no lane {lane!r}; the engine has {", ".join(s.lanes)}')
     if not n or max_tokens < 1:
-        raise ValueError(f'request {id!r}: {n} prompt tokens and max_tokens {max_tokens}: both must be at least 1')
+        raise ValueError(f"request {id!r}: {n} prompt tokens and max_tokens {max_tokens}: both must be at least 1")
     if n + max_tokens - 1 > room:
-        raise ValueError(f'request {id!r}: prompt of {n} and max_tokens {max_tokens} need {n+max_tokens-1} tokens of '
-                         f'KV, the budget is {room}: raise kv_tokens or shorten the request')
+        raise ValueError(f"request {id!r}: prompt of {n} and max_tokens {max_tokens} need {n+max_tokens-1} tokens of "
+                         f"KV, the budget is {room}: raise kv_tokens or shorten the request")
     seq = s.seqs[id] = Sequence(id, lane, s.arrivals, prompt, n+max_tokens)
     s.arrivals += 1
     s.lanes[lane].put(seq)
@@ -293,8 +295,8 @@ def admit(
         if not place(s, seq, plan): break
         queue.pop(cursor[name])
         seq.pure, n, done = True, len(seq.tokens), int(s.computed[seq.row])
-        s.counters['prompt_tokens'] += n
-        s.counters['prefix_hits'] += done
+        s.counters["prompt_tokens"] += n
+        s.counters["prefix_hits"] += done
         if s.prefix_cache and done < n-1: seq.leads, s.leaders[seq.rest] = True, seq
         count = min(n-done, budget)
         name_blocks(s, seq.row, done+count)

@@ -12,27 +12,27 @@ from pathlib import Path
 # %% ../../nbs/04_rollout/11_watchdog.ipynb #wd000006
 def culprit(stack:str, thread:int, frames:int=3)->str:
     "The innermost frames of a thread, in one line; `stack` as `faulthandler` writes it."
-    block = stack.partition(f'hread 0x{thread:016x} ')[2].partition('\n\n')[0]
+    block = stack.partition(f"hread 0x{thread:016x} ")[2].partition("\n\n")[0]
     found = re.findall(r'File "(.*)", line (\d+) in (.*)', block)
-    return ' < '.join(f'{Path(f).name}:{line} {name}' for f, line, name in found[:frames]) or 'no Python code'
+    return " < ".join(f"{Path(f).name}:{line} {name}" for f, line, name in found[:frames]) or "no Python code"
 
 # %% ../../nbs/04_rollout/11_watchdog.ipynb #wd000009
 def watch(pid:int, thread:int, seconds:float, stack:str, log:str):
     """Read signs of life from standard input; after `seconds` without one, name what the thread is doing, on standard
     error and in `log`."""
     def say(line):
-        print(f'moe-rl: {line}', file=sys.stderr, flush=True)
-        with open(log, 'a') as f: f.write(line + '\n')
+        print(f"moe-rl: {line}", file=sys.stderr, flush=True)
+        with open(log, "a") as f: f.write(line + "\n")
     while True:
         began = time.monotonic()
         if not select.select([0], [], [], seconds)[0]:
-            Path(stack).write_text('')
+            Path(stack).write_text("")
             os.kill(pid, signal.SIGUSR2)
             time.sleep(.2)
             where = culprit(Path(stack).read_text(errors="replace"), thread)
-            say(f'the loop has not turned for {seconds:g} s: {where}')
+            say(f"the loop has not turned for {seconds:g} s: {where}")
             select.select([0], [], [])
-            if os.read(0, 4096): say(f'the loop turns again, after {time.monotonic() - began:.0f} s')
+            if os.read(0, 4096): say(f"the loop turns again, after {time.monotonic() - began:.0f} s")
             else: return
         elif not os.read(0, 4096): return
 
@@ -40,9 +40,9 @@ def watch(pid:int, thread:int, seconds:float, stack:str, log:str):
 class Watchdog:
     "Names the call when the loop of this thread, which runs `beat`, has not turned for `seconds`."
     def __init__(self, log:str|Path, seconds:float=20.):
-        self.seconds, self.stack = seconds, tempfile.NamedTemporaryFile('a', prefix='moe-rl-stack-')
+        self.seconds, self.stack = seconds, tempfile.NamedTemporaryFile("a", prefix="moe-rl-stack-")
         faulthandler.register(signal.SIGUSR2, file=self.stack, all_threads=True)
-        self.process = subprocess.Popen([sys.executable, '-m', 'moe_rl.rollout.watchdog', str(os.getpid()),
+        self.process = subprocess.Popen([sys.executable, "-m", "moe_rl.rollout.watchdog", str(os.getpid()),
             str(threading.get_ident()), str(seconds), self.stack.name, str(log)],
                                         # a terminal's Ctrl-C is for the run, not for its watchdog
                                         stdin=subprocess.PIPE, start_new_session=True)
@@ -50,7 +50,7 @@ class Watchdog:
     async def beat(self):
         "To be run as a task of the loop."
         while True:
-            try: os.write(self.process.stdin.fileno(), b'.')
+            try: os.write(self.process.stdin.fileno(), b".")
             except OSError: return          # it was killed, or stopped: the run goes on without it
             await asyncio.sleep(self.seconds/4)
     def close(self):
@@ -59,5 +59,5 @@ class Watchdog:
         faulthandler.unregister(signal.SIGUSR2)
         self.stack.close()
 
-if __name__ == '__main__' and len(sys.argv) == 6 and sys.argv[1].isdigit():
+if __name__ == "__main__" and len(sys.argv) == 6 and sys.argv[1].isdigit():
     watch(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), *sys.argv[4:])

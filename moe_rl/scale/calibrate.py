@@ -20,7 +20,8 @@ from .kernels import fit_attention, fit_logs, fit_product
 from .loop import Loop, Plan, Workload
 from .models import load_model
 from .rollouts import Lengths, Replica, Turn
-from .serve import Engine, Pace, ServeStack, decode_terms, engine_memory, engine_pace, prefill_seconds, serve_stack, weight_size
+from .serve import (
+    Engine, Pace, ServeStack, decode_terms, engine_memory, engine_pace, prefill_seconds, serve_stack, weight_size)
 from .train import GIB, Layout, Stack, constants, stack, trainer_memory, trainer_step
 
 # %% ../../nbs/13_scale/08_calibrate.ipynb #c6e5634e
@@ -92,11 +93,15 @@ def predict_decode(r:dict, sv:ServeStack)->float: # sampled tokens/s of a GPU
     engine = Replica(engine_pace(spec, e, c, r["prompt"], sv), r["at_once"],
         engine_memory(spec, e, c.gpu, r["prompt"] + r["new"], sv)[0])
     total, sent, done, last = max(192, 3*r["at_once"]), 0, 0, 0.
-    for _ in range(r["at_once"]): engine.submit(0., Turn(sent, r["prompt"], r["new"])); sent += 1
+    for _ in range(r["at_once"]):
+        engine.submit(0., Turn(sent, r["prompt"], r["new"]))
+        sent += 1
     while done < total:
         for _ in engine.step():
             done, last = done + 1, engine.at
-            if sent < total: engine.submit(engine.at, Turn(sent, r["prompt"], r["new"])); sent += 1
+            if sent < total:
+                engine.submit(engine.at, Turn(sent, r["prompt"], r["new"]))
+                sent += 1
     return total*r["new"]/last/r["tp"]
 
 def predict_prefill(r:dict, sv:ServeStack)->float: # prompt tokens/s of a GPU
@@ -166,7 +171,8 @@ def _secant(f, x, make, rounds:int=8, near:float=1e-4):
 
 def fit_engines(rows:list[dict], st:Stack, vllm:ServeStack, sglang:ServeStack, sigma:float)->tuple[Stack,ServeStack,
         ServeStack,dict]:
-    "Launches of vLLM from an on-policy run, what a step of RL costs besides from one with eight steps of staleness, SGLang from its rows on H200."
+    """Launches of vLLM from an on-policy run, what a step of RL costs besides from one with eight steps of
+    staleness, SGLang from its rows on H200."""
     on, off, grace = _rows(rows, "rl")
     for _ in range(2):
         vllm = _secant(lambda x: predict_rl(on, st, replace(vllm, layer_seconds=x), sigma)/on["measured"],
@@ -223,7 +229,8 @@ def compare(rows:list[dict])->list[dict]: # row | predicted, low, high, error
     return out
 
 def figures(compared:list[dict])->dict[str,float]:
-    "Median and worst error by kind over the rows that took no part in the fit, the share inside the interval, its median half width."
+    """Median and worst error by kind over the rows that took no part in the fit, the share inside the interval, its
+    median half width."""
     val = [r for r in compared if r["use"] == "VAL"]
     out = {}
     for name, kinds in (("mem", ("memory",)), ("train", ("trainer",)), ("other", ("pretrain",)), ("rl", ("rl",)),

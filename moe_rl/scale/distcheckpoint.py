@@ -85,7 +85,9 @@ def restore(
     model:Model, optimizers:Optimizers,
     mesh:Mesh,
 )->dict: # `extra` of this rank; of rank 0 where there were fewer ranks
-    "Read a checkpoint, whatever mesh wrote it. `CheckpointError` names what does not fit, and nothing is trained on it."
+    """Read a checkpoint, whatever mesh wrote it.
+
+    `CheckpointError` names what does not fit, and nothing is trained on it."""
     state, alone = parts_of(model, optimizers, mesh), not dist.is_initialized()
     kept = dcp.FileSystemReader(folder/SHARDS).read_metadata().state_dict_metadata
     wrong = [n for n in state if n not in kept or getattr(kept[n], "size", None) != state[n].shape]

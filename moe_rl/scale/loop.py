@@ -102,7 +102,8 @@ class Loop:
         heappush(self.events, (t, self.count, kind, what))
 
     def look(self, r:int):
-        "A replica changed: an event that came nearer goes on the calendar; one that moved away is looked at when its old time comes."
+        """A replica changed: an event that came nearer goes on the calendar; one that moved away is looked at when
+        its old time comes."""
         due = self.replicas[r].due
         if due < self.planned[r]:
             self.planned[r] = due
@@ -190,7 +191,9 @@ def changed(self, t:float):
     "What the orchestrator does when something changed: take a batch, or feed."
     if self.training or self.started == self.p.steps: return
     B, step = self.p.groups_per_step, self.step + 1
-    if not self.buffer.ready(B, step): self.feed(t); return
+    if not self.buffer.ready(B, step):
+        self.feed(t)
+        return
     groups = self.buffer.take(B, step)
     self.started += 1
     rollouts = [x for g in groups for x in g.rollouts]
@@ -232,7 +235,9 @@ def engine(self, t:float, r:int):
     "An engine's next event."
     if self.planned[r] != t: return
     self.planned[r], engine, fresh = inf, self.replicas[r], False
-    if engine.due > t: self.look(r); return
+    if engine.due > t:
+        self.look(r)
+        return
     done = engine.step()
     if done: self.now = engine.at
     for request in done: fresh = self.finished(self.now, r, request) or fresh

@@ -93,7 +93,8 @@ class Mamba2(Recurrent):
 # %% ../../nbs/13_scale/02_models.ipynb #5825b925
 @dataclass(frozen=True)
 class Compressed:
-    "Attention of DeepSeek-V4: one entry for `rate` tokens, of which an indexer picks `topk` when `index_heads` is not 0."
+    """Attention of DeepSeek-V4: one entry for `rate` tokens, of which an indexer picks `topk` when `index_heads` is
+    not 0."""
     heads:int
     head_dim:int
     q_rank:int

@@ -359,10 +359,14 @@ def find(s:Setup, spec:ModelSpec, c:Cluster)->tuple[list,list[str],int]:
     for gpus in splits(s, c):
         engine_gpus = c.gpus if s.loop.colocated else c.gpus - gpus
         t, why = best_trainer(s, spec, c, gpus)
-        if t is None: rejected.append(f"trainer on {why}"); continue
+        if t is None:
+            rejected.append(f"trainer on {why}")
+            continue
         some, why = fleets(s, spec, c, engine_gpus)
         looked += max(1, len(some))
-        if not some: rejected.append(why or f"no engine divides {engine_gpus} GPUs"); continue
+        if not some:
+            rejected.append(why or f"no engine divides {engine_gpus} GPUs")
+            continue
         for f in some:
             sync = sync_seconds(spec, f.engine, s.engines.transport, engine_gpus)
             found.append((step_of(s, t, f, sync), t, f, sync))

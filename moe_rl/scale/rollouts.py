@@ -51,7 +51,9 @@ def by_token(
             waiting.appendleft(t)
         now += pace.base[len(active)] + pace.context*held()
         for t in active: t.sampled += 1
-        for t in [t for t in active if t.sampled == t.new]: active.remove(t); done[t.id] = now
+        for t in [t for t in active if t.sampled == t.new]:
+            active.remove(t)
+            done[t.id] = now
         admit()
     return done
 
@@ -82,7 +84,9 @@ class Replica:
 
     def reach(self, t:float)->bool: # False: that boundary is the next event, which must come first
         "Whole steps until the first boundary at or after `t`; the next event must not lie before `t`."
-        if not self.n: self.now = max(self.now, t); return True
+        if not self.n:
+            self.now = max(self.now, t)
+            return True
         if self.now >= t: return True
         if self.k == 1: return False
         a, b = self.ctx*self.n/2, self.base[self.n] + self.ctx*(self.held - self.n/2)
@@ -113,7 +117,9 @@ def _settle(self, admit:bool=True):
         held += t.prompt
     self.n, self.held = n, held
     while heap and heap[0][2].order != heap[0][1]: heappop(heap)
-    if not n: self.due = inf; return
+    if not n:
+        self.due = inf
+        return
     k = self.k = min(heap[0][0] - self.v, (kv - held)//n)
     # arrivals at this boundary come before a preemption
     self.due = self.now + (k*self.base[n] + self.ctx*(k*held + n*(k*(k-1)//2)) if k > 0 else 1e-9)
@@ -140,7 +146,9 @@ def submit(self, t:float, *turns:Turn):
 
 def pause(self, t:float, seconds:float, version:int):
     "At the first boundary after `t` the engine stops for new weights."
-    if not self.reach(t): self.later.append((t, seconds, version)); return
+    if not self.reach(t):
+        self.later.append((t, seconds, version))
+        return
     self.now += seconds
     self.version = version
     self._settle()

@@ -17,7 +17,8 @@ import numpy as np
 from ..ep.traffic import LOW_LATENCY_US, Links, fit_links, low_latency_bytes, low_latency_time
 from ..moe.spec import EXPERTS, MATRIX, Mla, ModelSpec, Mixture
 from .hardware import Cluster, Gpu, cluster
-from .models import Compressed, Indexed, Recurrent, attention_flops, cache_rate, counts, flops_per_token, mixers, of_spec
+from .models import (
+    Compressed, Indexed, Recurrent, attention_flops, cache_rate, counts, flops_per_token, mixers, of_spec)
 from .train import Term, Terms, constants, said
 
 # %% ../../nbs/13_scale/04_serve.ipynb #f453ad6f
@@ -119,7 +120,8 @@ def read_bytes(
     context:float, # tokens of a sequence
     size:float=2.,
 )->float:
-    "Bytes of its cache that a step reads for a sequence: all of it, a window, or what an indexer picks and the indexer's own keys."
+    """Bytes of its cache that a step reads for a sequence: all of it, a window, or what an indexer picks and the
+    indexer's own keys."""
     out = 0.
     for a, times in mixers(spec):
         width = a.kv.columns*size
@@ -168,7 +170,8 @@ def decode_terms(
         f"{L} layers*({st.layer_seconds*1e6:.0f} + {hop*1e6:.0f} us)", said(st, "layer_seconds", "hop_seconds")),
         Term("weights", w/(G*gpu.bandwidth*st.weights), f"{w/1e9:.1f} GB "
                                                         f"touched/({G}*{gpu.bandwidth/1e12:.2f}e12*{st.weights:.2f})",
-                                                        "experts hit: E(1-(1-k/E)^B); share of the bandwidth: " + said(st, "weights")),
+                                                        "experts hit: E(1-(1-k/E)^B); share of the bandwidth: "
+                                                        + said(st, "weights")),
         Term("arithmetic", f*batch/(G*peak*st.products),
             f"{f/1e9:.1f} GFLOP*{batch}/({G}*{peak/1e12:.0f}e12*{st.products:.2f})",
             "two per active parameter; share of the peak: " + said(st, "products")),

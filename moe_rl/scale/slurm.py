@@ -212,7 +212,8 @@ def submit(s:Settings, resume:bool, dry:bool, say=print)->int: # exit code
         say(text)
         return 0
     for name in ("trainer_ranks", "engine_gpus"):
-        if getattr(site, name) > 1: site.wrong(name, "more than 1, which a run can't do yet; --dry-run shows the script")
+        if getattr(site, name) > 1:
+            site.wrong(name, "more than 1, which a run can't do yet; --dry-run shows the script")
     if not which("sbatch"): raise UserError("sbatch: no such command here; --dry-run shows the script")
     (folder/"logs").mkdir(parents=True, exist_ok=True)
     if not resume: (folder/"config.toml").write_text(to_toml(s))

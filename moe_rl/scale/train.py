@@ -310,7 +310,8 @@ def traffic_terms(
     hidden = lambda t, share: max(0., t - share*compute)
     return Terms((Term("experts' rows, exposed", hidden(ep[0], st.ep_overlap),
         f"{ep[0]:.3g} s of {ep[1]/1e9:.2f} GB on NVLink and {ep[2]/1e9:.2f} GB on the fabric, less "
-        f"{st.ep_overlap:.2f}*{compute:.3g} s of compute", "bytes: DeepEP's; shares of the links' peaks assumed; hidden: " + said(st, "ep_overlap")),
+        f"{st.ep_overlap:.2f}*{compute:.3g} s of compute", "bytes: DeepEP's; shares of the links' peaks assumed; "
+                                                           "hidden: " + said(st, "ep_overlap")),
                   Term("weights, exposed", hidden(fsdp, st.overlap),
                       f"{passes*st.fsdp} passes of {gather:.3g} s, less {st.overlap:.2f}*{compute:.3g} s of compute",
                       "FSDP: two gathers and a scatter a micro-batch; hidden: " + said(st, "overlap")),

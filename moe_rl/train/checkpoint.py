@@ -15,10 +15,10 @@ import msgspec
 from ..records import decode, encode
 from ..errors import StorageError, sync_path, write_bytes, write_error
 from .weights import load_tensors, save_tensors
-_all_ = ['save_tensors', 'load_tensors']
+_all_ = ["save_tensors", "load_tensors"]
 
 # %% ../../nbs/03_train/03_checkpoint.ipynb #1af2dca8
-MARKER = 'COMMITTED'
+MARKER = "COMMITTED"
 
 class PartInfo(msgspec.Struct, frozen=True):
     "One file of a checkpoint."
@@ -37,7 +37,7 @@ class CheckpointError(StorageError):
 def file_info(path:Path)->PartInfo:
     "Size and CRC-32 of a file, read in pieces of 16 MiB."
     crc = size = 0
-    with path.open('rb') as f:
+    with path.open("rb") as f:
         while piece := f.read(1<<24): crc,size = zlib.crc32(piece, crc),size+len(piece)
     return PartInfo(size, crc)
 
@@ -56,16 +56,16 @@ def load_state(
     "Read what `save_state` wrote as a `type`. `CheckpointError` when it is absent or something else."
     try: return decode(type, Path(path).read_bytes())
     except FileNotFoundError as e:
-        raise CheckpointError(f'{path} does not exist: this checkpoint was made without it, take another') from e
+        raise CheckpointError(f"{path} does not exist: this checkpoint was made without it, take another") from e
     except ValueError as e:
-        raise CheckpointError(f'{path} is truncated or of another version ({e}): take an older checkpoint') from e
+        raise CheckpointError(f"{path} is truncated or of another version ({e}): take an older checkpoint") from e
 
 # %% ../../nbs/03_train/03_checkpoint.ipynb #675fa3ae
 def step_path(run_dir:str|Path, step:int)->Path:
     "Where the checkpoint of `step` lives."
-    return Path(run_dir)/'checkpoints'/f'step_{step}'
+    return Path(run_dir)/"checkpoints"/f"step_{step}"
 
-def _stage_path(run_dir, step): return step_path(run_dir, step).with_name(f'.step_{step}.tmp')
+def _stage_path(run_dir, step): return step_path(run_dir, step).with_name(f".step_{step}.tmp")
 
 def stage(run_dir:str|Path, step:int)->Path:
     "An empty folder to write the parts of `step` into, until `commit`."
@@ -80,13 +80,13 @@ def is_committed(folder:Path)->bool: return (folder/MARKER).is_file()
 
 def _sync_tree(folder:Path)->dict[str,PartInfo]:
     "Sync every file and folder below `folder`; what the files are."
-    paths = sorted(folder.rglob('*'))
+    paths = sorted(folder.rglob("*"))
     for p in [*paths, folder]: sync_path(p)
     return {str(p.relative_to(folder)): file_info(p) for p in paths if p.is_file()}
 
 def _mark(folder:Path, commit:Commit):
     "Write the marker aside and rename it: the instant at which the checkpoint begins to exist."
-    aside = folder/f'.{MARKER}.tmp'
+    aside = folder/f".{MARKER}.tmp"
     write_bytes(aside, msgspec.json.encode(commit))
     aside.rename(folder/MARKER)
     sync_path(folder)
@@ -106,7 +106,7 @@ def commit(
         raise CheckpointError(f'step {step} is not committed: {", ".join(missing)} missing in {tmp}; every component '
                               'must write its part first')
     if is_committed(target):
-        raise CheckpointError(f'{target} is committed already: resume from it, or remove it to train this step again')
+        raise CheckpointError(f"{target} is committed already: resume from it, or remove it to train this step again")
     try:
         files = _sync_tree(tmp)
         if target.exists(): shutil.rmtree(target)
@@ -123,7 +123,9 @@ def saving(
     step:int,
     parts:tuple[str,...]=(), # see `commit`
 ):
-    "`with saving(run, 7) as folder:` writes the parts of step 7 into `folder`, then commits them. An error commits nothing and leaves nothing."
+    """`with saving(run, 7) as folder:` writes the parts of step 7 into `folder`, then commits them.
+
+    An error commits nothing and leaves nothing."""
     tmp = stage(run_dir, step)
     try:
         yield tmp
@@ -135,8 +137,8 @@ def saving(
 # %% ../../nbs/03_train/03_checkpoint.ipynb #014990a0
 def committed_steps(run_dir:str|Path)->list[int]:
     "Steps with a committed checkpoint, oldest first."
-    found = (Path(run_dir)/'checkpoints').glob('step_*')
-    return sorted(int(p.name[5:]) for p in found if re.fullmatch(r'step_\d+', p.name) and is_committed(p))
+    found = (Path(run_dir)/"checkpoints").glob("step_*")
+    return sorted(int(p.name[5:]) for p in found if re.fullmatch(r"step_\d+", p.name) and is_committed(p))
 
 def latest(run_dir:str|Path)->Path|None:
     "The newest committed checkpoint, or None in a new run."
@@ -150,19 +152,19 @@ def verify(
     "Compare every file of a checkpoint with its marker; `CheckpointError` names the one that is missing or differs."
     folder = Path(folder)
     if not is_committed(folder):
-        raise CheckpointError(f'{folder} is no finished checkpoint (it has no {MARKER}): resume from another, or '
-                              'start a new run')
+        raise CheckpointError(f"{folder} is no finished checkpoint (it has no {MARKER}): resume from another, or "
+                              "start a new run")
     try: mark = msgspec.json.decode((folder/MARKER).read_bytes(), type=Commit)
     except msgspec.DecodeError as e:
-        raise CheckpointError(f'{folder/MARKER} was not written by this program ({e}): give a folder that was') from e
+        raise CheckpointError(f"{folder/MARKER} was not written by this program ({e}): give a folder that was") from e
     for name,want in mark.files.items():
-        path,again = folder/name,'copy the checkpoint again, or take an older one'
-        if Path(name).is_absolute() or '..' in Path(name).parts or '\0' in name:
-            raise CheckpointError(f'{folder/MARKER} names {name!r:.80}, which is no file of this folder: {again}')
-        if not path.is_file(): raise CheckpointError(f'{folder} lacks {name}: {again}')
+        path,again = folder/name,"copy the checkpoint again, or take an older one"
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise CheckpointError(f"{folder/MARKER} names {name!r:.80}, which is no file of this folder: {again}")
+        if not path.is_file(): raise CheckpointError(f"{folder} lacks {name}: {again}")
         if (size := path.stat().st_size) != want.size:
-            raise CheckpointError(f'{path} has {size} of {want.size} bytes: {again}')
-        if file_info(path) != want: raise CheckpointError(f'{path} was altered after the commit: {again}')
+            raise CheckpointError(f"{path} has {size} of {want.size} bytes: {again}")
+        if file_info(path) != want: raise CheckpointError(f"{path} was altered after the commit: {again}")
     return mark
 
 # %% ../../nbs/03_train/03_checkpoint.ipynb #dbaca833
@@ -171,9 +173,9 @@ def keep_last(
     k:int, # at least 1
 ):
     "Remove all but the newest `k` committed checkpoints, and whatever unfinished ones left behind."
-    root = Path(run_dir)/'checkpoints'
-    keep = {f'step_{s}' for s in committed_steps(run_dir)[-k:]}
-    for p in [*root.glob('step_*'), *root.glob('.step_*.tmp')]:
+    root = Path(run_dir)/"checkpoints"
+    keep = {f"step_{s}" for s in committed_steps(run_dir)[-k:]}
+    for p in [*root.glob("step_*"), *root.glob(".step_*.tmp")]:
         if p.name in keep: continue
         (p/MARKER).unlink(missing_ok=True)
         shutil.rmtree(p)

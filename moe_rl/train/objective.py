@@ -66,10 +66,10 @@ def sampling_support(
 # %% ../../nbs/03_train/01_objective.ipynb #dc473911
 def check_sampling(temperature:float=1., top_k:int=0, top_p:float=1.):
     "Raise `ValueError` unless `0 <= temperature < inf`, `top_k >= 0` and `0 < top_p <= 1`."
-    if not 0 <= temperature < float('inf'):
-        raise ValueError(f'temperature is {temperature}: give 0 (greedy) or a positive number')
-    if top_k < 0 or top_k != int(top_k): raise ValueError(f'top_k is {top_k}: give 0 (off) or a positive whole number')
-    if not 0 < top_p <= 1: raise ValueError(f'top_p is {top_p}: give a number above 0 and at most 1 (1 is off)')
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}: give 0 (greedy) or a positive number")
+    if top_k < 0 or top_k != int(top_k): raise ValueError(f"top_k is {top_k}: give 0 (off) or a positive whole number")
+    if not 0 < top_p <= 1: raise ValueError(f"top_p is {top_p}: give a number above 0 and at most 1 (1 is off)")
 
 # %% ../../nbs/03_train/01_objective.ipynb #ffe8ec6c
 def sampling_logprobs(

@@ -55,12 +55,12 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr:float=8e-4, momentum:float=0.95, weight_decay:float=0., parts:int=1):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=parts))
         for group in self.param_groups:
-            for p in group['params']:
+            for p in group["params"]:
                 shape = self.shape(p)
-                if len(shape) < 2 or shape[-2] % group['parts'] or not p.is_contiguous():
+                if len(shape) < 2 or shape[-2] % group["parts"] or not p.is_contiguous():
                     raise ValueError(f'Muon got a parameter of shape {list(shape)}: it takes contiguous matrices of '
                                      f'{group["parts"]} equal parts')
-                self.state[p]['momentum'] = torch.zeros_like(p)
+                self.state[p]["momentum"] = torch.zeros_like(p)
 
     def shape(self, p): return p.shape # of the whole parameter, where `p` is a part of it
 
@@ -70,21 +70,21 @@ class Muon(torch.optim.Optimizer):
     def _ahead(self):
         "Move the momenta; parameters with their gradients, the directions that Muon orthogonalises, and their groups."
         for group in self.param_groups:
-            ps = [p for p in group['params'] if p.grad is not None]
+            ps = [p for p in group["params"] if p.grad is not None]
             if not ps: continue
-            grads,bufs,beta = [p.grad for p in ps],[self.state[p]['momentum'] for p in ps],group['momentum']
+            grads,bufs,beta = [p.grad for p in ps],[self.state[p]["momentum"] for p in ps],group["momentum"]
             torch._foreach_lerp_(bufs, grads, 1-beta)
-            if group['weight_decay']: torch._foreach_mul_(ps, 1-group['lr']*group['weight_decay'])
+            if group["weight_decay"]: torch._foreach_mul_(ps, 1-group["lr"]*group["weight_decay"])
             for p,g,n in zip(ps, grads, torch._foreach_lerp(grads, bufs, beta)): yield p,g,n,group
 
     def _together(self, whole):
         "Take the step for whole parameters, all matrices of one shape at once."
         jobs = {}
         for *triple,group in whole:
-            p,g,n = (matrices(t, group['parts']) for t in triple)
+            p,g,n = (matrices(t, group["parts"]) for t in triple)
             r,c = p.shape[1:]
             if r > c: p,g,n = p.mT,g.mT,n.mT
-            rate = group['lr']*math.sqrt(max(1, r/c))
+            rate = group["lr"]*math.sqrt(max(1, r/c))
             jobs.setdefault((p.device, p.dtype, *p.shape[1:]), []).append((p, g, n, rate))
         for job in jobs.values(): self._move(*zip(*job))
 
@@ -112,12 +112,12 @@ class Optimizers:
         names:dict[Tensor,str], # parameter -> name
     ):
         self.all,self.names = [o for o in (muon,adamw) if o is not None],names
-        for group in self.groups: group['base_lr'] = group['lr']
+        for group in self.groups: group["base_lr"] = group["lr"]
 
     @property
     def groups(self)->list[dict]: return [g for o in self.all for g in o.param_groups]
     @property
-    def params(self)->list[Tensor]: return [p for g in self.groups for p in g['params']]
+    def params(self)->list[Tensor]: return [p for g in self.groups for p in g["params"]]
 
     def step(self):
         for o in self.all: o.step()
@@ -127,20 +127,20 @@ class Optimizers:
 
     def set_lr_scale(self, f:float):
         "Learning rates become `f` times what they were at the start."
-        for g in self.groups: g['lr'] = f*g['base_lr']
+        for g in self.groups: g["lr"] = f*g["base_lr"]
 
     def state_dict(self)->dict[str,Tensor]:
         "Every state tensor (not a copy) as `PARAMETER::KEY`. Learning rates are settings, not state."
-        return {f'{self.names[p]}::{k}': t for o in self.all for p in o.state for k,t in o.state[p].items()}
+        return {f"{self.names[p]}::{k}": t for o in self.all for p in o.state for k,t in o.state[p].items()}
 
     @torch.no_grad()
     def load_state_dict(self, state:dict[str,Tensor]):
         """Take over what `state_dict` gave; `UserError` names tensors that are missing, unknown or of another
         shape, and nothing is changed."""
         mine = self.state_dict()
-        diffs = [f'{n} is missing' for n in mine if n not in state]
-        diffs += [f'{n} is not known' for n in state if n not in mine]
-        diffs += [f'{n} has shape {list(state[n].shape)} instead of {list(t.shape)}' for n,t in mine.items()
+        diffs = [f"{n} is missing" for n in mine if n not in state]
+        diffs += [f"{n} is not known" for n in state if n not in mine]
+        diffs += [f"{n} has shape {list(state[n].shape)} instead of {list(t.shape)}" for n,t in mine.items()
                   if n in state and state[n].shape != t.shape]
         if diffs:
             raise UserError(f'optimiser state does not fit the model: {"; ".join(diffs[:3])} ({len(diffs)} in all); '
@@ -162,18 +162,18 @@ def build_optimizer(
     names = {p: n for n,p in (parameters or dict(model.named_parameters())).items() if p.requires_grad}
     for p,n in names.items():
         if p.dtype != torch.float32:
-            raise ValueError(f'{n} is {p.dtype}: steps are smaller than its last digit; train float32 weights '
-                             '(`model.float()`)')
+            raise ValueError(f"{n} is {p.dtype}: steps are smaller than its last digit; train float32 weights "
+                             "(`model.float()`)")
     groups = {}
     for p,n in names.items():
         kind,parts = optimiser_of(model.spec, n)
-        key = (kind, parts) if kind == 'muon' else (kind, p.ndim >= 2)
+        key = (kind, parts) if kind == "muon" else (kind, p.ndim >= 2)
         groups.setdefault(key, []).append(p)
-    hidden = [dict(params=ps, parts=parts) for (kind,parts),ps in groups.items() if kind == 'muon']
+    hidden = [dict(params=ps, parts=parts) for (kind,parts),ps in groups.items() if kind == "muon"]
     rest = [dict(params=ps, weight_decay=weight_decay if matrix else 0.) for (kind,matrix),ps in groups.items()
-            if kind == 'adamw']
+            if kind == "adamw"]
     adamw = torch.optim.AdamW(rest, adamw_lr, betas, fused=True) if rest else None
-    for p in (p for g in rest for p in g['params']):
+    for p in (p for g in rest for p in g["params"]):
         moments = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         adamw.state[p].update(step=torch.zeros((), device=p.device), **moments)
     return Optimizers(muon(hidden, muon_lr, momentum, weight_decay) if hidden else None, adamw, names)

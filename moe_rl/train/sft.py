@@ -30,8 +30,8 @@ def example(
 )->Example:
     "A worked example, in which the answer alone is trained. `ValueError` for an empty prompt or answer."
     if not len(prompt) or not len(answer):
-        raise ValueError(f'example {index}: prompt has {len(prompt)} and answer {len(answer)} tokens, both need at '
-                         'least one')
+        raise ValueError(f"example {index}: prompt has {len(prompt)} and answer {len(answer)} tokens, both need at "
+                         "least one")
     return Example(token_ids=[*prompt,*answer], loss_mask=[False]*len(prompt) + [True]*len(answer), id=str(index))
 
 # %% ../../nbs/03_train/06_sft.ipynb #5f7a0003
@@ -81,7 +81,7 @@ class SFTReport(NamedTuple):
 
     @property
     def loss(self)->float: return self.steps[-1].loss if self.steps else math.nan
-    def __repr__(self): return f'SFTReport({len(self.steps)} steps, loss {self.loss:.3f}, stopped by {self.stopped_by})'
+    def __repr__(self): return f"SFTReport({len(self.steps)} steps, loss {self.loss:.3f}, stopped by {self.stopped_by})"
 
 # %% ../../nbs/03_train/06_sft.ipynb #3c8bd68c
 def run_sft(
@@ -107,21 +107,21 @@ def run_sft(
     `ValueError` when nothing would ever stop it or there are no examples; `UserError` after three steps in a row that
     were not finite."""
     if not (seconds > 0 or steps > 0 or stop_when):
-        raise ValueError('run_sft would never stop: give seconds, steps or stop_when')
+        raise ValueError("run_sft would never stop: give seconds, steps or stop_when")
     if not len(examples):
-        raise ValueError('run_sft got no examples: take an environment that has worked answers, or do without a warm '
-                         'start')
+        raise ValueError("run_sft got no examples: take an environment that has worked answers, or do without a warm "
+                         "start")
     start,done,order,counted = time.monotonic(),[],index_batches(len(examples), batch, seed),Outcomes()
     def enough():
-        if steps and len(done) >= steps: return 'steps'
-        if seconds and time.monotonic()-start >= seconds: return 'seconds'
-        if stop_when and done and len(done) % probe_every == 0 and stop_when(model, len(done)): return 'probe'
+        if steps and len(done) >= steps: return "steps"
+        if seconds and time.monotonic()-start >= seconds: return "seconds"
+        if stop_when and done and len(done) % probe_every == 0 and stop_when(model, len(done)): return "probe"
     called = model if work is None else work
     while not (why := enough()):
         batches = packed_batches([examples[i] for i in next(order)], budget)
         optim.set_lr_scale(lr_schedule(len(done), warmup))
         done.append(optimizer_step(model, optim, batches, lambda _,b: sft_loss(called, b, balance), balance, clip))
-        counted.add(done[-1], 'warm start: lower its learning rates or look at the examples')
+        counted.add(done[-1], "warm start: lower its learning rates or look at the examples")
         if on_step: on_step(len(done), done[-1])
     return SFTReport(done, time.monotonic()-start, why)
 

@@ -47,11 +47,11 @@ def regularisers(
     if s.aux_coef:
         uneven = sum(sequence_aux_loss(r.scores, r.idx, b.cu_seqlens, s.aux_coef, here.documents, context.add)
             for r in out.routings)
-        parts['aux'] = strength*b.share*uneven/n
+        parts["aux"] = strength*b.share*uneven/n
     if s.z_coef:
         large = sum(router_z_loss(r.logits, here.token_mask) for r in out.routings)
-        parts['router_z'] = strength*here.share*s.z_coef*large
-    if s.head_z_coef: parts['head_z'] = strength*s.head_z_coef*head_z_loss(lse, every, max(1, b.step.loss_tokens))/n
+        parts["router_z"] = strength*here.share*s.z_coef*large
+    if s.head_z_coef: parts["head_z"] = strength*s.head_z_coef*head_z_loss(lse, every, max(1, b.step.loss_tokens))/n
     return parts
 
 # %% ../../nbs/03_train/05_step.ipynb #9929f914
@@ -63,8 +63,8 @@ def balance_step(
     "Move the selection bias of every MoE layer once."
     for ffn, n in zip(moe_modules(model), counts):
         if ffn.expert_bias is None or not n.sum(): continue
-        if s.rule == 'smebu': smebu_update(ffn.expert_bias, ffn.bias_momentum, n, s.rate, s.beta, s.kappa)
-        elif s.rule == 'sign': sign_update(ffn.expert_bias, n, s.rate)
+        if s.rule == "smebu": smebu_update(ffn.expert_bias, ffn.bias_momentum, n, s.rate, s.beta, s.kappa)
+        elif s.rule == "sign": sign_update(ffn.expert_bias, n, s.rate)
 
 # %% ../../nbs/03_train/05_step.ipynb #64a32896
 class StepReport(NamedTuple):
@@ -86,7 +86,7 @@ def _gradients(model, optim, batches, loss, mesh, alive)->tuple[dict, dict, Tens
     device, parts, sums, counts, teaching = next(model.parameters()).device, {}, {}, 0, 0
     optim.zero_grad()
     for i, b in enumerate(batches[mesh.rank]):
-        alive(f'micro-batch {i+1} of {len(batches[mesh.rank])}')
+        alive(f"micro-batch {i+1} of {len(batches[mesh.rank])}")
         p = loss(model, to_torch(b, device))
         whole = sum(p.parts.values())
         if whole.requires_grad: whole.backward()
@@ -113,10 +113,10 @@ def optimizer_step(
     parts, sums = [{k: float(v) for k, v in d.items()} for d in (parts, sums)]
     teaching = float(teaching)
     norm, total = clip_grads(optim.params, clip, mesh.norm), sum(parts.values())
-    if not (math.isfinite(norm) and math.isfinite(total)): outcome = 'skipped'
-    elif not teaching: outcome = 'idle'
+    if not (math.isfinite(norm) and math.isfinite(total)): outcome = "skipped"
+    elif not teaching: outcome = "idle"
     else:
-        outcome = 'moved'
+        outcome = "moved"
         optim.step()
         balance_step(model, counts, balance)
     optim.zero_grad()
@@ -136,9 +136,9 @@ class Outcomes(msgspec.Struct):
     )->None:
         "Count a step. Raises `UserError` at the third in a row that was spoilt."
         self.step += 1
-        self.idle += report.outcome == 'idle'
-        self.skipped += report.outcome == 'skipped'
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.outcome == 'skipped' else 0
+        self.idle += report.outcome == "idle"
+        self.skipped += report.outcome == "skipped"
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.outcome == "skipped" else 0
         if self.skipped_in_a_row == 3:
-            raise UserError(f'loss or gradient not finite in 3 steps in a row (steps {self.step-2} to {self.step}): '
-                            f'{remedy}')
+            raise UserError(f"loss or gradient not finite in 3 steps in a row (steps {self.step-2} to {self.step}): "
+                            f"{remedy}")

@@ -151,9 +151,11 @@ def publish(
     state:dict[str,Tensor], # `model.state_dict()`
     sync:bool=False, # wait until the disk has it: for weights that a checkpoint relies on
 )->Manifest:
-    """Write `state` as `folder/vN`, which appears by rename: whole or not at all. A version that is there already is replaced.
+    """Write `state` as `folder/vN`, which appears by rename: whole or not at all. A version that is there already is
+    replaced.
 
-    `WeightError` names tensors that are not finite; `StorageError` when the disk refuses. Either leaves the folder as it was."""
+    `WeightError` names tensors that are not finite; `StorageError` when the disk refuses. Either leaves the folder as
+    it was."""
     bad = [n for n,t in state.items() if t.is_floating_point() and not t.isfinite().all()]
     if bad:
         raise WeightError(f'weights v{version} are not published: {", ".join(bad[:3])} hold nan or inf; resume from a '
@@ -165,7 +167,9 @@ def publish(
         tmp.mkdir(parents=True)
         save_tensors(tmp/"model.safetensors", state, sync)
         (tmp/"manifest.json").write_bytes(msgspec.json.encode(manifest))
-        if sync: sync_path(tmp/"manifest.json"); sync_path(tmp)
+        if sync:
+            sync_path(tmp/"manifest.json")
+            sync_path(tmp)
         if target.exists(): target.rename(old)
         tmp.rename(target)
         if sync: sync_path(target.parent)
@@ -192,7 +196,10 @@ def load_version(
     version:int,
     device:str|torch.device="cpu",
 )->tuple[dict[str,Tensor],Manifest]:
-    "Tensors and manifest of `folder/vN`. `WeightsGone` when it is not there, `WeightError` names tensors that differ from the manifest, `StorageError` a file that can't be read."
+    """Tensors and manifest of `folder/vN`.
+
+    `WeightsGone` when it is not there, `WeightError` names tensors that differ from the manifest, `StorageError` a file
+    that can't be read."""
     manifest,path = read_manifest(folder, version),version_path(folder, version)
     try: tensors = load_tensors(path/"model.safetensors", device)
     except StorageError:
@@ -222,9 +229,11 @@ def apply_weights(
     manifest:Manifest,
     cast:bool=False, # tensors take the model's dtypes, e.g. float32 weights in a bfloat16 engine
 )->Manifest: # of what the model now computes with
-    """Compare `tensors` with `manifest` and with `model` by name, shape and dtype, copy them, and compare what the model then holds.
+    """Compare `tensors` with `manifest` and with `model` by name, shape and dtype, copy them, and compare what the
+    model then holds.
 
-    `WeightError` names what is missing, unexpected, of another shape or dtype, or altered. An error before the copy leaves the model
+    `WeightError` names what is missing, unexpected, of another shape or dtype, or altered. An error before the copy
+    leaves the model
     untouched; one after it says that the model must not be used."""
     what,live = f"weights v{manifest.version}",model.state_dict()
     require_same(differences(manifest, describe(tensors, contents=False), contents=False), what,
@@ -245,7 +254,9 @@ def prune(
     oldest:int,           # remove every version below this one
     newest:int=sys.maxsize, # ... and above this one
 ):
-    "Remove the versions outside `oldest` to `newest`, and what was left half written. What lies between stays, whoever wrote it."
+    """Remove the versions outside `oldest` to `newest`, and what was left half written.
+
+    What lies between stays, whoever wrote it."""
     for v in versions(folder):
         if not oldest <= v <= newest: shutil.rmtree(version_path(folder, v), ignore_errors=True)
     for p in Path(folder).glob(".v*"): shutil.rmtree(p, ignore_errors=True)
