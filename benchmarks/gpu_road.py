@@ -26,7 +26,7 @@ from moe_rl.bench import NeedsHardware
 
 PARTS = ("check", "engine", "train", "curves")
 SEATS, PROMPT, ANSWER = 256, 64, 192
-BUDGET = 32768 # rows of a micro-batch: all of a step
+BUDGET = 16384 # rows of a micro-batch: two make a step
 
 
 def model_of(dtype, vocab=32768, layers=12, seed=0):
