@@ -145,7 +145,7 @@ def test_no_circle_of_imports():
         for m in free: del graph[m]
 
 # ---------------------------------------------------------------- the base install is enough
-EXTRAS = ("triton vllm quack deep_gemm deep_ep torchtitan nixl nbdev execnb fastcore ipywidgets IPython ipykernel "
+EXTRAS = ("triton vllm quack deep_gemm deep_ep torchtitan nixl nbdev execnb ipywidgets IPython ipykernel "
     "jupyterlab hypothesis pytest ruff sphinx myst_nb").split()
 
 def blocked(code, *names):
