@@ -120,8 +120,8 @@ def test_own_code_by_import_path(finished):
     assert all(r["rollouts"] == 4 for r in rows) and rows[0]["loss"] <= 0
     settings = load_settings(folder / "config.toml")
     assert settings.rl.loss_params == {"scale": 2.0} and settings.rl.reward == "my_task:half_length"
-    assert {p.name for p in (folder / "model").iterdir()} == {"config.json", "generation_config.json",
-        "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {p.name for p in (folder / "model").iterdir()} == {"README.md", "chat_template.jinja", "config.json",
+        "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
 def test_python_api(home):
@@ -430,7 +430,7 @@ def test_port_in_use(home, capsys):
         taken.listen()
         port = taken.getsockname()[1]
         assert f"port {port} on 127.0.0.1 is in use" in refused(capsys, "run",
-            *flags(dir="runs/port", env="my_task:Letters", schedule__port=port))
+            *flags(dir="runs/port", env="my_task:Letters", launch__port=port))
     assert not (home / "runs" / "port").exists()
 
 

@@ -549,7 +549,8 @@ async def evaluate_async(s:Settings, folder:str|Path, # a Hugging Face folder wi
     if k > 1 and not s.eval.temperature:
         raise UserError("eval.samples > 1 needs eval.temperature > 0: greedy answers are all the same")
     check_pretrained(folder)
-    s, env, tokenizer, model, tasks, *_ = ready_for(s, Path(folder))
+    tokenizer = tokenizer_at(folder)
+    s, env, _, model, tasks, *_ = ready_for(s, Path(folder))
     limit = longest(s, model.max_position_embeddings)
     engine = build_engine(s, build_model(s, tokenizer.vocab_size).to(prepare(s)))
     guard, done = guard_of(s, env, "score"), itertools.count(1)
