@@ -66,7 +66,7 @@ def apart(bench, folder:Path, family:str, config:dict) -> float:
     ("deepseek_v3", LATENT | ROPE | dict(rms_norm_eps=0.1), mla.LatentAttention, "__init__", "RMSNorm(kv_rank, 1e-6)",
         "RMSNorm(kv_rank, 0.1)"), # the model's eps in an inner norm
     # groups forgotten
-    ("deepseek_v3", LATENT | ROPE, model_module.MoE, "forward", "m.n_group, m.topk_group", "1, 1"),
+    ("deepseek_v3", LATENT | ROPE, model_module.MoE, "route", "m.n_group, m.topk_group", "1, 1"),
     # wavelengths not stretched
     ("deepseek_v3", LATENT | YARN, attention, "stretch", "return freq/yarn.factor*slow + freq*(1-slow)", "return freq"),
     # the scores' own scale forgotten
@@ -74,7 +74,7 @@ def apart(bench, folder:Path, family:str, config:dict) -> float:
     # all of a head turns
     ("glm4_moe", GLM | ROPE, families, "read_gqa", "int(head_dim*rotated)", "head_dim"),
     # gates not scaled
-    ("glm4_moe", GLM | ROPE, model_module.MoE, "forward", "m.scale, replay", "1., replay"),
+    ("glm4_moe", GLM | ROPE, model_module.MoE, "route", "m.scale, replay", "1., replay"),
     ("qwen3_moe", ROPE | dict(num_experts=4, head_dim=16, norm_topk_prob=False), families, "qwen3_moe",
         'f.flag("norm_topk_prob", False)', "True"), # gates normed
     ("mixtral", ROPE | dict(num_local_experts=4, sliding_window=5), families, "mixtral",
@@ -87,10 +87,11 @@ def test_a_slip_of_the_pen_shows(bench, tmp_path, monkeypatch, family, own, owne
     assert old in source, f"{name} has no {old!r}: adapt the mutant"
     space = dict(getattr(owner, name).__globals__)
     exec(source.replace(old, new).replace("super()", "super(LatentAttention, self)"), space)
-    monkeypatch.setattr(owner, name, space[name])
+    slip, space[name] = space[name], getattr(owner, name).__globals__.get(name) # a method may call a function of its name
+    monkeypatch.setattr(owner, name, slip)
     for table in (ARCHITECTURES,):
         for key, fn in list(table.items()):
-            if fn.__name__ == name: monkeypatch.setitem(table, key, space[name])
+            if fn.__name__ == name: monkeypatch.setitem(table, key, slip)
     assert apart(bench, tmp_path/"wrong", family, config) > 1e-4
 
 
