@@ -87,7 +87,8 @@ def test_a_slip_of_the_pen_shows(bench, tmp_path, monkeypatch, family, own, owne
     assert old in source, f"{name} has no {old!r}: adapt the mutant"
     space = dict(getattr(owner, name).__globals__)
     exec(source.replace(old, new).replace("super()", "super(LatentAttention, self)"), space)
-    slip, space[name] = space[name], getattr(owner, name).__globals__.get(name) # a method may call a function of its name
+    # a method may call a function of its own name
+    slip, space[name] = space[name], getattr(owner, name).__globals__.get(name)
     monkeypatch.setattr(owner, name, slip)
     for table in (ARCHITECTURES,):
         for key, fn in list(table.items()):
