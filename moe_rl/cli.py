@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['OWN', 'RUN', 'SFT', 'EVAL', 'COMMANDS', 'SETTINGS', 'start_again', 'check_names', 'check_folder', 'say', 'run_folder',
            'run_settings', 'rehearse', 'cmd_run', 'cmd_sft', 'cmd_eval', 'cmd_report', 'cmd_doctor', 'cmd_bench',
-           'cmd_completion', 'cmd_upcycle', 'cmd_gguf', 'cmd_plan', 'cmd_simulate', 'cmd_profile', 'cmd_calibrate',
-           'cmd_export', 'usage', 'help_of', 'obey', 'in_short', 'main', 'entry']
+           'cmd_completion', 'at', 'usage', 'help_of', 'obey', 'in_short', 'main', 'entry']
 
 # %% ../nbs/06_app/04_cli.ipynb #0c74f87e
 import json, os, re, subprocess, sys
+from collections.abc import Callable
 from pathlib import Path
 from .config import Settings, as_path, load_settings, to_toml
 from .errors import UserError
@@ -211,33 +211,12 @@ def cmd_completion(args:list[str]) -> int:
     return 0
 
 # %% ../nbs/06_app/04_cli.ipynb #51c0de02
-def cmd_upcycle(args:list[str]) -> int:
-    say(load_attribute("moe_rl.moe.upcycle:upcycle_command")(args))
-    return 0
-
-def cmd_gguf(args:list[str]) -> int:
-    say(load_attribute("moe_rl.moe.gguf:gguf_command")(args))
-    return 0
-
-def cmd_plan(args:list[str]) -> int:
-    say(load_attribute("moe_rl.scale.plan:plan_command")(args))
-    return 0
-
-def cmd_simulate(args:list[str]) -> int:
-    say(load_attribute("moe_rl.scale.plan:simulate_command")(args))
-    return 0
-
-def cmd_profile(args:list[str]) -> int:
-    say(load_attribute("moe_rl.ep.profile:profile_command")(args))
-    return 0
-
-def cmd_calibrate(args:list[str]) -> int:
-    say(load_attribute("moe_rl.fp8.commands:calibrate_command")(args))
-    return 0
-
-def cmd_export(args:list[str]) -> int:
-    say(load_attribute("moe_rl.fp8.commands:export_command")(args))
-    return 0
+def at(path:str) -> Callable[[list[str]], int]:
+    "A command that lies in another folder and answers with text; its module is imported when it is called."
+    def command(args:list[str]) -> int:
+        say(load_attribute(path)(args))
+        return 0
+    return command
 
 # %% ../nbs/06_app/04_cli.ipynb #90f1c0c7
 COMMANDS = dict(run=(cmd_run, RUN, "warm start, asynchronous RL, evaluation, report"),
@@ -246,23 +225,27 @@ COMMANDS = dict(run=(cmd_run, RUN, "warm start, asynchronous RL, evaluation, rep
                 report=(cmd_report, "report FOLDER [FOLDER ...]", "report/report.md of a run in any state; of several, "
                     "report/compare.md of what differs"),
                 doctor=(cmd_doctor, "doctor [FOLDER]", "machine, versions, GPU, disk, ports"),
-                upcycle=(cmd_upcycle, "upcycle FOLDER [--experts 8] [--top-k 2] [--out FOLDER] [--noise 3e-7] [--seed "
-                                      "0]",
-                                      "a Mixtral of a dense Llama-type checkpoint, with the same answers at first"),
-                gguf=(cmd_gguf, "gguf [FILE.gguf] [--out FOLDER]",
-                                                                   "a Hugging Face folder of a GGUF file; without "
-                                                                   "one, of "
-                                                                   "SmolLM2-135M-Instruct"),
-                profile=(cmd_profile, "profile FOLDER [--env NAME,NAME] [--prompts 256] [--routes FILE.npz]",
+                upcycle=(at("moe_rl.moe.upcycle:upcycle_command"),
+                    "upcycle FOLDER [--experts 8] [--top-k 2] [--out FOLDER] [--noise 3e-7] [--seed 0]",
+                    "a Mixtral of a dense Llama-type checkpoint, with the same answers at first"),
+                gguf=(at("moe_rl.moe.gguf:gguf_command"),
+                    "gguf [FILE.gguf] [--out FOLDER]",
+                    "a Hugging Face folder of a GGUF file; without one, of SmolLM2-135M-Instruct"),
+                profile=(at("moe_rl.ep.profile:profile_command"),
+                    "profile FOLDER [--env NAME,NAME] [--prompts 256] [--routes FILE.npz]",
                     "which experts a model uses on which task"),
-                calibrate=(cmd_calibrate, "calibrate FOLDER [--env NAME,NAME] [--prompts 512] [--held-out 128] "
+                calibrate=(at("moe_rl.fp8.commands:calibrate_command"),
+                    "calibrate FOLDER [--env NAME,NAME] [--prompts 512] [--held-out 128] "
                     "[--max-kl .01] [--max-drop .01]", "what FP8 does to a model, on worked problems of a task"),
-                export=(cmd_export, "export FOLDER --fp8 [--out FOLDER] [--env NAME,NAME] [--held-out 128] "
+                export=(at("moe_rl.fp8.commands:export_command"),
+                    "export FOLDER --fp8 [--out FOLDER] [--env NAME,NAME] [--held-out 128] "
                     "[--max-kl .01] [--max-drop .01] [--overwrite]",
                     "the model in block FP8, which vLLM serves, if that changes little"),
-                plan=(cmd_plan, "plan SETUP.toml [--why] [--json] [--run FOLDER]",
+                plan=(at("moe_rl.scale.plan:plan_command"),
+                    "plan SETUP.toml [--why] [--json] [--run FOLDER]",
                     "nodes, split, layouts, seconds and dollars of a run, before you rent"),
-                simulate=(cmd_simulate, "simulate SETUP.toml [--steps N] [--seed N] [--picture FILE.png] [--json]",
+                simulate=(at("moe_rl.scale.plan:simulate_command"),
+                    "simulate SETUP.toml [--steps N] [--seed N] [--picture FILE.png] [--json]",
                     "that run's loop under virtual time: staleness, and who waits for whom"),
                 bench=(cmd_bench, "bench [NAME] [ARGS] [--record]", "measure one figure; without a name, list them"),
                 completion=(cmd_completion, "completion SHELL", "a script for the tab key"))
