@@ -162,7 +162,8 @@ def gguf_command(args:list[str])->str:
     parser = argparse.ArgumentParser(prog="moe-rl gguf", add_help=False, exit_on_error=False)
     parser.add_argument("file", nargs="?")
     parser.add_argument("--out", default="")
-    a, rest = parser.parse_known_args(args)
+    try: a, rest = parser.parse_known_args(args)
+    except argparse.ArgumentError as e: raise UserError(f"gguf: {e}") from None
     if rest: raise UserError(f"gguf: {rest[0]!r} is not understood; use moe-rl gguf [FILE.gguf] --out FOLDER")
     file = Path(a.file) if a.file else smollm2()
     out = a.out or file.name.split(".")[0]
