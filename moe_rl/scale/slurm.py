@@ -8,7 +8,7 @@ __all__ = ['RANKS', 'PORT', 'Site', 'templates_of', 'render', 'hosts', 'ask', 'p
 
 # %% ../../nbs/13_scale/32_slurm.ipynb #b568f4d2
 import json, os, re, shlex, subprocess, sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from shutil import which
 import psutil
@@ -83,8 +83,8 @@ def render(
     if re.search(r"[\s\"%\\]", str(folder)):
         raise UserError(f"dir {str(folder)!r}: sbatch can't write its log to a path with blanks, quotes, % or "
                         "backslashes")
-    return env.get_template("job.sbatch.j2").render(asdict(Site(**{f.name: getattr(site, f.name)
-        for f in fields(Site)})) | dict(name=folder.name, folder=str(folder), python=shlex.quote(python),
+    return env.get_template("job.sbatch.j2").render({f.name: getattr(site, f.name)
+        for f in fields(Site)} | dict(name=folder.name, folder=str(folder), python=shlex.quote(python),
         cwd=shlex.quote(str(Path(cwd).resolve()))))
 
 # %% ../../nbs/13_scale/32_slurm.ipynb #6136d350
