@@ -397,6 +397,7 @@ def roads(s, tokenizer, task, monkeypatch):
     model = SimpleNamespace(max_position_embeddings=512, to=lambda device: None)
     with monkeypatch.context() as m:
         m.setattr(run, "check_pretrained", lambda folder: None)
+        m.setattr(run, "tokenizer_at", lambda folder: tokenizer)
         m.setattr(run, "make_ready", lambda s, **_: (s, guard.env, tokenizer, model, [task]))
         m.setattr(run, "build_model", lambda *_: model)
         m.setattr(run, "build_engine", lambda *_: fresh("eval"))
