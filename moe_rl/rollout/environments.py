@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHORT', 'LARGEST', 'LONGEST', 'EXECUTING', 'GOLDEN', 'brief', 'complaint', 'usable_text', 'Unusable', 'usable_reward',
            'Task', 'exact_match', 'text_hash', 'is_held_out', 'mix', 'made', 'Environment', 'HeldOut', 'held_out_tasks',
-           'solved', 'solved_examples', 'training_task', 'seeded', 'last_number', 'ReasoningGym', 'make_dataset',
-           'executes', 'calculate', 'Calculator', 'load_env', 'choose', 'Mixture', 'labelled', 'labels', 'portions',
-           'load_envs']
+           'solved', 'solved_examples', 'training_task', 'seeded', 'last_number', 'number', 'ReasoningGym',
+           'make_dataset', 'executes', 'calculate', 'Calculator', 'load_env', 'choose', 'Mixture', 'labelled', 'labels',
+           'portions', 'load_envs']
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #bddaeb8e
 import ast, copy, difflib, hashlib, inspect, math, numbers, random, re, reprlib, textwrap, threading, time
@@ -249,6 +249,14 @@ def last_number(text:str)->str|None: # without separators of thousands
     "The last number in a text."
     found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
     return found[-1].replace(",", "") if found else None
+
+def number(
+    task:Task,
+    turns:list[str], # texts of the conversation, the model's last
+)->float:            # 1 or 0
+    "Whether the last number of the answer is that of the reference."
+    said = last_number(turns[-1])
+    return float(said is not None and said == last_number(task.answer))
 
 # %% ../../nbs/04_rollout/03_environments.ipynb #a0e48594
 class ReasoningGym(Environment):

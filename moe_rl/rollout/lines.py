@@ -8,7 +8,7 @@ __all__ = ['rows_of', 'Lines', 'Tested', 'lines']
 # %% ../../nbs/04_rollout/12_lines.ipynb #6f026c8d
 from ..data.sources import messages_of, read_lines
 from ..errors import UserError
-from .environments import Environment, Task, last_number
+from .environments import Environment, Task, number
 
 # %% ../../nbs/04_rollout/12_lines.ipynb #de36cc0b
 def rows_of(path:str, split:str="")->list[tuple[str, dict]]: # where it stands, the row
@@ -37,9 +37,7 @@ class Lines(Environment):
         return Task(env=self.name, prompt=question["content"], answer=answer["content"], before=tuple(before))
     def problem(self, key): return self.tasks[key % len(self.tasks)]
     async def score(self, task, turns):
-        if not self.last_number: return await super().score(task, turns)
-        said, right = last_number(turns[-1]), last_number(task.answer)
-        return float(said is not None and said == right)
+        return number(task, turns) if self.last_number else await super().score(task, turns)
 
 class Tested(Lines):
     """With a test of its own: a file, or a split of the data set.
