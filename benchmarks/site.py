@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Elements of the text that stick out of the window, and lie in nothing that scrolls sideways.
 WIDE = """[...document.querySelectorAll('article *')].filter(e => {
     if (e.getBoundingClientRect().right <= innerWidth + 1 || !e.getClientRects().length) return false
-    for (let p = e; p; p = p.parentElement) if (['auto', 'scroll'].includes(getComputedStyle(p).overflowX)) return false
+    for (let p = e; p.tagName != 'ARTICLE'; p = p.parentElement)
+        if (['auto', 'scroll'].includes(getComputedStyle(p).overflowX)) return false
     return true }).map(e => e.tagName + ' ' + e.className).slice(0, 3)"""
 
 class Page(HTMLParser):
