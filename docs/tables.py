@@ -86,25 +86,18 @@ def number(x) -> str:
     if isinstance(x, int) or (isinstance(x, float) and x.is_integer() and abs(x) < 1e6): return f"{int(x):,}"
     return f"{x:.4g}" if isinstance(x, float) else str(x)
 
-# What README.md shows of each bench, in words. A line whose figure is not recorded is left out.
+# The six figures that README.md shows: bench, figure, its meaning. A line whose figures are not recorded is left out.
 HEADLINES = [
-    ("main_job", "reward_before", "held-out words spelled backward exactly, after the warm start"),
-    ("main_job", "reward_after", "the same after asynchronous RL"),
-    ("main_job", "control_after", "the same with a learning rate of 0"),
-    ("main_job", "minutes", "minutes of the whole command, on two CPU cores"),
-    ("async_ratio", "ratio", "time to 0.9 exact, synchronous over asynchronous"),
-    ("chaos", "kills", "SIGKILL, SIGTERM and SIGSTOP in every phase, each run resumed to its end"),
-    ("chaos", "lost", "rollouts that vanished there without a counted reason"),
-    ("determinism", "resumed_equal", "a run that was killed and resumed, again and again, equals one that was not, "
-                                     "bit for bit"),
-    ("families", "worst_logprob", "largest difference of a log-probability to transformers', six families of models"),
-    ("engine", "ratio_vllm", "tokens/s of the embedded engine over vLLM on the same CPU"),
-    ("mfu", "ratio_titan", "whole training step, tokens/s over compiled torchtitan's"),
-    ("mfu", "mfu", "the same, model FLOPs utilisation"),
-    ("moe_layer", "ratio_titan", "bf16 MoE layer, speed over torchtitan's"),
-    ("moe_layer", "ratio_fp8", "the same layer in FP8, speed over our bf16"),
-    ("route_placement", "load_ratio", "load of the fullest GPU: experts placed for past batches over placed for the "
-                                      "batch"),
+    ("main_job", "{reward_before} to {reward_after}", "held-out words spelled backward exactly, before and after "
+        "asynchronous RL on two CPU cores"),
+    ("async_ratio", "{ratio} x", "time to 0.9 exact, synchronous over asynchronous"),
+    ("chaos", "{lost} and {duplicated}", "rollouts lost, and rollouts trained twice, by {kills} kills in every phase of "
+        "runs that were resumed to their ends"),
+    ("determinism", "{resumed_equal}", "a run that was killed and resumed equals one that was not, bit for bit"),
+    ("families", "{worst_logprob} nats", "largest difference of a log-probability to transformers', {families} "
+        "families, {configs} models"),
+    ("mfu", "{ratio_titan} x", "tokens/s of a whole bf16 training step over compiled torchtitan's on one H100, at "
+        "{mfu} of its peak FLOP/s"),
 ]
 
 def learning_picture() -> str: # SVG
@@ -134,12 +127,16 @@ def learning_picture() -> str: # SVG
     return "\n".join([*out, "</svg>", ""])
 
 def headline_table() -> str: # Markdown
-    "The recorded figures that README.md shows."
-    have = {}
-    for r in records(): have.setdefault(r["name"], []).append(r)
-    rows = [f'| {text} | {number(r["figures"][key])} | {r["machine"]} | `{r["command"]}` |'
-            for name, key, text in HEADLINES for r in have.get(name, []) if key in r["figures"]]
-    return "\n".join(["| figure | value | machine | command |", "|---|---|---|---|", *rows])
+    "The recorded figures that README.md shows; of several machines the newest record."
+    newest = {r["name"]: r for r in sorted(records(), key=lambda r: r["date"])}
+    out = ["| figure | | machine | command |", "|---|---|---|---|"]
+    for name, value, text in HEADLINES:
+        r = newest.get(name)
+        if r is None: continue
+        words = {k: number(v) for k, v in r["figures"].items()}
+        try: out.append(f"| {text.format(**words)} | {value.format(**words)} | {r['machine']} | `{r['command']}` |")
+        except KeyError: pass
+    return "\n".join(out)
 
 def spark(points:list, width:int=220, height:int=40) -> str: # SVG
     "A curve as small as a word."
