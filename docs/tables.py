@@ -86,7 +86,7 @@ def number(x) -> str:
     if isinstance(x, int) or (isinstance(x, float) and x.is_integer() and abs(x) < 1e6): return f"{int(x):,}"
     return f"{x:.4g}" if isinstance(x, float) else str(x)
 
-# The six figures that README.md shows: bench, figure, its meaning. A line whose figures are not recorded is left out.
+# What README.md shows of a bench: figure and meaning. A line whose figures are not recorded is left out.
 HEADLINES = [
     ("main_job", "{reward_before} to {reward_after}", "held-out words spelled backward exactly, before and after "
         "asynchronous RL on two CPU cores"),
