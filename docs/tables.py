@@ -91,8 +91,8 @@ HEADLINES = [
     ("main_job", "{reward_before} to {reward_after}", "held-out words spelled backward exactly, before and after "
         "asynchronous RL on two CPU cores"),
     ("async_ratio", "{ratio} x", "time to 0.9 exact, synchronous over asynchronous"),
-    ("chaos", "{lost} and {duplicated}", "rollouts lost, and rollouts trained twice, by {kills} kills in every phase of "
-        "runs that were resumed to their ends"),
+    ("chaos", "{lost} and {duplicated}", "rollouts lost, and rollouts trained twice, by {kills} kills in every phase "
+        "of runs that were resumed to their ends"),
     ("determinism", "{resumed_equal}", "a run that was killed and resumed equals one that was not, bit for bit"),
     ("families", "{worst_logprob} nats", "largest difference of a log-probability to transformers', {families} "
         "families, {configs} models"),
