@@ -12,10 +12,11 @@ MISTAKES = [(a, c.replace("\\|", "|")) for a, c in re.findall(r"^\|[^|]*\| `([^`
 def test_bad_input_is_answered_as_the_table_says(command, answer, tmp_path, monkeypatch, capsys):
     from moe_rl.cli import main
     monkeypatch.chdir(tmp_path)
-    for folder in ("full", "llama"): (tmp_path/folder).mkdir()
+    for folder in ("full", "llama", "strange"): (tmp_path/folder).mkdir()
     (tmp_path/"full"/"x").touch()
-    (tmp_path/"llama"/"config.json").write_text(json.dumps(dict(architectures=["LlamaForCausalLM"],
-        model_type="llama")))
+    (tmp_path/"llama"/"config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    (tmp_path/"strange"/"config.json").write_text('{"architectures": ["StrangeForCausalLM"], "model_type": "strange"}')
+    (tmp_path/"broken.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": ')
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     assert main(shlex.split(command)) == 2
     assert capsys.readouterr().err == "".join(f"moe-rl: {line}\n" for line in answer.split("<br>"))
