@@ -126,10 +126,10 @@ def test_cast_kernels(M, N, ue8m0, seed):
     same_cast(K.cast_blocks(w, ue8m0), a)
 
 
-@few
-@given(M=st.integers(1, 200), eighths=st.integers(1, 20), ue8m0=st.booleans(), seed=st.integers(0, 99))
-def test_cast_both_ways(M, eighths, ue8m0, seed):
-    x = wild(M, 8*eighths, seed)
+# few and chosen, since interpreted it takes seconds a tile: one row, one tile that is full, four of which three are not
+@pytest.mark.parametrize("M, N, ue8m0", [(1, 8, False), (128, 128, False), (130, 136, True)])
+def test_cast_both_ways(M, N, ue8m0):
+    x = wild(M, N, seed=M)
     a, at = K.cast_both(x, ue8m0)
     same_cast(a, quantise(x, ue8m0=ue8m0))
     same_cast(at, quantise(F.pad(x, (0, 0, 0, -M % 128)).T.contiguous(), ue8m0=ue8m0))
