@@ -554,8 +554,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'moe_rl/fp8/commands.py'),
                                      'moe_rl.fp8.commands.loaded': ('11_fp8/commands.html#loaded', 'moe_rl/fp8/commands.py'),
                                      'moe_rl.fp8.commands.material': ('11_fp8/commands.html#material', 'moe_rl/fp8/commands.py'),
-                                     'moe_rl.fp8.commands.range_lines': ('11_fp8/commands.html#range_lines', 'moe_rl/fp8/commands.py'),
-                                     'moe_rl.fp8.commands.words_of': ('11_fp8/commands.html#words_of', 'moe_rl/fp8/commands.py')},
+                                     'moe_rl.fp8.commands.range_lines': ('11_fp8/commands.html#range_lines', 'moe_rl/fp8/commands.py')},
             'moe_rl.fp8.experts': { 'moe_rl.fp8.experts.ExpertWeights': ('11_fp8/experts.html#expertweights', 'moe_rl/fp8/experts.py'),
                                     'moe_rl.fp8.experts.Fp8Experts': ('11_fp8/experts.html#fp8experts', 'moe_rl/fp8/experts.py'),
                                     'moe_rl.fp8.experts.Fp8Experts.__call__': ( '11_fp8/experts.html#fp8experts.__call__',
@@ -2990,7 +2989,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'moe_rl.scale.plan.bottleneck': ('13_scale/plan.html#bottleneck', 'moe_rl/scale/plan.py'),
                                    'moe_rl.scale.plan.draw_setup': ('13_scale/plan.html#draw_setup', 'moe_rl/scale/plan.py'),
                                    'moe_rl.scale.plan.find': ('13_scale/plan.html#find', 'moe_rl/scale/plan.py'),
-                                   'moe_rl.scale.plan.flags': ('13_scale/plan.html#flags', 'moe_rl/scale/plan.py'),
                                    'moe_rl.scale.plan.fleets': ('13_scale/plan.html#fleets', 'moe_rl/scale/plan.py'),
                                    'moe_rl.scale.plan.interval': ('13_scale/plan.html#interval', 'moe_rl/scale/plan.py'),
                                    'moe_rl.scale.plan.layouts': ('13_scale/plan.html#layouts', 'moe_rl/scale/plan.py'),
@@ -3303,4 +3301,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'moe_rl.train.weights.version_path': ( '03_train/weights.html#version_path',
                                                                              'moe_rl/train/weights.py'),
                                       'moe_rl.train.weights.versions': ('03_train/weights.html#versions', 'moe_rl/train/weights.py'),
-                                      'moe_rl.train.weights.words_of': ('03_train/weights.html#words_of', 'moe_rl/train/weights.py')}}}
+                                      'moe_rl.train.weights.words_of': ('03_train/weights.html#words_of', 'moe_rl/train/weights.py')},
+            'moe_rl.words': {'moe_rl.words.read_words': ('00_start/words.html#read_words', 'moe_rl/words.py')}}}

@@ -207,8 +207,8 @@ def test_commands():
     out = json.loads(plan_command([path, "--json"]))
     assert out["step_seconds"] > 0 and out["terms"]["decode step"]
     assert "staleness" in simulate_command([path, "--steps", "4"])
-    for args, said in (([], "one setup"), ([path, "--fast"], "no option '--fast'"),
-            ([path, "--steps", "x"], "--steps is"), (["nowhere.toml"], "no such setup")):
+    for args, said in (([], "give a setup"), ([path, "--fast"], "'--fast' is not understood"),
+            ([path, "--steps", "x"], "--steps: invalid int"), (["nowhere.toml"], "no such setup")):
         with pytest.raises(UserError, match=said): simulate_command(args)
 
 def test_no_torch_and_exit_code_two():

@@ -16,8 +16,9 @@ from .eplb import balance, gpu_loads, nodes_per_token
 from .placement import company, place, place_ungrouped, weigh
 from ..errors import UserError
 from ..fp8.calibrate import Sample, run
-from ..fp8.commands import examples, loaded, words_of
+from ..fp8.commands import MODEL, examples, loaded
 from ..moe.model import Model
+from ..words import read_words
 
 # %% ../../nbs/12_ep/06_profile.ipynb #96df366a
 def count_routes(
@@ -147,9 +148,9 @@ def profile_lines(profile:ExpertProfile)->list[str]:
 
 def profile_command(args:list[str])->str:
     "What `moe-rl profile` prints. `UserError` for words that make no sense."
-    a = words_of("profile", args, env="spell_backward", prompts=256, routes="")
+    a = read_words("profile", args, MODEL, env="spell_backward", prompts=256, routes="")
     if a.prompts < 1: raise UserError("profile: --prompts must be at least 1")
-    model, tokenizer = loaded(a.folder)
+    model, tokenizer = loaded(a.path)
     profile, routes = profiled(model, examples(tokenizer, [name for name in a.env.split(",") if name], a.prompts))
     if a.routes: np.savez_compressed(a.routes, domains=list(routes), num_experts=profile.num_experts, **routes)
     return "\n".join(profile_lines(profile) + ([f"routes in {a.routes}"] if a.routes else []))

@@ -7,7 +7,7 @@ __all__ = ['KEYS', 'PARTS', 'ENDS', 'CONTROL', 'CUTS', 'SMOL', 'config_of', 'hal
            'state_of', 'read_gguf', 'smollm2', 'gguf_command']
 
 # %% ../../nbs/01_moe/12_gguf.ipynb #bf9c620e
-import argparse, importlib.util, json
+import importlib.util, json
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from .checkpoint import CheckpointError, from_disk, save_pretrained
 from .families import from_hf
 from .model import Model
 from .spec import ModelSpec
+from ..words import read_words
 
 # %% ../../nbs/01_moe/12_gguf.ipynb #97b57ed4
 KEYS = dict(num_hidden_layers="block_count", max_position_embeddings="context_length", hidden_size="embedding_length",
@@ -159,12 +160,7 @@ def smollm2()->Path:
 
 def gguf_command(args:list[str])->str:
     "What `moe-rl gguf` prints. Raises `UserError` for words that make no sense."
-    parser = argparse.ArgumentParser(prog="moe-rl gguf", add_help=False, exit_on_error=False)
-    parser.add_argument("file", nargs="?")
-    parser.add_argument("--out", default="")
-    try: a, rest = parser.parse_known_args(args)
-    except argparse.ArgumentError as e: raise UserError(f"gguf: {e}") from None
-    if rest: raise UserError(f"gguf: {rest[0]!r} is not understood; use moe-rl gguf [FILE.gguf] --out FOLDER")
-    file = Path(a.file) if a.file else smollm2()
+    a = read_words("gguf", args, out="")
+    file = Path(a.path) if a.path else smollm2()
     out = a.out or file.name.split(".")[0]
     return f"{out}: {read_gguf(file, out)}" 

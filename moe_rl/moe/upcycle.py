@@ -6,7 +6,7 @@
 __all__ = ['KEPT', 'mixtral_of', 'router_inputs', 'new_router', 'mixture_of', 'upcycle', 'upcycle_command']
 
 # %% ../../nbs/01_moe/11_upcycle.ipynb #7029df1e
-import argparse, shutil
+import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from .checkpoint import CheckpointError, load_pretrained, save_pretrained
 from .families import from_hf
 from .model import Model
 from .spec import ModelSpec
+from ..words import read_words
 
 # %% ../../nbs/01_moe/11_upcycle.ipynb #84eec709
 def mixtral_of(
@@ -110,16 +111,9 @@ def upcycle(
 # %% ../../nbs/01_moe/11_upcycle.ipynb #ffe86117
 def upcycle_command(args:list[str])->str:
     "What `moe-rl upcycle` prints. Raises `UserError` for words that make no sense."
-    parser = argparse.ArgumentParser(prog="moe-rl upcycle", add_help=False, exit_on_error=False)
-    parser.add_argument("folder", nargs="?")
-    parser.add_argument("--out", default="")
-    for name, value in (("--experts", 8), ("--top-k", 2), ("--noise", 3e-7), ("--seed", 0)):
-        parser.add_argument(name, type=type(value), default=value)
-    try: a, rest = parser.parse_known_args(args)
-    except argparse.ArgumentError as e: raise UserError(f"upcycle: {e}") from None
-    if not a.folder: raise UserError("upcycle: give the folder of a Llama-type checkpoint")
-    if rest: raise UserError(f"upcycle: {rest[0]!r} is not understood; use --experts, --top-k, --out, --noise, --seed")
+    a = read_words("upcycle", args, "the folder of a Llama-type checkpoint", experts=8, top_k=2, out="", noise=3e-7,
+        seed=0)
     if min(a.experts, a.top_k) < 1:
         raise UserError(f"upcycle: --experts {a.experts} and --top-k {a.top_k} must be at least 1")
-    out = a.out or f"{a.folder.rstrip('/')}-{a.experts}x"
-    return f"{out}: {upcycle(a.folder, out, a.experts, a.top_k, a.noise, a.seed)}"
+    out = a.out or f"{a.path.rstrip('/')}-{a.experts}x"
+    return f"{out}: {upcycle(a.path, out, a.experts, a.top_k, a.noise, a.seed)}"
