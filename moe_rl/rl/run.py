@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DONE', 'DRAW_SECONDS', 'EXTENDS', 'tokenizer_at', 'keep_tokenizer', 'make_tokenizer', 'check_balance', 'launcher_of',
-           'check_first', 'idle_goals', 'check', 'Ready', 'processes', 'guard_of', 'draw_profiles', 'make_ready',
-           'measured', 'ready_again', 'get_ready', 'keep_ready', 'job_of', 'end', 'stop', 'finished', 'extend',
-           'write_card', 'state_at', 'choose', 'set_aside', 'code_of', 'flat', 'provenance', 'complete',
-           'first_version', 'verdicts', 'Crew', 'drive', 'run_async', 'signals', 'run', 'with_sizes', 'ready_for',
-           'evaluate_async', 'evaluate']
+           'check_first', 'check_parallel', 'idle_goals', 'check', 'Ready', 'processes', 'guard_of', 'draw_profiles',
+           'make_ready', 'measured', 'ready_again', 'get_ready', 'keep_ready', 'job_of', 'end', 'stop', 'Ranked',
+           'finished', 'extend', 'write_card', 'state_at', 'choose', 'set_aside', 'code_of', 'flat', 'provenance',
+           'complete', 'first_version', 'verdicts', 'Crew', 'drive', 'run_async', 'signals', 'run', 'with_sizes',
+           'ready_for', 'evaluate_async', 'evaluate']
 
 # %% ../../nbs/05_rl/12_run.ipynb #c87043bf
 import asyncio, hashlib, importlib.util, itertools, json, math, os, platform, shutil, signal, sys, threading, time
@@ -20,6 +20,7 @@ import msgspec, numpy as np, torch
 from ..config import Settings, load_settings, to_toml
 from ..errors import StorageError, UserError, replace_file
 from ..launch import Job, Launcher, open_launcher
+from ..plugins import load_attribute
 from ..records import encode
 from ..data.sources import messages_of, read_lines as read_rows
 from ..data.tokens import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
@@ -33,7 +34,7 @@ from .pool import Clocked, EnginePool, Free, Worker
 from .trainer import build_model, model_config
 from .verdict import course_of, verdict
 from .wire import Server, Stop
-from .workers import device_of, prepare
+from .workers import LEFT, device_of, prepare
 from ..rollout.environments import Mixture, Task
 from ..rollout.grading import examine
 from ..rollout.guard import Guard, open_envs
@@ -95,6 +96,23 @@ def check_first(s:Settings):
     advantage.resolve(s.rl.advantage)
     loss.resolve(s.rl.loss, **s.rl.loss_params)
 
+def check_parallel(model:ModelSpec, s:Settings):
+    "Raise `UserError` for ranks of the trainer that do not fit together, this model or this machine."
+    p = s.parallel
+    if max(p.ranks, p.experts) == 1: return
+    at = "moe_rl.scale.parallel"
+    load_attribute(f"{at}:check_layout")(load_attribute(f"{at}:Layout")(p.replicate, p.shard, p.context, p.experts),
+        p.ranks, model)
+    if s.launch.kind == "slurm": raise UserError(f"parallel: {p.ranks} ranks; launch.kind = \"slurm\" can't start them yet")
+    if s.train.precision == "fp8" or chosen(model, device_of(s), s.train.precision, s.train.forward, s.model.experts)[1]:
+        raise UserError(f'parallel: {p.ranks} ranks compute in float32 or bf16 with train.forward = "plain"')
+    gpus = torch.cuda.device_count() if device_of(s).type == "cuda" else p.ranks
+    if s.launch.kind == "local" and gpus < p.ranks:
+        raise UserError(f"parallel: {p.ranks} ranks, but this machine has {gpus} GPUs: lower parallel.shard")
+    if s.rl.tokens_per_batch != "auto" and s.rl.tokens_per_batch % p.multiple:
+        raise UserError(f"rl.tokens_per_batch is {s.rl.tokens_per_batch}: with parallel.context = {p.context} it must "
+                        f"be a multiple of {p.multiple}")
+
 def idle_goals(s:Settings, tasks:list[Task]) -> list[str]: # lines for the user
     "Goals that count exact answers where there is nothing to be exact about."
     goals = [f"rl.{goal}" for goal in ("stop_at", "stop_solved") if getattr(s.rl, goal) and tasks
@@ -111,6 +129,7 @@ def check(s:Settings, tokenizer:Tokenizer, sizes:dict[str, Lengths]) -> ModelSpe
         check_vocabulary(model, tokenizer.vocab_size, s.model.checkpoint)
     else: model = model_config(s, tokenizer.vocab_size)
     check_balance(model, s)
+    check_parallel(model, s)
     chosen(model, device_of(s), s.train.precision, s.train.forward, s.model.experts)
     for name, size in sizes.items():
         check_prompt(int(np.quantile(size.prompts, .05)), name, s, longest(s, model.max_position_embeddings))
@@ -220,10 +239,10 @@ def keep_ready(ready:Ready, folder:Path):
     replace_file(folder/"held_out.json", json.dumps(ready.numbers).encode())
 
 # %% ../../nbs/05_rl/12_run.ipynb #36b8c1a1
-def job_of(role:str, name:str, folder:Path, server:Server, extra:str="", threads:int=1) -> Job:
+def job_of(role:str, name:str, folder:Path, server:Server, extra:str="", threads:int=1, ranks:int=1) -> Job:
     "A worker process, as a launcher is asked for it."
     return Job(name, "moe_rl.rl.workers", (role, name, str(folder), *([extra] if extra else [])), role,
-        dict(MOE_RL_ENDPOINT=server.endpoint), secret=server.key, threads=threads)
+        dict(MOE_RL_ENDPOINT=server.endpoint), secret=server.key, threads=threads, ranks=ranks)
 
 def end(workers:list[Worker]):
     "Kill what still runs, and wait until it is gone."
@@ -248,6 +267,25 @@ async def stop(server:Server, workers:list[Worker], export:str="", patience:floa
         if time.monotonic() > limit and not (export and writes): break
         await asyncio.sleep(0.05)
     end(workers)
+
+# %% ../../nbs/05_rl/12_run.ipynb #36b8c1a3
+class Ranked(Worker):
+    "A trainer of several processes: the first of them is on the wire, and the end of any is the end of all."
+    def fallen(self) -> list[tuple[int, int]]: # rank, exit code
+        "Ranks that ended badly, those that were killed first and those that another has left last."
+        codes = [(r, h.poll()) for r, h in enumerate(getattr(self.process, "all", []))]
+        return sorted(((r, c) for r, c in codes if c), key=lambda x: (x[1] > 0, x[1] == LEFT, x[0]))
+
+    def trouble(self, silence:float, stall:float) -> str:
+        "As of any worker, with the rank whose fault it is."
+        found = self.fallen()
+        alone = self.final and "another rank died" in self.failure      # the first is not to blame
+        if not found or found[0][0] == 0 or (self.failure and not alone and found[0][1] > 0):
+            return super().trouble(silence, stall)
+        rank, code = found[0]
+        words = self.process.all[rank].log(1)
+        why = f": {words}" if code > 0 and words else f" (logs/{self.name}-{rank}.log has its last words)"
+        return f"{self.name} rank {rank} died (exit code {code}) while {self.doing}{why}"
 
 # %% ../../nbs/05_rl/12_run.ipynb #e0d1c0a2
 def finished(folder:Path) -> dict|None: # the last evaluation, with `why`; None: there is something left to do
@@ -415,8 +453,9 @@ class Crew:
         self.pool = EnginePool(server, Clocked() if s.schedule.deterministic else Free())
         self.pool.engines = {e.name: e for e in (self.engine(0, i) for i in range(s.engine.replicas))}
     def add(self, role:str, name:str, extra:str="") -> Worker:
-        job = job_of(role, name, self.folder, self.server, extra, self.s.schedule.threads)
-        self.all.append(Worker(name, self.launcher.start(job)))
+        ranks = self.s.parallel.ranks if role == "trainer" else 1
+        job = job_of(role, name, self.folder, self.server, extra, self.s.schedule.threads, ranks)
+        self.all.append((Worker if ranks == 1 else Ranked)(name, self.launcher.start(job)))
         return self.all[-1]
     def engine(self, generation:int, i:int=0) -> Worker: return self.add("engine", f"engine-{i}.{generation}")
 
