@@ -1792,6 +1792,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'moe_rl.rl.run.Crew.add': ('05_rl/run.html#crew.add', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.Crew.engine': ('05_rl/run.html#crew.engine', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.Ranked': ('05_rl/run.html#ranked', 'moe_rl/rl/run.py'),
+                               'moe_rl.rl.run.Ranked.alone': ('05_rl/run.html#ranked.alone', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.Ranked.fallen': ('05_rl/run.html#ranked.fallen', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.Ranked.trouble': ('05_rl/run.html#ranked.trouble', 'moe_rl/rl/run.py'),
                                'moe_rl.rl.run.Ready': ('05_rl/run.html#ready', 'moe_rl/rl/run.py'),

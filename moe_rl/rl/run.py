@@ -271,16 +271,19 @@ async def stop(server:Server, workers:list[Worker], export:str="", patience:floa
 # %% ../../nbs/05_rl/12_run.ipynb #36b8c1a3
 class Ranked(Worker):
     "A trainer of several processes: the first of them is on the wire, and the end of any is the end of all."
+    @property
+    def alone(self) -> bool: return "another rank died" in self.failure # so says the first, which is not to blame
+
     def fallen(self) -> list[tuple[int, int]]: # rank, exit code
         "Ranks that ended badly, those that were killed first and those that another has left last."
         codes = [(r, h.poll()) for r, h in enumerate(getattr(self.process, "all", []))]
-        return sorted(((r, c) for r, c in codes if c), key=lambda x: (x[1] > 0, x[1] == LEFT, x[0]))
+        codes = [(r, LEFT if self.alone and r == 0 and c == 1 else c) for r, c in codes if c]
+        return sorted(codes, key=lambda x: (x[1] > 0, x[1] == LEFT, x[0]))
 
     def trouble(self, silence:float, stall:float) -> str:
         "As of any worker, with the rank whose fault it is."
         found = self.fallen()
-        alone = self.final and "another rank died" in self.failure      # the first is not to blame
-        if not found or found[0][0] == 0 or (self.failure and not alone and found[0][1] > 0):
+        if not found or found[0][0] == 0 or (self.failure and not self.alone and found[0][1] > 0):
             return super().trouble(silence, stall)
         rank, code = found[0]
         words = self.process.all[rank].log(1)
@@ -295,7 +298,8 @@ def finished(folder:Path) -> dict|None: # the last evaluation, with `why`; None:
     except ValueError as e:
         raise UserError(f"{folder/DONE}: is no JSON ({e}): remove it, then --resume makes the end again") from None
 
-EXTENDS = ("rl.steps", "rl.seconds", "rl.stop_at", "rl.stop_solved", "eval.", "checkpoint.", "schedule.")
+EXTENDS = ("rl.steps", "rl.seconds", "rl.stop_at", "rl.stop_solved", "eval.", "checkpoint.", "schedule.",
+    "parallel.")
 
 def extend(folder:Path, overrides:dict[str, Any]) -> Settings: # of the longer run
     "Give a run other limits and take its end back; `run(settings, resume=True)` then goes on from its last state."
