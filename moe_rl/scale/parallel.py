@@ -238,6 +238,7 @@ def parallelise(
     again:str="none", # what the backward pass computes again: of `AGAIN`
     keep:bool=False, # gather all blocks when a step begins, and keep them until their backward pass
     timeout:float=60., # seconds that an exchange of tokens may take
+    masters:bool=False, # experts that lie whole on one rank stay float32, and their computation is to round them
 )->Mesh:
     "Change `model` in place into this rank's part of it. One rank: nothing is changed."
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -255,8 +256,8 @@ def parallelise(
     mesh.exchange = _exchange(model.spec, group, dispatch, timeout)
     for m in moe_modules(model):
         m.experts.compute = mesh.spread(m.experts.compute if again != "blocks" else computed_again(m.experts.compute))
-        if alone: m.experts.to(compute)
-        else: _fsdp(m.experts, two(mesh.sparse), policy)
+        if not alone: _fsdp(m.experts, two(mesh.sparse), policy)
+        elif not masters: m.experts.to(compute)
     forget(model, again)
     blocks = _blocks(model, ends)
     for block in blocks: _fsdp(block, two(mesh.dense), policy, not keep)
