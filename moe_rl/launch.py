@@ -81,10 +81,11 @@ class Ranks:
     "Several children of this process that are one job. `all`: the handle of each, by rank."
     host = "localhost"
     def __init__(self, name:str, handles:list[LocalHandle], meet:Path):
-        self.name, self.all, self.meet = name, handles, meet
+        self.name, self.all, self.meet, self.failed = name, handles, meet, None
     def poll(self)->int|None:
         codes = [h.poll() for h in self.all]
-        return next((c for c in codes if c), None if None in codes else 0)
+        self.failed = self.failed or next((h for h in self.all if h.poll()), None) # the first that was seen
+        return self.failed.poll() if self.failed else None if None in codes else 0
     def kill(self):
         for h in self.all: h.kill()
     def wait(self)->int:
@@ -94,7 +95,7 @@ class Ranks:
         for h in self.all: h.wait()
         self.meet.unlink(missing_ok=True)
         return code
-    def log(self, lines:int=20)->str: return next((h for h in self.all if h.poll()), self.all[0]).log(lines)
+    def log(self, lines:int=20)->str: return (self.failed or self.all[0]).log(lines)
     def cpu_seconds(self)->float: return sum(h.cpu_seconds() for h in self.all)
     def __repr__(self): return f"Ranks({', '.join(map(repr, self.all))})"
 

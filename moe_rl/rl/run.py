@@ -92,19 +92,22 @@ def check_first(s:Settings):
     if s.warm_start.data:
         for where, row in read_rows(s.warm_start.data): messages_of(row, where)
     launcher_of(s).close()
+    check_parallel(s)
     engine_maker(s.engine.kind, s.engine.params)
     advantage.resolve(s.rl.advantage)
     loss.resolve(s.rl.loss, **s.rl.loss_params)
 
-def check_parallel(model:ModelSpec, s:Settings):
-    "Raise `UserError` for ranks of the trainer that do not fit together, this model or this machine."
-    p = s.parallel
-    if max(p.ranks, p.experts) == 1: return
-    at = "moe_rl.scale.parallel"
+def check_parallel(s:Settings):
+    "Raise `UserError` for ranks of the trainer that do not fit together, the model or this machine."
+    p, at = s.parallel, "moe_rl.scale.parallel"
+    if max(p.ranks, p.experts) == 1: return     # nothing of the mesh is imported
+    model = check_pretrained(s.model.checkpoint) if s.model.checkpoint else model_config(s, 512) # any vocabulary
     load_attribute(f"{at}:check_layout")(load_attribute(f"{at}:Layout")(p.replicate, p.shard, p.context, p.experts),
         p.ranks, model)
-    if s.launch.kind == "slurm": raise UserError(f"parallel: {p.ranks} ranks; launch.kind = \"slurm\" can't start them yet")
-    if s.train.precision == "fp8" or chosen(model, device_of(s), s.train.precision, s.train.forward, s.model.experts)[1]:
+    if s.launch.kind == "slurm":
+        raise UserError(f'parallel: {p.ranks} ranks, which launch.kind = "slurm" can\'t start yet; use "local"')
+    how = s.train.precision, s.train.forward, s.model.experts
+    if s.train.precision == "fp8" or chosen(model, device_of(s), *how)[1]:
         raise UserError(f'parallel: {p.ranks} ranks compute in float32 or bf16 with train.forward = "plain"')
     gpus = torch.cuda.device_count() if device_of(s).type == "cuda" else p.ranks
     if s.launch.kind == "local" and gpus < p.ranks:
@@ -129,7 +132,6 @@ def check(s:Settings, tokenizer:Tokenizer, sizes:dict[str, Lengths]) -> ModelSpe
         check_vocabulary(model, tokenizer.vocab_size, s.model.checkpoint)
     else: model = model_config(s, tokenizer.vocab_size)
     check_balance(model, s)
-    check_parallel(model, s)
     chosen(model, device_of(s), s.train.precision, s.train.forward, s.model.experts)
     for name, size in sizes.items():
         check_prompt(int(np.quantile(size.prompts, .05)), name, s, longest(s, model.max_position_embeddings))
