@@ -144,8 +144,10 @@ LONELY = "trainer: rank 0 of 2 can't go on with 'step 2', because another rank d
     ((1, LEFT, 1), LONELY, "trainer rank 2 died (exit code 1)"),
     ((None, None), "", "")])
 def test_the_rank_to_blame_is_named(codes, failure, named):
-    handles = [SimpleNamespace(poll=lambda c=c: c, log=lambda lines: "its own error") for c in codes]
-    job = SimpleNamespace(all=handles, poll=lambda: next(filter(None, codes), None), cpu_seconds=lambda: 0.)
+    handles = [SimpleNamespace(poll=lambda c=c: c, log=lambda lines: "its own error", cpu_seconds=lambda: 0.)
+        for c in codes]
+    job = SimpleNamespace(all=handles, poll=lambda: next(filter(None, codes), None), cpu_seconds=lambda: 0.,
+        stamp=lambda rank: 1.)
     worker = Ranked("trainer", job)
     worker.doing, worker.failure, worker.final = "step 2", failure, bool(failure)
     said = worker.trouble(45, 900)
@@ -153,6 +155,23 @@ def test_the_rank_to_blame_is_named(codes, failure, named):
     blind = Ranked.__mro__[1]("trainer", job)       # what a worker of one process would say
     blind.doing, blind.failure = "step 2", failure
     if "trainer rank" in named: assert not blind.trouble(45, 900).startswith(named)
+
+
+@pytest.mark.parametrize("step, named", [(.25, True), (40., False)], ids=["it stops", "this program has stopped"])
+def test_a_rank_that_is_stopped_is_named(monkeypatch, step, named):
+    "Bug: without the bound of a second, a run that was asleep itself blames a rank."
+    clock = [0.]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    handle = SimpleNamespace(poll=lambda: None, cpu_seconds=lambda: 0.)
+    worker = Ranked("trainer", SimpleNamespace(all=[handle]*2, poll=lambda: None, cpu_seconds=lambda: 0.,
+        stamp=lambda rank: 1.))
+    worker.ready.set()
+    said = ""
+    while clock[0] < 80 and not said:
+        clock[0] += step
+        worker.heard = worker.moved = clock[0]      # the first rank lives
+        said = worker.trouble(45, 900)
+    assert said.startswith("trainer rank 1 has been silent for 45 s while starting") == named and bool(said) == named
 
 
 @pytest.mark.parametrize("wrong, line", [({"parallel.experts": 2}, "must divide shard x context = 1"),
@@ -181,10 +200,10 @@ def test_a_killed_rank_ends_the_run_with_its_name_and_one_rank_goes_on(tmp_path)
     def control(loop): loop.spawn(kill(loop))
     s = load_settings(overrides=TINY | EP2 | {"dir": str(folder), "rl.steps": 10**6})
     with pytest.raises(UserError, match=r"^trainer rank 1 died \(exit code -9\) while ") as e:
-        asyncio.run(asyncio.wait_for(run_async(s, control=control), 120))
+        asyncio.run(asyncio.wait_for(run_async(s, control=control), 240))
     assert "\n" not in str(e.value) and psutil.Process().children(recursive=True) == []
     assert not list((folder/"logs").glob(".*"))
     done = len(read_lines(folder/"metrics.jsonl"))
     alone = extend(folder, {"parallel.shard": "1", "parallel.experts": "1", "rl.steps": str(done + 1)})
-    last = asyncio.run(asyncio.wait_for(run_async(alone, resume=True), 120))
+    last = asyncio.run(asyncio.wait_for(run_async(alone, resume=True), 240))
     assert last["step"] == done + 1 and (folder/"model"/"model.safetensors").exists()

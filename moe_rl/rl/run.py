@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import msgspec, numpy as np, torch
 from ..config import Settings, load_settings, to_toml
 from ..errors import StorageError, UserError, replace_file
-from ..launch import Job, Launcher, open_launcher
+from ..launch import Handle, Job, Launcher, open_launcher
 from ..plugins import load_attribute
 from ..records import encode
 from ..data.sources import messages_of, read_lines as read_rows
@@ -30,7 +30,7 @@ from . import advantage, loss
 from .ask import EVAL, build_engine, check_prompt, converse, longest
 from .log import RunLog, chosen_trackers, claim, read_lines, require_whole, trackers
 from .orchestrator import END, Orchestrator, State, receive, watch
-from .pool import Clocked, EnginePool, Free, Worker
+from .pool import STARTING, Clocked, EnginePool, Free, Worker
 from .trainer import build_model, model_config
 from .verdict import course_of, verdict
 from .wire import Server, Stop
@@ -273,6 +273,22 @@ async def stop(server:Server, workers:list[Worker], export:str="", patience:floa
 # %% ../../nbs/05_rl/12_run.ipynb #36b8c1a3
 class Ranked(Worker):
     "A trainer of several processes: the first of them is on the wire, and the end of any is the end of all."
+    def __init__(self, name:str, process:Handle):
+        super().__init__(name, process)
+        self.signs, self.quiet, self.looked = {}, {}, time.monotonic() # of each rank but the first
+
+    def stopped(self, silence:float) -> str: # empty when all live
+        "A rank without a sign of life. Time in which this program itself stood still is none of theirs."
+        now, self.looked = min(1., time.monotonic() - self.looked), time.monotonic()
+        for r, h in list(enumerate(getattr(self.process, "all", [])))[1:]:
+            sign = self.process.stamp(r), round(h.cpu_seconds(), 1)
+            self.quiet[r] = self.quiet.get(r, 0.) + now if sign == self.signs.get(r) else 0.
+            self.signs[r] = sign
+            if self.quiet[r] > (silence if sign[0] else max(silence, STARTING)):
+                return (f"{self.name} rank {r} has been silent for {self.quiet[r]:.0f} s while {self.doing} "
+                        f"(schedule.silence_seconds = {silence:g})")
+        return ""
+
     @property
     def alone(self) -> bool: return "another rank died" in self.failure # so says the first, which is not to blame
 
@@ -286,7 +302,7 @@ class Ranked(Worker):
         "As of any worker, with the rank whose fault it is."
         found = self.fallen()
         if not found or found[0][0] == 0 or (self.failure and not self.alone and found[0][1] > 0):
-            return super().trouble(silence, stall)
+            return super().trouble(silence, stall) or self.stopped(silence)
         rank, code = found[0]
         words = self.process.all[rank].log(1)
         why = f": {words}" if code > 0 and words else f" (logs/{self.name}-{rank}.log has its last words)"

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['HOPE', 'PASSES', 'LEFT', 'device_of', 'prepare', 'Probes', 'Examples', 'supervised', 'taught', 'warm_start', 'begin',
            'reference_model', 'release', 'release_step', 'save', 'export', 'part', 'order', 'follow_orders',
-           'train_worker', 'Unheard', 'follow', 'inbox', 'take', 'obey', 'drive_engine', 'engine_worker', 'letters',
-           'main']
+           'train_worker', 'Unheard', 'pulse', 'follow', 'inbox', 'take', 'obey', 'drive_engine', 'engine_worker',
+           'letters', 'main']
 
 # %% ../../nbs/05_rl/10_workers.ipynb #2988639f
-import copy, math, os, signal, sys, time, traceback
+import copy, math, os, signal, sys, threading, time, traceback
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from ..config import Settings, load_settings
 from ..errors import UserError
+from ..launch import beside
 from ..plugins import load_attribute
 from ..data.sources import talk_examples
 from ..data.tokens import Tokenizer, load_tokenizer
@@ -332,12 +333,20 @@ class Unheard:
     def beat(self, doing:str): self.doing = doing
     def send(self, message:Message): pass
 
+def pulse(rank:int):
+    "Once a second: this process lives."
+    path = beside(os.environ["MOE_RL_MEET"], rank)
+    while True:
+        path.touch()
+        time.sleep(1)
+
 LEFT = 70 # exit code of a rank that ends because another has
 
-def follow(name:str, work:Callable):
+def follow(name:str, rank:int, work:Callable):
     "Run `work(client)` as a rank that is not on the wire, as `serve` does for one that is."
     die_with_parent()
     for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(s, signal.SIG_IGN)
+    if "MOE_RL_MEET" in os.environ: threading.Thread(target=pulse, args=(rank,), daemon=True).start()
     code = 0
     try: work(Unheard())
     except UserError as e:
@@ -421,7 +430,7 @@ def main(argv:list[str]|None=None):
     folder = Path(folder)
     rank = int(os.environ.get("MOE_RL_RANK", 0))
     def train(client): train_worker(folder, checkpoint[0] if checkpoint else "", client, rank)
-    if rank: follow(f"{name} rank {rank}", train)
+    if rank: follow(f"{name} rank {rank}", rank, train)
     elif role == "trainer": serve(name, train)
     else: serve(name, lambda client: engine_worker(folder, client))
 
