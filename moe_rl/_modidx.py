@@ -63,6 +63,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'moe_rl.config.ParallelSection.multiple': ( '00_start/config.html#parallelsection.multiple',
                                                                            'moe_rl/config.py'),
                                'moe_rl.config.ParallelSection.ranks': ('00_start/config.html#parallelsection.ranks', 'moe_rl/config.py'),
+                               'moe_rl.config.ParallelSection.shares': ('00_start/config.html#parallelsection.shares', 'moe_rl/config.py'),
                                'moe_rl.config.RLSection': ('00_start/config.html#rlsection', 'moe_rl/config.py'),
                                'moe_rl.config.ScheduleSection': ('00_start/config.html#schedulesection', 'moe_rl/config.py'),
                                'moe_rl.config.Section': ('00_start/config.html#section', 'moe_rl/config.py'),

@@ -226,6 +226,8 @@ class ParallelSection(Section):
     def data(self)->int: return self.replicate*self.shard # ranks with rollouts of their own
     @property
     def multiple(self)->int: return 2*self.context if self.context > 1 else 1 # of the rows of a micro-batch
+    @property
+    def shares(self)->dict[str,int]: return dict(ranks=self.data, pad_multiple=self.multiple) # of `micro_batches`
 
 # %% ../nbs/00_start/03_config.ipynb #bc7391b7
 ENGINES = ("embedded",)

@@ -1,5 +1,5 @@
-"""RL with a trainer of two ranks: the same steps as one, a checkpoint that either takes up, and an end with a name when a
-rank is lost."""
+"""RL with a trainer of two ranks: the same steps as one, a checkpoint that either takes up, and an end with a name when
+a rank is lost."""
 import asyncio, sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +60,8 @@ def steps(s, given, folder, load=None, mistake=None):
 
 def same(got, want):
     for (a, _), (b, _) in zip(got[0], want[0]):
-        assert abs(a["loss"]/b["loss"]-1) < 5e-6 and abs(a["grad_norm"]/b["grad_norm"]-1) < 1e-4 and a["load"] == b["load"]
+        assert abs(a["loss"]/b["loss"]-1) < 5e-6 and abs(a["grad_norm"]/b["grad_norm"]-1) < 1e-4
+        assert a["load"] == b["load"]
     for n, t in want[2].items():
         assert torch.equal(got[1][n], want[1][n]), f"{n}: another start"
         moved = (t-want[1][n]).norm()

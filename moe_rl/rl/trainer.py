@@ -159,7 +159,7 @@ def step_metrics(
     row |= dict(tokens=whole.tokens, loss_tokens=whole.loss_tokens, utilisation=whole.tokens/(len(flat)*budget))
     return row | ages(flat, counted.step, oldest)
 
-# %% ../../nbs/05_rl/06_trainer.ipynb #cb3487a0
+# %% ../../nbs/05_rl/06_trainer.ipynb #cb3487a1
 @torch.no_grad()
 def copy_state(into:dict[str,Tensor], state:dict[str,Tensor]):
     "Copy tensors by name. `UserError` names those of another model, and nothing is changed."
@@ -170,7 +170,6 @@ def copy_state(into:dict[str,Tensor], state:dict[str,Tensor]):
                         "all): resume with the config of the checkpoint")
     for n, t in into.items(): t.copy_(state[n])
 
-# %% ../../nbs/05_rl/06_trainer.ipynb #cb3487a1
 class Trainer:
     "Model, optimizer and counters of one rank of a mesh."
     def __init__(self,
