@@ -288,6 +288,7 @@ def order(client:Client, world:World, context:int) -> Message|None: # None: noth
         world.tell([encode(part(message, r//context)) for r in range(world.size)])
     return message
 
+# %% ../../nbs/05_rl/10_workers.ipynb #fe2fb768
 def follow_orders(trainer:Trainer, folder:Path, client:Client, s:Settings, world:World, tokenizer:Tokenizer):
     "One step per `Train`, until `Stop`."
     while True:
@@ -327,6 +328,7 @@ def train_worker(folder:Path, checkpoint:str, client:Client, rank:int=0):
         client.send(Trained(trainer.step_number, metrics, published))
         follow_orders(trainer, folder, client, s, world, tokenizer)
 
+# %% ../../nbs/05_rl/10_workers.ipynb #fe2fb769
 class Unheard:
     "What a rank that is not on the wire has in a client's place."
     doing = "starting"
