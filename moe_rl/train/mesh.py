@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
-from ..config import ParallelSection
 from ..data.batch import TensorBatch
 from ..errors import UserError
 from ..moe.attention import AttendFn, packed_attend
@@ -120,7 +119,7 @@ class World:
 
     def spread(self,
         model:Model, # the same on every rank
-        parallel:ParallelSection,
+        parallel, # a `ParallelSection` of the settings
         work, # what a rank that is alone would call in its place: its precision and its experts are taken over
     )->Mesh:
         "Change `model` in place into this rank's part of it."
