@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Natural', 'Positive', 'Countable', 'Depth', 'Share', 'NotNegative', 'Size', 'Seconds', 'Part', 'Folder',
-           'EXPERTS', 'NOTHING', 'ENGINES', 'STEPS', 'ADVANTAGES', 'LOSSES', 'REWARDS', 'LAUNCHERS', 'OPEN', 'Section',
-           'or_auto', 'as_path', 'one_of', 'ModelSection', 'mapped', 'without_none', 'with_none', 'in_order',
-           'storable', 'TokenizerSection', 'EnvSection', 'WarmStartSection', 'OptimSection', 'BalanceSection',
-           'TrainSection', 'EngineSection', 'RLSection', 'EvalSection', 'ScheduleSection', 'LaunchSection',
-           'CheckpointSection', 'Settings', 'parse_env', 'env_sections', 'all_keys', 'meant', 'source_of', 'explain',
-           'literal', 'from_text', 'one_environment', 'set_key', 'read_toml', 'leaves', 'merge', 'load_settings',
-           'to_toml']
+           'EXPERTS', 'NOTHING', 'EXCHANGES', 'AGAIN', 'ENGINES', 'STEPS', 'ADVANTAGES', 'LOSSES', 'REWARDS',
+           'LAUNCHERS', 'OPEN', 'Section', 'or_auto', 'as_path', 'one_of', 'ModelSection', 'mapped', 'without_none',
+           'with_none', 'in_order', 'storable', 'TokenizerSection', 'EnvSection', 'WarmStartSection', 'OptimSection',
+           'BalanceSection', 'TrainSection', 'ParallelSection', 'EngineSection', 'RLSection', 'EvalSection',
+           'ScheduleSection', 'LaunchSection', 'CheckpointSection', 'Settings', 'parse_env', 'env_sections', 'all_keys',
+           'meant', 'source_of', 'explain', 'literal', 'from_text', 'one_environment', 'set_key', 'read_toml', 'leaves',
+           'merge', 'load_settings', 'to_toml']
 
 # %% ../nbs/00_start/03_config.ipynb #053aa9f9
 import ast, datetime, difflib, json, re, tomllib
@@ -206,6 +206,29 @@ class TrainSection(Section):
         description="plain: the model as it is; fused: AFMoE out "
         "of fused pieces, on Hopper, in 16 or 8 bits; auto: fused where that can be")
 
+# %% ../nbs/00_start/03_config.ipynb #7a1e0003
+EXCHANGES = ("auto", "all_to_all", "deepep")
+AGAIN = ("none", "blocks", "layers")
+
+class ParallelSection(Section):
+    "The trainer's ranks: replicate x shard x context processes that train one model."
+    replicate: Positive = Field(1, description="whole copies of the model (HSDP)")
+    shard: Positive = Field(1, description="ranks with rollouts of their own that share one copy of the model (FSDP)")
+    context: Positive = Field(1, description="ranks that share the rows of a micro-batch (CP)")
+    experts: Positive = Field(1, description="of the ranks of a copy, so many share the experts of a layer (EP)")
+    dispatch: Literal[EXCHANGES] = Field("auto", description="how tokens travel to their experts; auto: DeepEP where "
+        "it runs, else plain all-to-all")
+    again: Literal[AGAIN] = Field("none", description="what the backward pass computes again instead of keeping it")
+
+    @property
+    def ranks(self)->int: return self.replicate*self.shard*self.context
+    @property
+    def data(self)->int: return self.replicate*self.shard # ranks with rollouts of their own
+    @property
+    def multiple(self)->int: return 2*self.context if self.context > 1 else 1 # of the rows of a micro-batch
+    @property
+    def shares(self)->dict[str,int]: return dict(ranks=self.data, pad_multiple=self.multiple) # of `micro_batches`
+
 # %% ../nbs/00_start/03_config.ipynb #bc7391b7
 ENGINES = ("embedded",)
 STEPS = ("auto", "plain", "graphs")
@@ -332,6 +355,7 @@ class Settings(Section):
     tokenizer: TokenizerSection = TokenizerSection()
     warm_start: WarmStartSection = WarmStartSection()
     train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
     optim: OptimSection = OptimSection()
     balance: BalanceSection = BalanceSection()
     engine: EngineSection = EngineSection()

@@ -579,7 +579,7 @@ class Orchestrator(Leaving):
         advantages = np.concatenate([g.advantages(self.advantage) for g in groups])
         save = self.s.checkpoint.every and step % self.s.checkpoint.every == 0 or step == self.s.rl.steps
         target, sent = stage(self.folder, step) if save else "", time.monotonic()
-        batches = micro_batches(rollouts, list(advantages), self.s.rl.tokens_per_batch)
+        batches = micro_batches(rollouts, list(advantages), self.s.rl.tokens_per_batch, **self.s.parallel.shares)
         metrics = await self.order(Train(step, batches, self.pool.oldest(),
             str(target))) | dict(step_seconds=time.monotonic() - sent)
         budget = self.s.rl.tokens_per_batch

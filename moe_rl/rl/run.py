@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DONE', 'DRAW_SECONDS', 'EXTENDS', 'tokenizer_at', 'keep_tokenizer', 'make_tokenizer', 'check_balance', 'launcher_of',
-           'check_first', 'idle_goals', 'check', 'Ready', 'processes', 'guard_of', 'draw_profiles', 'make_ready',
-           'measured', 'ready_again', 'get_ready', 'keep_ready', 'job_of', 'end', 'stop', 'finished', 'extend',
-           'write_card', 'state_at', 'choose', 'set_aside', 'code_of', 'flat', 'provenance', 'complete',
-           'first_version', 'verdicts', 'Crew', 'drive', 'run_async', 'signals', 'run', 'with_sizes', 'ready_for',
-           'evaluate_async', 'evaluate']
+           'check_first', 'check_parallel', 'idle_goals', 'check', 'Ready', 'processes', 'guard_of', 'draw_profiles',
+           'make_ready', 'measured', 'ready_again', 'get_ready', 'keep_ready', 'job_of', 'end', 'stop', 'Ranked',
+           'finished', 'extend', 'write_card', 'state_at', 'choose', 'set_aside', 'code_of', 'flat', 'provenance',
+           'complete', 'first_version', 'verdicts', 'Crew', 'drive', 'run_async', 'signals', 'run', 'with_sizes',
+           'ready_for', 'evaluate_async', 'evaluate']
 
 # %% ../../nbs/05_rl/12_run.ipynb #c87043bf
 import asyncio, hashlib, importlib.util, itertools, json, math, os, platform, shutil, signal, sys, threading, time
@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import msgspec, numpy as np, torch
 from ..config import Settings, load_settings, to_toml
 from ..errors import StorageError, UserError, replace_file
-from ..launch import Job, Launcher, open_launcher
+from ..launch import Handle, Job, Launcher, open_launcher
+from ..plugins import load_attribute
 from ..records import encode
 from ..data.sources import messages_of, read_lines as read_rows
 from ..data.tokens import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
@@ -29,11 +30,11 @@ from . import advantage, loss
 from .ask import EVAL, build_engine, check_prompt, converse, longest
 from .log import RunLog, chosen_trackers, claim, read_lines, require_whole, trackers
 from .orchestrator import END, Orchestrator, State, receive, watch
-from .pool import Clocked, EnginePool, Free, Worker
+from .pool import STARTING, Clocked, EnginePool, Free, Worker
 from .trainer import build_model, model_config
 from .verdict import course_of, verdict
 from .wire import Server, Stop
-from .workers import device_of, prepare
+from .workers import LEFT, device_of, prepare
 from ..rollout.environments import Mixture, Task
 from ..rollout.grading import examine
 from ..rollout.guard import Guard, open_envs
@@ -91,9 +92,29 @@ def check_first(s:Settings):
     if s.warm_start.data:
         for where, row in read_rows(s.warm_start.data): messages_of(row, where)
     launcher_of(s).close()
+    check_parallel(s)
     engine_maker(s.engine.kind, s.engine.params)
     advantage.resolve(s.rl.advantage)
     loss.resolve(s.rl.loss, **s.rl.loss_params)
+
+def check_parallel(s:Settings):
+    "Raise `UserError` for ranks of the trainer that do not fit together, the model or this machine."
+    p, at = s.parallel, "moe_rl.scale.parallel"
+    if max(p.ranks, p.experts) == 1: return     # nothing of the mesh is imported
+    model = check_pretrained(s.model.checkpoint) if s.model.checkpoint else model_config(s, 512) # any vocabulary
+    load_attribute(f"{at}:check_layout")(load_attribute(f"{at}:Layout")(p.replicate, p.shard, p.context, p.experts),
+        p.ranks, model)
+    if s.launch.kind == "slurm":
+        raise UserError(f'parallel: {p.ranks} ranks, which launch.kind = "slurm" can\'t start yet; use "local"')
+    how = s.train.precision, s.train.forward, s.model.experts
+    if s.train.precision == "fp8" or chosen(model, device_of(s), *how)[1]:
+        raise UserError(f'parallel: {p.ranks} ranks compute in float32 or bf16 with train.forward = "plain"')
+    gpus = torch.cuda.device_count() if device_of(s).type == "cuda" else p.ranks
+    if s.launch.kind == "local" and gpus < p.ranks:
+        raise UserError(f"parallel: {p.ranks} ranks, but this machine has {gpus} GPUs: lower parallel.shard")
+    if s.rl.tokens_per_batch != "auto" and s.rl.tokens_per_batch % p.multiple:
+        raise UserError(f"rl.tokens_per_batch is {s.rl.tokens_per_batch}: with parallel.context = {p.context} it must "
+                        f"be a multiple of {p.multiple}")
 
 def idle_goals(s:Settings, tasks:list[Task]) -> list[str]: # lines for the user
     "Goals that count exact answers where there is nothing to be exact about."
@@ -220,10 +241,10 @@ def keep_ready(ready:Ready, folder:Path):
     replace_file(folder/"held_out.json", json.dumps(ready.numbers).encode())
 
 # %% ../../nbs/05_rl/12_run.ipynb #36b8c1a1
-def job_of(role:str, name:str, folder:Path, server:Server, extra:str="", threads:int=1) -> Job:
+def job_of(role:str, name:str, folder:Path, server:Server, extra:str="", threads:int=1, ranks:int=1) -> Job:
     "A worker process, as a launcher is asked for it."
     return Job(name, "moe_rl.rl.workers", (role, name, str(folder), *([extra] if extra else [])), role,
-        dict(MOE_RL_ENDPOINT=server.endpoint), secret=server.key, threads=threads)
+        dict(MOE_RL_ENDPOINT=server.endpoint), secret=server.key, threads=threads, ranks=ranks)
 
 def end(workers:list[Worker]):
     "Kill what still runs, and wait until it is gone."
@@ -249,6 +270,44 @@ async def stop(server:Server, workers:list[Worker], export:str="", patience:floa
         await asyncio.sleep(0.05)
     end(workers)
 
+# %% ../../nbs/05_rl/12_run.ipynb #36b8c1a3
+class Ranked(Worker):
+    "A trainer of several processes: the first of them is on the wire, and the end of any is the end of all."
+    def __init__(self, name:str, process:Handle):
+        super().__init__(name, process)
+        self.signs, self.quiet, self.looked = {}, {}, time.monotonic() # of each rank but the first
+
+    def stopped(self, silence:float) -> str: # empty when all live
+        "A rank without a sign of life. Time in which this program itself stood still is none of theirs."
+        now, self.looked = min(1., time.monotonic() - self.looked), time.monotonic()
+        for r, h in list(enumerate(getattr(self.process, "all", [])))[1:]:
+            sign = self.process.stamp(r), round(h.cpu_seconds(), 1)
+            self.quiet[r] = self.quiet.get(r, 0.) + now if sign == self.signs.get(r) else 0.
+            self.signs[r] = sign
+            if self.quiet[r] > (silence if sign[0] else max(silence, STARTING)):
+                return (f"{self.name} rank {r} has been silent for {self.quiet[r]:.0f} s while {self.doing} "
+                        f"(schedule.silence_seconds = {silence:g})")
+        return ""
+
+    @property
+    def alone(self) -> bool: return "another rank died" in self.failure # so says the first, which is not to blame
+
+    def fallen(self) -> list[tuple[int, int]]: # rank, exit code
+        "Ranks that ended badly, those that were killed first and those that another has left last."
+        codes = [(r, h.poll()) for r, h in enumerate(getattr(self.process, "all", []))]
+        codes = [(r, LEFT if self.alone and r == 0 and c == 1 else c) for r, c in codes if c]
+        return sorted(codes, key=lambda x: (x[1] > 0, x[1] == LEFT, x[0]))
+
+    def trouble(self, silence:float, stall:float) -> str:
+        "As of any worker, with the rank whose fault it is."
+        found = self.fallen()
+        if not found or found[0][0] == 0 or (self.failure and not self.alone and found[0][1] > 0):
+            return super().trouble(silence, stall) or self.stopped(silence)
+        rank, code = found[0]
+        words = self.process.all[rank].log(1)
+        why = f": {words}" if code > 0 and words else f" (logs/{self.name}-{rank}.log has its last words)"
+        return f"{self.name} rank {rank} died (exit code {code}) while {self.doing}{why}"
+
 # %% ../../nbs/05_rl/12_run.ipynb #e0d1c0a2
 def finished(folder:Path) -> dict|None: # the last evaluation, with `why`; None: there is something left to do
     "Whether the run in `folder` has come to its end and left its model."
@@ -257,7 +316,8 @@ def finished(folder:Path) -> dict|None: # the last evaluation, with `why`; None:
     except ValueError as e:
         raise UserError(f"{folder/DONE}: is no JSON ({e}): remove it, then --resume makes the end again") from None
 
-EXTENDS = ("rl.steps", "rl.seconds", "rl.stop_at", "rl.stop_solved", "eval.", "checkpoint.", "schedule.")
+EXTENDS = ("rl.steps", "rl.seconds", "rl.stop_at", "rl.stop_solved", "eval.", "checkpoint.", "schedule.",
+    "parallel.")
 
 def extend(folder:Path, overrides:dict[str, Any]) -> Settings: # of the longer run
     "Give a run other limits and take its end back; `run(settings, resume=True)` then goes on from its last state."
@@ -415,8 +475,9 @@ class Crew:
         self.pool = EnginePool(server, Clocked() if s.schedule.deterministic else Free())
         self.pool.engines = {e.name: e for e in (self.engine(0, i) for i in range(s.engine.replicas))}
     def add(self, role:str, name:str, extra:str="") -> Worker:
-        job = job_of(role, name, self.folder, self.server, extra, self.s.schedule.threads)
-        self.all.append(Worker(name, self.launcher.start(job)))
+        ranks = self.s.parallel.ranks if role == "trainer" else 1
+        job = job_of(role, name, self.folder, self.server, extra, self.s.schedule.threads, ranks)
+        self.all.append((Worker if ranks == 1 else Ranked)(name, self.launcher.start(job)))
         return self.all[-1]
     def engine(self, generation:int, i:int=0) -> Worker: return self.add("engine", f"engine-{i}.{generation}")
 

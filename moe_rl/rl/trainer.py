@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOADS', 'model_config', 'spec_of', 'build_model', 'borders', 'Recipe', 'target_logprobs', 'reference_logprobs',
-           'rl_loss', 'ages', 'step_metrics', 'Trainer']
+           'rl_loss', 'ages', 'step_metrics', 'copy_state', 'Trainer']
 
 # %% ../../nbs/05_rl/06_trainer.ipynb #32cf2998
 import math, time
@@ -160,6 +160,16 @@ def step_metrics(
     return row | ages(flat, counted.step, oldest)
 
 # %% ../../nbs/05_rl/06_trainer.ipynb #cb3487a1
+@torch.no_grad()
+def copy_state(into:dict[str,Tensor], state:dict[str,Tensor]):
+    "Copy tensors by name. `UserError` names those of another model, and nothing is changed."
+    wrong = [n for n in into.keys() | state.keys() if n not in into or n not in state
+        or into[n].shape != state[n].shape]
+    if wrong:
+        raise UserError(f"{', '.join(sorted(wrong)[:3])} of the checkpoint are not those of the model ({len(wrong)} in "
+                        "all): resume with the config of the checkpoint")
+    for n, t in into.items(): t.copy_(state[n])
+
 class Trainer:
     "Model, optimizer and counters of one rank of a mesh."
     def __init__(self,
@@ -176,8 +186,9 @@ class Trainer:
         self.how = Recipe(resolve(rl.loss, **rl.loss_params), sampling, balance, rl.replay, rl.kl_coef, reference,
             mesh.context)
         self.work = model if work is None else work
+        self.parts = mesh.parameters(model)
         self.optimizers = build_optimizer(model, optim.muon_lr, optim.adamw_lr, optim.weight_decay,
-            parameters=mesh.parameters(model), muon=mesh.muon)
+            parameters=self.parts, muon=mesh.muon)
 
     @property
     def step_number(self)->int: return self.counted.step
@@ -200,14 +211,20 @@ class Trainer:
         row = step_metrics(report, batches, self.counted, self.rl.tokens_per_batch, self.rl.max_staleness)
         return row | dict(train_seconds=time.perf_counter()-started)
 
+    def state(self)->dict[str,Tensor]: # not copies
+        "This rank's part of every tensor of the model, by name."
+        return {n: self.parts[n].detach() if n in self.parts else t for n, t in self.model.state_dict().items()}
+
     def save(self, folder:Path):
-        "Write model, optimizer and counters below `folder`; the caller commits it."
-        save_tensors(folder/"model.safetensors", self.mesh.gather(self.model.state_dict()))
-        save_tensors(folder/"optimizer.safetensors", self.mesh.gather(self.optimizers.state_dict()))
-        (folder/"trainer.json").write_bytes(msgspec.json.encode(self.counted))
+        "Write model, optimizer and counters below `folder`, whole, on the first rank; the caller commits it."
+        for name, state in (("model", self.state()), ("optimizer", self.optimizers.state_dict())):
+            if (whole := self.mesh.collect(state)) is not None: save_tensors(folder/f"{name}.safetensors", whole)
+        if self.mesh.first: (folder/"trainer.json").write_bytes(msgspec.json.encode(self.counted))
 
     def load(self, folder:Path):
-        "Restore what `save` wrote, bit for bit."
-        self.model.load_state_dict(load_tensors(folder/"model.safetensors"))
-        self.optimizers.load_state_dict(load_tensors(folder/"optimizer.safetensors"))
+        "Restore what `save` wrote, bit for bit, whatever mesh it was on."
+        model, optimizer = (load_tensors(folder/f"{name}.safetensors") for name in ("model", "optimizer"))
+        mine = lambda whole: {n: self.mesh.scatter(n, t) for n, t in whole.items()}
+        copy_state(self.state(), mine(model))
+        self.optimizers.load_state_dict(mine(optimizer))
         self.counted = msgspec.json.decode((folder/"trainer.json").read_bytes(), type=Outcomes)

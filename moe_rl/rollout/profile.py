@@ -242,7 +242,8 @@ def fit(
     auto(s.model, "max_position_embeddings", max(2048, up(longest, 256)))
     longest = min(longest, positions or s.model.max_position_embeddings)
     auto(s.rl, "groups_per_step", groups_for(mean, s.rl.group_size))
-    auto(s.rl, "tokens_per_batch", max(longest, min(8192, up(1.2*mean*s.rl.group_size*s.rl.groups_per_step, 512))))
+    whole = 1.2*mean*s.rl.group_size*s.rl.groups_per_step/s.parallel.data # step, of a rank of the trainer
+    auto(s.rl, "tokens_per_batch", max(up(longest, s.parallel.multiple), min(8192, up(whole, 512))))
     auto(s.engine, "kv_tokens", max(16384, up(4*longest, s.engine.block_size)))
     auto(s.schedule, "env_timeout", max(10.0, math.ceil(20*max(p.slowest for p in profiles))))
     auto(s.eval, "prompts", min(evaluated(mean), sum(len(p.held_out) for p in profiles)))

@@ -15,6 +15,7 @@ import psutil
 from ..config import Settings, to_toml
 from ..errors import UserError
 from ..launch import Job, inherited, last_lines, open_launcher
+from ..rl.run import check_parallel
 from .fit import check_fits
 from .preflight import versions
 
@@ -214,6 +215,7 @@ def submit(s:Settings, resume:bool, dry:bool, say=print)->int: # exit code
     for name in ("trainer_ranks", "engine_gpus"):
         if getattr(site, name) > 1:
             site.wrong(name, "more than 1, which a run can't do yet; --dry-run shows the script")
+    check_parallel(s)
     if not which("sbatch"): raise UserError("sbatch: no such command here; --dry-run shows the script")
     (folder/"logs").mkdir(parents=True, exist_ok=True)
     if not resume: (folder/"config.toml").write_text(to_toml(s))
