@@ -131,7 +131,8 @@ def test_python_api(home):
     settings = load_settings(overrides=TINY | {"dir": str(home / "runs" / "api"), "env": "my_task:Letters",
         "rl.steps": 1, "rl.reward": "my_task:half_length", "rl.advantage": "my_task:spread", "warm_start.steps": 1})
     last = run(settings, show=rows.append)
-    assert last["step"] == 1 and last["prompts"] == 8 and any(isinstance(r, StepRow) and r.step == 1 and r.grad_norm is not None for r in rows)
+    assert last["step"] == 1 and last["prompts"] == 8
+    assert any(isinstance(r, StepRow) and r.step == 1 and r.grad_norm is not None for r in rows)
     assert (home / "runs" / "api" / "model" / "config.json").exists()
 
 
@@ -154,8 +155,8 @@ def test_report_of_a_killed_or_unfinished_run(tmp_path):
     log = RunLog(tmp_path / "run", tensorboard=False)
     log.metrics(StepRow(step=1, reward=float("nan"), exact=None, seconds=3.0))
     log.ledger(1, ["0-0"], dict(stale=["0-1", "0-2"]))
-    log.eval(EvalRow(step=0, exact=.5, interval=[.4, .6], pass_at_k={"1": .5}, score=.5, prompts=8, samples=1, seconds=1.0,
-        eval_seconds=.5))
+    log.eval(EvalRow(step=0, exact=.5, interval=[.4, .6], pass_at_k={"1": .5}, score=.5, prompts=8, samples=1,
+        seconds=1.0, eval_seconds=.5))
     log.sample(dict(step=1, id="0-0", reward=1.0, text="a | b\n```\n<script>"))
     log.close()
     with (tmp_path / "run" / "metrics.jsonl").open("a") as f: f.write('{"step": 2, "rew')

@@ -15,63 +15,59 @@ from ..data.batch import micro_batches
 from ..data.packing import Fill
 from .advantage import resolve
 from .beside import Beside, GoOn, InTurn
-from .books import Books, Pace, State, record
+from .books import Books, Pace, record
 from .buffer import Buffer, Group
 from .ending import Ending, Interrupted
 from .gate import room
-from .log import RunLog
 from .playing import Asking, Evaluations, Failures, Playing
 from .pool import EnginePool, Worker
 from .shares import Shares
 from .wire import Save, Server, Train
-from ..rollout.environments import Task
 from ..rollout.guard import Guard
 from ..train.checkpoint import latest, stage, step_path
 
-# %% ../../nbs/05_rl/11_orchestrator.ipynb #79c88d97
+# %% ../../nbs/05_rl/11_orchestrator.ipynb #5cba8149
 class Orchestrator:
     "The asynchronous loop of one run, and the parts that it is made of."
-    def __init__(self, s:Settings, guard:Guard, tokenizer, server:Server, pool:EnginePool, trainer:Worker, log:RunLog,
+    def __init__(self, s:Settings, guard:Guard, tokenizer, server:Server, pool:EnginePool, trainer:Worker, log,
                  folder:Path, show=lambda row: None,
                  positions:int=1 << 30,     # tokens that the model's positions allow
-                 held_out:list[Task]=()):   # problems of every evaluation
+                 held_out:list=()):         # problems of every evaluation
         self.s, self.rl, self.guard, self.tokenizer, self.server = s, s.rl, guard, tokenizer, server
-        self.pool, self.trainer, self.trained, self.started = pool, trainer, None, 0 # trained: what the trainer answers
+        self.pool, self.trainer = pool, trainer
+        self.started, self.trained = 0, None    # steps begun; what the trainer will answer
+        rl, weights, self.beside = s.rl, dict(zip(guard.host.labels, guard.host.weights)), Beside()
         self.policy = InTurn() if s.schedule.deterministic else GoOn()
-        self.advantage, self.pace, self.fill = resolve(s.rl.advantage), Pace(pool), Fill()
-        self.buffer = Buffer(s.rl.group_size, s.rl.max_staleness, s.rl.zero_variance, s.rl.overlong,
-            s.rl.overlong_penalty)
-        self.beside = beside = Beside()
-        self.books = books = Books(folder, log, show, self.buffer, s.checkpoint.keep)
-        self.ending = Ending(s.rl, books, beside)
-        self.shares = Shares(dict(zip(guard.host.labels, guard.host.weights)), guard.pick, s.rl.groups_per_step)
+        self.advantage, self.pace, self.fill = resolve(rl.advantage), Pace(pool), Fill()
+        self.buffer = Buffer(rl.group_size, rl.max_staleness, rl.zero_variance, rl.overlong, rl.overlong_penalty)
+        self.books = Books(folder, log, show, self.buffer, s.checkpoint.keep)
+        self.ending = Ending(rl, self.books, self.beside)
+        self.shares = Shares(weights, guard.pick, rl.groups_per_step)
         self.asking = Asking(s, tokenizer, pool, positions)
-        self.failures = Failures(max(16, s.rl.groups_per_step * s.rl.group_size), log)
-        self.playing = Playing(self.asking, guard, beside, books, self.shares, self.failures)
-        self.exam = Evaluations(held_out, s.eval.samples, s.eval.every, self.asking, guard.beside("score"), beside, books,
-            self.failures)
-        # short names: for the loop below, and for who starts it
-        self.spawn, self.wait, self.until, self.changed = beside.spawn, beside.wait, beside.until, beside.changed
-        self.state, self.log, self.folder, self.show = books.state, log, books.folder, books.show
-        self.say, self.commit, self.over, self.interrupt = books.say, books.commit, self.ending.over, self.ending.interrupt
+        self.failures = Failures(max(16, rl.groups_per_step * rl.group_size), log)
+        common = self.beside, self.books, self.failures
+        self.playing = Playing(self.asking, guard, self.shares, *common)
+        # evaluation has threads of its own: neither starves the other
+        self.exam = Evaluations(held_out, s.eval.samples, s.eval.every, self.asking, guard.beside("score"), *common)
+        # short names, for the loop below and for who starts it
+        self.spawn, self.wait, self.until = self.beside.spawn, self.beside.wait, self.beside.until
+        self.changed, self.over, self.interrupt = self.beside.changed, self.ending.over, self.ending.interrupt
+        self.state, self.log, self.folder = self.books.state, log, self.books.folder
+        self.show, self.say, self.commit = self.books.show, self.books.say, self.books.commit
+        self.restore = self.playing.resume
 
-# %% ../../nbs/05_rl/11_orchestrator.ipynb #ee7bd18c
+# %% ../../nbs/05_rl/11_orchestrator.ipynb #0b0c0013
 @patch
 def feed(self:Orchestrator):
     "Issue groups while the gate is open and steps are left."
-    version, running, waiting = min(self.pool.version.values(), default=-1), len(self.state.live), len(
-        self.buffer.complete)
+    version, running = min(self.pool.version.values(), default=-1), len(self.state.live)
+    waiting = len(self.buffer.complete)
     open = room(version, self.started, running, waiting, self.rl.groups_per_step, self.rl.max_staleness)
     left = (self.rl.steps - self.started) * self.rl.groups_per_step - running - waiting
     for _ in range(max(0, min(open, left))):
         self.playing.issue(self.shares.next(self.state, self.buffer.complete), range(self.rl.group_size))
 
-# %% ../../nbs/05_rl/11_orchestrator.ipynb #377fcd50
-@patch
-async def look(self:Orchestrator):
-    "Begin the evaluation that is due, unless one is running."
-    if self.exam.due and not self.exam.running: await self.policy.follow(self, self.exam.begin())
-
+# %% ../../nbs/05_rl/11_orchestrator.ipynb #0b0c0015
 @patch
 async def batch(self:Orchestrator) -> list[Group]|None: # None: there is none to wait for
     "The groups of the next step, as soon as there are enough."
@@ -81,14 +77,14 @@ async def batch(self:Orchestrator) -> list[Group]|None: # None: there is none to
         if self.buffer.ready(B, step): break
         self.ending.complain()
         if self.over() and (self.policy.leaves_steps or not self.ending.halt): return None
-        await self.look()
+        if exam := self.exam.begin(): await self.policy.follow(self, exam)
         await self.policy.more(self, B, step)
     self.buffer.complete = self.shares.order(self.state, self.policy.sort(self.buffer.complete))
     groups = self.buffer.take(B, step)
     self.shares.took(self.state, groups)
     return groups
 
-# %% ../../nbs/05_rl/11_orchestrator.ipynb #cf0005e3
+# %% ../../nbs/05_rl/11_orchestrator.ipynb #0b0c0017
 @patch
 async def order(self:Orchestrator, message:Train|Save):
     "Send an order to the trainer and await its answer."
@@ -114,7 +110,7 @@ async def train(self:Orchestrator, groups:list[Group]):
     record(self.books, rollouts, metrics, self.pace, list(self.shares.weights), self.tokenizer)
     if save: self.commit()
 
-# %% ../../nbs/05_rl/11_orchestrator.ipynb #1fa7964f
+# %% ../../nbs/05_rl/11_orchestrator.ipynb #0b0c0019
 @patch
 async def save(self:Orchestrator):
     "Commit the step that the run has come to, unless it is committed."
@@ -130,24 +126,14 @@ async def leave(self:Orchestrator):
     raise Interrupted(f"{self.ending.halt}: checkpoint of step {self.state.step} committed")
 
 @patch
-async def restore(self:Orchestrator, state:State):
-    "Go on from a committed state: rollouts that were being played are played again."
-    self.books.restore(state)
-    self.started = state.step
-    self.guard.sharp |= set(state.sharp)
-    for group, indices in list(state.live.items()): self.playing.issue(group, indices)
-
-@patch
 async def run(self:Orchestrator) -> dict: # the last evaluation
-    """All steps, with an evaluation before and after.
-
-    `Interrupted` when it was asked to stop and has saved what there is."""
+    "All steps, with an evaluation before and after. `Interrupted` when it was asked to stop and has saved all."
     def update(): return self.spawn(self.pool.update(self.state.step, str(self.folder/"weights")))
     if self.state.step == 0 and not self.over(): await self.exam.evaluate()
-    self.books.began = time.monotonic()
+    self.started, self.books.began = self.state.step, time.monotonic()
     self.pace.start()
     while not (why := self.over()):
-        await self.look()
+        if exam := self.exam.begin(): await self.policy.follow(self, exam)
         self.feed()
         if not (groups := await self.batch()): continue
         self.started += 1

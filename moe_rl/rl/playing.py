@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Asking', 'Failures', 'Playing', 'standing', 'Evaluations']
 
-# %% ../../nbs/05_rl/18_playing.ipynb #0c7128d0
-import time
+# %% ../../nbs/05_rl/18_playing.ipynb #465cf76f
+import asyncio, time
 from ..config import Settings
 from ..errors import UserError
 from ..records import Rollout
 from .ask import EVAL, TRAIN, converse, longest
 from .beside import Beside
-from .books import Books, Played
+from .books import Books, Played, State
 from .log import RunLog
 from .pool import EnginePool
 from .rows import EvalRow
@@ -55,7 +55,7 @@ class Failures:
 # %% ../../nbs/05_rl/18_playing.ipynb #8f78c850
 class Playing:
     "Groups of training, from their issue to their end."
-    def __init__(self, asking:Asking, guard:Guard, beside:Beside, books:Books, shares:Shares, failures:Failures):
+    def __init__(self, asking:Asking, guard:Guard, shares:Shares, beside:Beside, books:Books, failures:Failures):
         self.asking, self.pool, self.guard, self.beside = asking, asking.pool, guard, beside
         self.books, self.state, self.buffer = books, books.state, books.buffer
         self.shares, self.failures = shares, failures
@@ -101,6 +101,12 @@ class Playing:
         self.state.wasted += not survived
         self.shares.ended(self.state, group, survived)
 
+    async def resume(self, state:State):
+        "Go on from a committed state: rollouts that were being played are played again."
+        self.books.restore(state)
+        self.guard.sharp |= set(state.sharp)
+        for group, indices in list(state.live.items()): self.issue(group, indices)
+
     async def expire(self, step:int):
         "Give up what is too old for a step, and stop what engines still write of it."
         late = set(self.buffer.expire(step))
@@ -135,8 +141,9 @@ class Evaluations:
         elif self.running: self.books.say(f"evaluation due at step {step}: waits for the one that is running")
         self.due = True
 
-    def begin(self):
-        "Start the one that is due."
+    def begin(self) -> asyncio.Task|None:
+        "Start the one that is due, unless one is running."
+        if not self.due or self.running: return None
         self.due, self.task = False, self.beside.spawn(self.evaluate())
         return self.task
 
