@@ -132,7 +132,10 @@ def test_python_api(home):
         "rl.steps": 1, "rl.reward": "my_task:half_length", "rl.advantage": "my_task:spread", "warm_start.steps": 1})
     last = run(settings, show=rows.append)
     assert last["step"] == 1 and last["prompts"] == 8
-    assert any(isinstance(r, StepRow) and r.step == 1 and r.grad_norm is not None for r in rows)
+    [row] = [r for r in rows if isinstance(r, StepRow)]
+    assert row.step == 1 and row.grad_norm is not None
+    unnamed = [k for k in row.more if not k.startswith(("loss_", "stale_", "dropped_"))]
+    assert unnamed == [], "a number of every step is a field of StepRow"
     assert (home / "runs" / "api" / "model" / "config.json").exists()
 
 
