@@ -109,7 +109,7 @@ def cmd_run(args:list[str]) -> int:
         return start_again(["run", *args], PYTHONHASHSEED="0", MKL_CBWR="COMPATIBLE")
     from moe_rl.display import Display
     from moe_rl.report import write_report
-    from moe_rl.rl.orchestrator import Interrupted
+    from moe_rl.rl.ending import Interrupted
     from moe_rl.rl.run import finished, run
     if resume and flags["step"] is None and (done := finished(Path(s.dir))):
         say(f"{s.dir} is finished: {done['why']}; model in {s.dir}/model; `moe-rl run --extend {s.dir} --rl.steps N` "

@@ -19,6 +19,7 @@ from moe_rl.display import Display, Ticker
 from moe_rl.errors import UserError
 from moe_rl.report import PICTURES, read_run, write_report
 from moe_rl.rl.log import RunLog, claim, read_lines
+from moe_rl.rl.rows import EvalRow, Phase, StepRow
 from moe_rl.rl.run import DONE, run
 from rich.console import Console
 
@@ -130,7 +131,11 @@ def test_python_api(home):
     settings = load_settings(overrides=TINY | {"dir": str(home / "runs" / "api"), "env": "my_task:Letters",
         "rl.steps": 1, "rl.reward": "my_task:half_length", "rl.advantage": "my_task:spread", "warm_start.steps": 1})
     last = run(settings, show=rows.append)
-    assert last["step"] == 1 and last["prompts"] == 8 and any(r.get("step") == 1 and "grad_norm" in r for r in rows)
+    assert last["step"] == 1 and last["prompts"] == 8
+    [row] = [r for r in rows if isinstance(r, StepRow)]
+    assert row.step == 1 and row.grad_norm is not None
+    unnamed = [k for k in row.more if not k.startswith(("loss_", "stale_", "dropped_"))]
+    assert unnamed == [], "a number of every step is a field of StepRow"
     assert (home / "runs" / "api" / "model" / "config.json").exists()
 
 
@@ -151,10 +156,10 @@ def test_report_of_a_killed_or_unfinished_run(tmp_path):
     claim(tmp_path / "run", Settings(), resume=False).close()
     assert "stopped before its end after 0 of 200 steps" in write_report(tmp_path / "run").read_text()
     log = RunLog(tmp_path / "run", tensorboard=False)
-    log.metrics(1, dict(reward=float("nan"), exact=None, seconds=3.0))
+    log.metrics(StepRow(step=1, reward=float("nan"), exact=None, seconds=3.0))
     log.ledger(1, ["0-0"], dict(stale=["0-1", "0-2"]))
-    log.eval(dict(step=0, exact=.5, interval=[.4, .6], pass_at_k={"1": .5}, score=.5, prompts=8, samples=1, seconds=1.0,
-        eval_seconds=.5))
+    log.eval(EvalRow(step=0, exact=.5, interval=[.4, .6], pass_at_k={"1": .5}, score=.5, prompts=8, samples=1,
+        seconds=1.0, eval_seconds=.5))
     log.sample(dict(step=1, id="0-0", reward=1.0, text="a | b\n```\n<script>"))
     log.close()
     with (tmp_path / "run" / "metrics.jsonl").open("a") as f: f.write('{"step": 2, "rew')
@@ -463,7 +468,7 @@ def test_full_disk_of_the_log(tmp_path):
     (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
     log = RunLog(tmp_path / "run", tensorboard=False)
     with pytest.raises(UserError, match="cannot write .*metrics.jsonl: No space left on device"):
-        log.metrics(1, dict(reward=1.0))
+        log.metrics(StepRow(step=1, reward=1.0))
     log.close()
 
 
@@ -564,9 +569,9 @@ def test_display_of_every_row():
     for terminal in (True, False):
         with open(os.devnull, "w") as null, Display("run", 3, Console(file=null, force_terminal=terminal),
                 every=1) as show:
-            show(dict(phase="warm start"))
-            show(dict(step=0, exact=.1, interval=(0, .2), prompts=8))
+            show(Phase("warm start"))
+            show(EvalRow(step=0, exact=.1, interval=(0, .2), prompts=8))
             for step in (1, 2, 3):
-                show(dict(step=step, reward=.5, exact=float("nan"), grad_norm=float("inf"), trainer_waits=.5))
+                show(StepRow(step=step, reward=.5, exact=float("nan"), grad_norm=float("inf"), trainer_waits=.5))
         with open(os.devnull, "w") as null, Ticker("work", Console(file=null, force_terminal=terminal)) as tick:
             tick("[half] done")

@@ -11,11 +11,16 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from moe_rl.config import load_settings
 from moe_rl.data.tokens import TextTokenizer, byte_tokenizer, says
 from moe_rl.errors import StorageError, UserError
-from moe_rl.rl import ask, orchestrator, run, workers
+from moe_rl.rl import ask, run, supervise, workers
 from moe_rl.rl.ask import EVAL, PROBE, TRAIN, answers, build_engine
 from moe_rl.rl.log import RunLog, read_lines
-from moe_rl.rl.orchestrator import END, Interrupted, Orchestrator, Playing, State, answer, watch
+from moe_rl.rl.books import END, State
+from moe_rl.rl.ending import Ending, Interrupted
+from moe_rl.rl.orchestrator import Orchestrator
+from moe_rl.rl.playing import Asking, Playing
 from moe_rl.rl.pool import EnginePool, Worker
+from moe_rl.rl.rows import Note
+from moe_rl.rl.supervise import answer, watch
 from moe_rl.rollout.protocol import Embedded, Folder
 from moe_rl.train.weights import describe
 from moe_rl.rl.wire import Abort, Generate, Generated, Save, Train, Update
@@ -123,8 +128,8 @@ def test_a_plain_run(tmp_path):
 def test_a_run_without_a_group_to_train_on_ends_by_name(tmp_path, monkeypatch, says, why, bug):
     "Bug: limits are asked between steps alone, and there is no step."
     if bug:
-        monkeypatch.setattr(Orchestrator, "over", lambda self: "" if self.state.step < self.s.rl.steps
-            and not self.state.ended else self.state.ended or "steps")
+        monkeypatch.setattr(Ending, "over", lambda self: "" if self.books.state.step < self.rl.steps
+            and not self.books.state.ended else self.books.state.ended or "steps")
     said = []
     def go():
         return play(tmp_path, Letters(same=True), says, said.append, seconds=1.5 if bug else 20,
@@ -135,7 +140,7 @@ def test_a_run_without_a_group_to_train_on_ends_by_name(tmp_path, monkeypatch, s
     loop, last = go()
     assert loop.state.step == 0 and loop.state.ended.startswith(
         "nothing to learn: ") and why in loop.state.ended and "zero_variance" in loop.state.ended
-    assert any("groups dropped since the last step (zero_variance" in row.get("note", "")
+    assert any(isinstance(row, Note) and "groups dropped since the last step (zero_variance" in row.text
         for row in said) and latest(tmp_path).name == "step_0" and last["prompts"] == 8
 
 
@@ -171,13 +176,13 @@ def test_an_evaluation_that_is_due_is_never_skipped_without_a_line(tmp_path):
     said = []
     async def slow(loop):
         while loop.state.step < 2: await asyncio.sleep(0)
-        real = loop.answer
+        real = loop.exam.answer
         async def late(*a):
             await asyncio.sleep(.3)
             return await real(*a)
-        loop.answer = late
+        loop.exam.answer = late
     play(tmp_path, show=said.append, during=slow, rl__steps=60, eval__every=4)
-    notes = [r["note"] for r in said if "note" in r]
+    notes = [r.text for r in said if isinstance(r, Note)]
     assert any("waits for the one that is running" in n for n in notes) and any("joined with the one that waits" in n
         for n in notes)
 
@@ -261,15 +266,15 @@ def test_a_group_that_is_too_old_is_stopped(tmp_path, monkeypatch, bug):
         loop = make_loop(tmp_path, rl__max_staleness=0)
         await loop.pool.update(0, "weights")
         loop.server.slow = 60
-        loop.issue(0, [0, 1])
+        loop.playing.issue(0, [0, 1])
         while len(loop.pool.out) < 2: await asyncio.sleep(0)
         first = min(loop.pool.out)
         await loop.pool.finished("engine-0.0", Generated([Finished(id=first, token_ids=[65, 2], logprobs=[-1., -1.],
             versions=[0, 0], routes=None, stop_reason="stop")], {}))
         while not loop.buffer.members: await asyncio.sleep(.01)
-        await loop.expire(5)
+        await loop.playing.expire(5)
         told = [m.ids for _, m in loop.server.sent if isinstance(m, Abort)]
-        for t in list(loop.tasks): t.cancel()
+        for t in list(loop.beside.tasks): t.cancel()
         return told
     assert asyncio.run(asyncio.wait_for(go(), 10)) == ([] if bug else [["0-0-1.0"]])
 
@@ -280,9 +285,9 @@ def test_one_problem_that_cannot_be_drawn_is_one_failure(tmp_path):
     async def go():
         loop = make_loop(tmp_path, Away(), rl__group_size=8)
         await loop.pool.update(0, "weights")
-        loop.issue(0, list(range(8)))
+        loop.playing.issue(0, list(range(8)))
         while loop.state.live: await loop.wait(1)
-        return loop.missed
+        return loop.failures.count
     assert asyncio.run(asyncio.wait_for(go(), 60)) == 1
 
 
@@ -301,7 +306,7 @@ def test_an_engine_that_dies_while_it_is_told_ends_nothing(tmp_path, monkeypatch
         loop.pool.server = Gone()
         update = loop.spawn(loop.pool.update(1, "weights"))
         await asyncio.sleep(.05)
-        ended = isinstance(loop.error, ConnectionError)
+        ended = isinstance(loop.beside.error, ConnectionError)
         update.cancel()
         return ended
     assert asyncio.run(go()) == bug
@@ -385,15 +390,13 @@ class Recorder:
 
 def roads(s, tokenizer, task, monkeypatch):
     "The requests of one conversation by training, evaluation in a run, `moe-rl eval`, probe, and a cell of the tour."
-    guard, limit, out = Guard(Calculator()), (512, "here"), {}
+    guard, out = Guard(Calculator()), {}
     def fresh(name):
         out[name] = Recorder(tokenizer)
         return out[name]
-    def loop(name):
-        return SimpleNamespace(s=s, guard=guard, judge=guard, tokenizer=tokenizer, longest=limit,
-            pool=SimpleNamespace(generate=fresh(name).ask))
-    asyncio.run(Playing.play(loop("train"), TRAIN, 3, 1, task))
-    asyncio.run(Playing.play(loop("run"), EVAL, 0, 0, task, name=7))
+    def asking(name): return Asking(s, tokenizer, SimpleNamespace(generate=fresh(name).ask), 512)
+    asyncio.run(asking("train")(guard, task, TRAIN, 3, 1))
+    asyncio.run(asking("run")(guard, task, EVAL, 0, 0, name=7))
     model = SimpleNamespace(max_position_embeddings=512, to=lambda device: None)
     with monkeypatch.context() as m:
         m.setattr(run, "check_pretrained", lambda folder: None)
@@ -544,10 +547,10 @@ def test_a_freeze_of_this_process_is_not_blamed_on_others(tmp_path, monkeypatch)
             w.heard -= 60
             w.moved -= 60
         clock = [time.monotonic() - 60]
-        monkeypatch.setattr(orchestrator.time, "monotonic", lambda real=time.monotonic: clock.pop() if clock
+        monkeypatch.setattr(supervise.time, "monotonic", lambda real=time.monotonic: clock.pop() if clock
             else real())
         watching = loop.spawn(watch(loop, None))
         await asyncio.sleep(.8)
         watching.cancel()
-        return loop.error
+        return loop.beside.error
     assert asyncio.run(go()) is None

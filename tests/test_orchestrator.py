@@ -26,11 +26,14 @@ from moe_rl.data.tokens import byte_tokenizer
 from moe_rl.moe.model import Model, init_weights
 from moe_rl.records import Finished, Request, decode
 from moe_rl.rl import wire, workers
+from moe_rl.rl.beside import Beside
+from moe_rl.rl.books import State
 from moe_rl.rl.buffer import BufferState
 from moe_rl.rl.log import RunLog, audit, issued, read_lines
-from moe_rl.rl.orchestrator import Orchestrator, Shared, State, receive, watch
+from moe_rl.rl.orchestrator import Orchestrator
 from moe_rl.rl.pool import EnginePool, Worker
 from moe_rl.rl.run import stop
+from moe_rl.rl.supervise import receive, watch
 from moe_rl.rl.trainer import model_config
 from moe_rl.rl.wire import (
     Beat, Client, Failure, Generate, Generated, Hello, Missing, Server, Stop, Trained, Update, Updated)
@@ -191,7 +194,7 @@ def test_known_failure_27_error_of_a_worker_ends_the_run_by_name(home):
 @pytest.mark.parametrize("bug", [False, True])
 def test_known_failure_27_error_of_a_task_reaches_the_loop(tmp_path, monkeypatch, bug):
     "Bug: a task's error is dropped with the task, and the loop waits for ever."
-    if bug: monkeypatch.setattr(Shared, "reap", lambda self, task: (self.tasks.discard(task), task.exception()))
+    if bug: monkeypatch.setattr(Beside, "reap", lambda self, task: (self.tasks.discard(task), task.exception()))
     async def breaks(): raise UserError("score is away")
     async def go():
         loop = make_loop(tmp_path)
@@ -540,11 +543,11 @@ def test_known_failure_32_judging_has_threads_of_its_own(tmp_path, bug):
     release = threading.Event()
     async def go():
         loop = make_loop(tmp_path, Slow())
-        if bug: loop.judge = loop.guard
+        if bug: loop.exam.guard = loop.guard
         task = Letters().problem(1)
         stuck = [asyncio.ensure_future(loop.guard.score(task, ["train"])) for _ in range(4)]
         await asyncio.sleep(.1)
-        try: return await asyncio.wait_for(loop.judge.score(task, ["eval"]), 1)
+        try: return await asyncio.wait_for(loop.exam.guard.score(task, ["eval"]), 1)
         finally:
             release.set()
             await asyncio.gather(*stuck)
@@ -622,7 +625,7 @@ def test_silence_is_noticed_without_a_process_that_died(tmp_path, monkeypatch, b
         for _ in range(20):
             loop.server.inbox.put_nowait(("engine-0.0", Beat("sampling", 1)))
             await asyncio.wait([asyncio.ensure_future(asyncio.sleep(.1))])
-            if loop.error: raise loop.error
+            if loop.beside.error: raise loop.beside.error
     if bug: asyncio.run(go())
     else:
         with pytest.raises(UserError, match=r"trainer has been silent for . s while step 3, micro-batch 1 of 2 \(no "

@@ -6,9 +6,8 @@ from test_lifecycle import Letters, make_loop, play
 from moe_rl.config import load_settings
 from moe_rl.data.tokens import byte_tokenizer
 from moe_rl.errors import UserError
-from moe_rl.rl import orchestrator
+from moe_rl.rl import shares as mixture
 from moe_rl.rl.log import audit, issued, read_lines
-from moe_rl.rl.orchestrator import Playing
 from moe_rl.rl.verdict import course_of, verdict
 from moe_rl.rollout.environments import Environment, Mixture, Task, is_held_out
 from moe_rl.rollout.guard import Guard
@@ -127,18 +126,18 @@ def shares(folder, *parts, weights, steps=40):
     loop, last = play(folder, Mixture(list(parts), weights), rl__steps=steps, rl__groups_per_step=4,
         rl__zero_variance="filter", rl__patience=10**6)
     rows = read_lines(folder/"metrics.jsonl")
-    trained = {e: sum(r[f"{e}/trained"] for r in rows) for e in loop.mixture()}
+    trained = {e: sum(r[f"{e}/trained"] for r in rows) for e in loop.shares.weights}
     return {e: n/sum(trained.values()) for e, n in trained.items()}, rows, last
 
 @pytest.mark.parametrize("bug", [False, True])
 def test_every_environment_has_its_share_of_what_is_trained(tmp_path, monkeypatch, bug):
     "Bug: groups are issued by the weights, and what survives is what is trained."
     if bug:
-        def in_turn(self):
-            self.state.next_group += 1
-            return self.state.next_group - 1
-        monkeypatch.setattr(Playing, "next", in_turn)
-        monkeypatch.setattr(orchestrator, "in_shares", lambda groups, weights, trained: groups)
+        def in_turn(self, st, waiting):
+            st.next_group += 1
+            return st.next_group - 1
+        monkeypatch.setattr(mixture.Shares, "next", in_turn)
+        monkeypatch.setattr(mixture, "in_shares", lambda groups, weights, trained: groups)
     got, rows, last = shares(tmp_path, Letters(), Rare(), weights=[.5, .5])
     assert (got["rare"] < .35) if bug else (.4 < got["rare"] < .6), got
     assert set(last["envs"]) == {"letters",
@@ -179,6 +178,6 @@ class Long(Letters):
 
 def test_a_prompt_that_is_too_long_costs_its_own_group(tmp_path):
     loop = make_loop(tmp_path, Long())
-    assert math.isfinite(loop.longest[0])
+    assert math.isfinite(loop.asking.limit[0])
     loop, _ = play(tmp_path, Long())
     assert loop.state.step == 4 and loop.state.counts["dropped_too_long"] > 0

@@ -12,6 +12,7 @@ from collections import Counter
 from typing import Callable
 import msgspec
 import numpy as np
+from fastcore.basics import patch
 from ..errors import UserError
 from ..records import Rollout, decode, encode
 from .advantage import group_rewards
@@ -136,131 +137,158 @@ class Buffer:
         self.complete:dict[int,Group] = {}        # complete ones, oldest arrival first
         self.duplicates, self.error, self.changed = 0, None, asyncio.Event()
 
-    def add(self, rollout:Rollout)->str: # its fate, or 'duplicate'
-        """Enter a scored rollout. A second copy is refused and counted.
-
-        `ValueError` without a reward or with an index beyond the group."""
-        if rollout.reward is None:
-            raise ValueError(f"rollout {rollout.id}: has no reward; score it before it enters the buffer")
-        g, version = rollout.group, rollout.oldest
-        row = self._expected(g, rollout.index)
-        if row is None: return "duplicate"
-        if self.ledger.code("stale") in row: return self._settle(g, rollout.index, "stale")
-        self.members.setdefault(g, []).append(rollout)
-        self.oldest[g] = min(version, self.oldest.get(g, version))
-        return self._settle(g, rollout.index, PENDING)
-
-    def lose(self, group:int, index:int, reason:str)->str: # its fate, or 'duplicate'
-        "Enter the loss of a rollout that will never come, under a reason."
-        return "duplicate" if self._expected(group, index) is None else self._settle(group, index, reason)
-
-    def _expected(self, group, index):
-        self.check()
-        if not 0 <= index < self.group_size:
-            raise ValueError(f"rollout {group}-{index}: index beyond a group of {self.group_size}")
-        row = self.ledger.row(group)
-        if row[index] == IN_FLIGHT: return row
-        self.duplicates += 1
-
-    def _settle(self, group, index, fate):
-        row = self.ledger.move(group, index, fate)
-        if IN_FLIGHT not in row:
-            self.oldest.pop(group, None)
-            made, drops = judge(self.members.pop(group, []), **self.rules)
-            for i, reason in drops.items(): self.ledger.move(group, i, reason)
-            if made: self.complete[group] = made
-        self.changed.set()
-        return self.ledger.name(row[index])
-
-    def expire(self, step:int)->list[int]: # ids of the groups given up
-        """Drop every group, complete or not, that is too old for training step `step`; what is still in flight of it
-        may be cancelled."""
-        limit = step - 1 - self.max_staleness
-        late = [g for g, version in self.oldest.items() if version < limit] + [g.id for g in self.complete.values()
-            if g.oldest < limit]
-        for g in late:
-            waiting = self.complete.pop(g).rollouts if g in self.complete else self.members.pop(g)
-            self.oldest.pop(g, None)
-            for r in waiting: self.ledger.move(g, r.index, "stale")
-        return late
-
-    def ready(self, groups:int, step:int)->bool:
-        "Whether `groups` young enough groups wait for training step `step`."
-        self.check()
-        self.expire(step)
-        return len(self.complete) >= groups
-
-    def take(self, groups:int, step:int)->list[Group]: # in order of completion
-        """The first `groups` complete groups; theirs is this step and no other.
-
-        `ValueError` if fewer wait, or if one is newer than the step."""
-        if not self.ready(groups, step):
-            raise ValueError(f"step {step}: {len(self.complete)} groups are ready, {groups} were asked for; wait "
-                             "until ready()")
-        taken = list(self.complete.values())[:groups]
-        newest = max((r.newest for g in taken for r in g.rollouts), default=-1)
-        if newest >= step:
-            raise ValueError(f"step {step} trains version {step-1}, but a rollout was sampled by version {newest}")
-        for g in taken:
-            del self.complete[g.id]
-            for r in g.rollouts: self.ledger.move(g.id, r.index, TAKEN)
-        return taken
-
-    async def wait(self, groups:int, step:int)->None:
-        "Return when `ready(groups, step)`. Raises `BufferBroken` as soon as a producer failed."
-        while True:
-            self.changed.clear()
-            if self.ready(groups, step): return
-            await self.changed.wait()
-
-    def fail(self, error:BaseException)->None:
-        "Tell every present and future user of the buffer that a producer died of `error`."
-        self.error = self.error or error
-        self.changed.set()
-    def check(self)->None:
-        "Raise `BufferBroken` if a producer failed."
-        if self.error:
-            raise BufferBroken(
-                f"a producer of rollouts failed: {type(self.error).__name__}: {self.error}") from self.error
-
-    def counts(self)->dict[str,int]:
-        "Rollouts by fate: 'in flight', 'pending', 'taken', and every reason of a drop."
-        return fates(self.ledger)
-    def ids(self, fate:str)->list[str]:
-        "Ids of the rollouts with a fate."
-        return ids_of(self.ledger, fate)
-    @property
-    def drops(self)->Counter:
-        "Dropped rollouts of the whole run, by reason."
-        return Counter({k: n for k, n in self.counts().items() if k in self.ledger.reasons})
-    def pop_dropped(self)->dict[str,list[str]]: # reason -> ids
-        "What was dropped since the last call; for the log, which so names every loss once."
-        news, self.ledger.news = self.ledger.news, {}
-        return news
-    @property
-    def pending_groups(self)->int:
-        "Complete groups that wait for the trainer."
-        return len(self.complete)
-
-    def state(self)->bytes:
-        "Everything that a checkpoint needs; equal buffers give equal bytes."
-        rows = {g: bytes(row) for g, row in self.ledger.rows.items()}
-        return encode(BufferState(group_size=self.group_size, rows=rows, reasons=self.ledger.reasons,
-                                  members=self.members, complete=list(self.complete.values()),
-                                  news=self.ledger.news, duplicates=self.duplicates))
-    def restore(self, data:bytes)->None:
-        """Become the buffer that `state()` described.
-
-        `UserError` if its groups had another size, `ValueError` for foreign bytes."""
-        s = decode(BufferState, data)
-        if s.group_size != self.group_size:
-            raise UserError(f"rl.group_size is {self.group_size}, the checkpoint was made with {s.group_size}: resume "
-                            "with that")
-        self.ledger.rows = {g: bytearray(row) for g, row in s.rows.items()}
-        self.ledger.reasons, self.ledger.news = s.reasons, s.news
-        self.members, self.complete, self.duplicates = s.members, {g.id: g for g in s.complete}, s.duplicates
-        self.oldest = {g: min(r.oldest for r in members) for g, members in s.members.items()}
-        self.changed.set()
     def __repr__(self):
         return (f"Buffer({len(self.complete)} groups ready, {len(self.members)} incomplete; {self.counts()}, "
                 f"{self.duplicates} duplicates)")
+
+# %% ../../nbs/05_rl/03_buffer.ipynb #0bf00002
+@patch
+def check(self:Buffer)->None:
+    "Raise `BufferBroken` if a producer failed."
+    if self.error:
+        raise BufferBroken(
+            f"a producer of rollouts failed: {type(self.error).__name__}: {self.error}") from self.error
+
+@patch
+def _expected(self:Buffer, group, index):
+    self.check()
+    if not 0 <= index < self.group_size:
+        raise ValueError(f"rollout {group}-{index}: index beyond a group of {self.group_size}")
+    row = self.ledger.row(group)
+    if row[index] == IN_FLIGHT: return row
+    self.duplicates += 1
+
+@patch
+def _settle(self:Buffer, group, index, fate):
+    row = self.ledger.move(group, index, fate)
+    if IN_FLIGHT not in row:
+        self.oldest.pop(group, None)
+        made, drops = judge(self.members.pop(group, []), **self.rules)
+        for i, reason in drops.items(): self.ledger.move(group, i, reason)
+        if made: self.complete[group] = made
+    self.changed.set()
+    return self.ledger.name(row[index])
+
+@patch
+def add(self:Buffer, rollout:Rollout)->str: # its fate, or 'duplicate'
+    """Enter a scored rollout. A second copy is refused and counted.
+
+    `ValueError` without a reward or with an index beyond the group."""
+    if rollout.reward is None:
+        raise ValueError(f"rollout {rollout.id}: has no reward; score it before it enters the buffer")
+    g, version = rollout.group, rollout.oldest
+    row = self._expected(g, rollout.index)
+    if row is None: return "duplicate"
+    if self.ledger.code("stale") in row: return self._settle(g, rollout.index, "stale")
+    self.members.setdefault(g, []).append(rollout)
+    self.oldest[g] = min(version, self.oldest.get(g, version))
+    return self._settle(g, rollout.index, PENDING)
+
+@patch
+def lose(self:Buffer, group:int, index:int, reason:str)->str: # its fate, or 'duplicate'
+    "Enter the loss of a rollout that will never come, under a reason."
+    return "duplicate" if self._expected(group, index) is None else self._settle(group, index, reason)
+
+# %% ../../nbs/05_rl/03_buffer.ipynb #0bf00004
+@patch
+def expire(self:Buffer, step:int)->list[int]: # ids of the groups given up
+    """Drop every group, complete or not, that is too old for training step `step`; what is still in flight of it
+    may be cancelled."""
+    limit = step - 1 - self.max_staleness
+    late = [g for g, version in self.oldest.items() if version < limit] + [g.id for g in self.complete.values()
+        if g.oldest < limit]
+    for g in late:
+        waiting = self.complete.pop(g).rollouts if g in self.complete else self.members.pop(g)
+        self.oldest.pop(g, None)
+        for r in waiting: self.ledger.move(g, r.index, "stale")
+    return late
+
+@patch
+def ready(self:Buffer, groups:int, step:int)->bool:
+    "Whether `groups` young enough groups wait for training step `step`."
+    self.check()
+    self.expire(step)
+    return len(self.complete) >= groups
+
+@patch
+def take(self:Buffer, groups:int, step:int)->list[Group]: # in order of completion
+    """The first `groups` complete groups; theirs is this step and no other.
+
+    `ValueError` if fewer wait, or if one is newer than the step."""
+    if not self.ready(groups, step):
+        raise ValueError(f"step {step}: {len(self.complete)} groups are ready, {groups} were asked for; wait "
+                         "until ready()")
+    taken = list(self.complete.values())[:groups]
+    newest = max((r.newest for g in taken for r in g.rollouts), default=-1)
+    if newest >= step:
+        raise ValueError(f"step {step} trains version {step-1}, but a rollout was sampled by version {newest}")
+    for g in taken:
+        del self.complete[g.id]
+        for r in g.rollouts: self.ledger.move(g.id, r.index, TAKEN)
+    return taken
+
+# %% ../../nbs/05_rl/03_buffer.ipynb #0bf00006
+@patch
+def counts(self:Buffer)->dict[str,int]:
+    "Rollouts by fate: 'in flight', 'pending', 'taken', and every reason of a drop."
+    return fates(self.ledger)
+
+@patch
+def ids(self:Buffer, fate:str)->list[str]:
+    "Ids of the rollouts with a fate."
+    return ids_of(self.ledger, fate)
+
+@patch(as_prop=True)
+def drops(self:Buffer)->Counter:
+    "Dropped rollouts of the whole run, by reason."
+    return Counter({k: n for k, n in self.counts().items() if k in self.ledger.reasons})
+
+@patch
+def pop_dropped(self:Buffer)->dict[str,list[str]]: # reason -> ids
+    "What was dropped since the last call; for the log, which so names every loss once."
+    news, self.ledger.news = self.ledger.news, {}
+    return news
+
+@patch(as_prop=True)
+def pending_groups(self:Buffer)->int:
+    "Complete groups that wait for the trainer."
+    return len(self.complete)
+
+# %% ../../nbs/05_rl/03_buffer.ipynb #0bf00007
+@patch
+def fail(self:Buffer, error:BaseException)->None:
+    "Tell every present and future user of the buffer that a producer died of `error`."
+    self.error = self.error or error
+    self.changed.set()
+
+@patch
+async def wait(self:Buffer, groups:int, step:int)->None:
+    "Return when `ready(groups, step)`. Raises `BufferBroken` as soon as a producer failed."
+    while True:
+        self.changed.clear()
+        if self.ready(groups, step): return
+        await self.changed.wait()
+
+# %% ../../nbs/05_rl/03_buffer.ipynb #0bf00008
+@patch
+def state(self:Buffer)->bytes:
+    "Everything that a checkpoint needs; equal buffers give equal bytes."
+    rows = {g: bytes(row) for g, row in self.ledger.rows.items()}
+    return encode(BufferState(group_size=self.group_size, rows=rows, reasons=self.ledger.reasons,
+                              members=self.members, complete=list(self.complete.values()),
+                              news=self.ledger.news, duplicates=self.duplicates))
+
+@patch
+def restore(self:Buffer, data:bytes)->None:
+    """Become the buffer that `state()` described.
+
+    `UserError` if its groups had another size, `ValueError` for foreign bytes."""
+    s = decode(BufferState, data)
+    if s.group_size != self.group_size:
+        raise UserError(f"rl.group_size is {self.group_size}, the checkpoint was made with {s.group_size}: resume "
+                        "with that")
+    self.ledger.rows = {g: bytearray(row) for g, row in s.rows.items()}
+    self.ledger.reasons, self.ledger.news = s.reasons, s.news
+    self.members, self.complete, self.duplicates = s.members, {g.id: g for g in s.complete}, s.duplicates
+    self.oldest = {g: min(r.oldest for r in members) for g, members in s.members.items()}
+    self.changed.set()

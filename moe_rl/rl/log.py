@@ -13,6 +13,7 @@ from pathlib import Path
 from ..config import Settings, to_toml
 from ..errors import StorageError, UserError, replace_file
 from ..plugins import choose_by_name
+from .rows import EvalRow, StepRow, eval_line, step_line
 
 # %% ../../nbs/05_rl/08_log.ipynb #329bf8d1
 def claim(folder:Path, settings:Settings|None, resume:bool):
@@ -125,18 +126,17 @@ class RunLog:
                 f"cannot write {self.folder/name}: {e.strerror}: free space, then go on with --resume") from None
     def _line(self, name, data:dict): self._append(name, json.dumps(data).encode() + b"\n")
 
-    def metrics(self, step:int, values:dict):
-        "One line of metrics, null where a number is not finite; TensorBoard gets the numbers too."
-        self._line("metrics.jsonl", dict(step=step) | {k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in values.items()})
-        for board in self.boards: board.scalars(step, values)
+    def metrics(self, row:StepRow):
+        "One line of metrics; TensorBoard gets the numbers too."
+        line = step_line(row)
+        self._line("metrics.jsonl", line)
+        for board in self.boards: board.scalars(row.step, {k: v for k, v in line.items() if k != "step"})
 
     def ledger(self, step:int, trained:list[str], dropped:dict[str, list[str]]):
         self._line("ledger.jsonl", dict(step=step, trained=trained, dropped=dropped))
-    def eval(self, values:dict):
-        self._line("evals.jsonl", values)
-        grades = {"eval/exact": values["exact"], "eval/score": values["score"]}
-        for board in self.boards: board.scalars(values["step"], grades)
+    def eval(self, row:EvalRow):
+        self._line("evals.jsonl", eval_line(row))
+        for board in self.boards: board.scalars(row.step, {"eval/exact": row.exact, "eval/score": row.score})
     def sample(self, values:dict): self._line("samples.jsonl", values)
     def event(self, text:str):
         "A dated line for people."

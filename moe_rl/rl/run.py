@@ -29,8 +29,11 @@ from ..moe.spec import ModelSpec
 from . import advantage, loss
 from .ask import EVAL, build_engine, check_prompt, converse, longest
 from .log import RunLog, chosen_trackers, claim, read_lines, require_whole, trackers
-from .orchestrator import END, Orchestrator, State, receive, watch
+from .books import END, State
+from .orchestrator import Orchestrator
 from .pool import STARTING, Clocked, EnginePool, Free, Worker
+from .rows import Note, Phase
+from .supervise import receive, watch
 from .trainer import build_model, model_config
 from .verdict import course_of, verdict
 from .wire import Server, Stop
@@ -165,7 +168,7 @@ def draw_profiles(s:Settings, env:Mixture, show=lambda row: None) -> list[Profil
     "A profile of every environment; in deterministic mode no clock has a say."
     wanted, out = 512 if s.eval.prompts == "auto" else s.eval.prompts, []
     for (label, part), section, n in zip(env.envs.items(), s.env, env.portions(wanted)):
-        show(dict(phase=f"drawing problems of {label}"))
+        show(Phase(f"drawing problems of {label}"))
         share = None if section.held_out == "auto" else section.held_out
         out.append(msgspec.structs.replace(draw_profile(part, n, share,
             seconds=math.inf if s.schedule.deterministic else DRAW_SECONDS), env=label))
@@ -458,7 +461,7 @@ async def first_version(loop:Orchestrator, state:State|None) -> dict: # what the
 def verdicts(loop:Orchestrator) -> list[str]:
     "What the run says of each of its environments."
     out, st = [], loop.state
-    for env in loop.mixture():
+    for env in loop.shares.weights:
         reward = "exact" if env in st.sharp else loop.s.rl.reward
         mine = [p for p in st.played if p.env == env]
         try:
@@ -493,7 +496,7 @@ async def drive(loop:Orchestrator, crew:Crew, state:State|None) -> dict:
     last |= dict(verdicts=verdicts(loop))
     for line in last["verdicts"]: loop.say(line)
     watching.cancel()
-    loop.show(dict(phase=f'over: {last["why"]}; writing the model'))
+    loop.show(Phase(f'over: {last["why"]}; writing the model'))
     loop.trained = written = asyncio.get_running_loop().create_future()
     await stop(loop.server, crew.all, str(folder/"model"), schedule.silence_seconds, schedule.stall_seconds)
     await asyncio.wait({written}, timeout=2)            # its last message
@@ -525,7 +528,7 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None, step:i
     log = RunLog(folder, trackers=trackers(s.track, folder, s.model_dump(mode="json")))
     def tell(line):
         log.event(line)
-        show(dict(note=line))
+        show(Note(line))
     try:
         checkpoint, state = resume and choose(folder, step, tell) or (None, None)
         if state: set_aside(folder, state.step, tell)
@@ -535,7 +538,7 @@ async def run_async(s:Settings, resume:bool=False, show=lambda row: None, step:i
         guard.say = ready.env.host.say = tell
         for line in ready.lines: tell(line)
         log.event(f'{"resumed from " + checkpoint.name if checkpoint else "started"} (pid {os.getpid()})')
-        show(dict(phase="resuming" if checkpoint else "warm start"))
+        show(Phase("resuming" if checkpoint else "warm start"))
         crew = Crew(s, folder, server, checkpoint, launcher)
         loop = Orchestrator(s, guard, tokenizer, server, crew.pool, crew.trainer, log, folder, show,
             ready.model.max_position_embeddings, ready.held_out)
