@@ -6,7 +6,7 @@ import pytest
 from moe_rl.errors import UserError
 from moe_rl.rollout.environments import Environment, Mixture, Task, load_env, usable_reward
 from moe_rl.rollout.grading import grade
-from moe_rl.rollout.guard import Doors, EnvError, Guard, Outage, open_envs, variables
+from moe_rl.rollout.guard import Doors, EnvError, Guard, Outage, Prints, open_envs, variables
 from moe_rl.rollout.sandbox import isolation
 
 MODULE = '''
@@ -218,3 +218,19 @@ def test_an_ordinary_user_is_isolated_too(tmp_path):
     if "PermissionError" in r.stderr or "ModuleNotFoundError" in r.stderr:
         pytest.skip("an ordinary user may not read this environment")
     assert r.stdout == "65534 [1.0, 0.0, 0.0]\n", (r.stdout, r.stderr[-500:])
+
+
+def test_what_a_process_prints_is_kept_where_its_log_cannot_be_written(tmp_path):
+    "The folder of a run that was refused is gone while a process of its environments still prints."
+    async def heard():
+        wrong, loop = [], asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: wrong.append(context))
+        read, write = os.pipe()
+        prints = Prints(read, str(tmp_path/"gone"/"environments.log"))
+        for words in (b"first ", b"second"):
+            os.write(write, words)
+            await asyncio.sleep(.3)
+        prints.close()
+        os.close(write)
+        return prints.words(), wrong
+    assert asyncio.run(heard()) == ("first second", [])

@@ -150,7 +150,9 @@ class Prints:
         if not data: return
         self.last = (self.last + data)[-4000:]
         if self.file and self.room > 0:
-            with open(self.file, "ab") as f: f.write(data[:self.room])
+            try:
+                with open(self.file, "ab") as f: f.write(data[:self.room])
+            except OSError: self.room = 0 # a full disk, or the folder of a run that was refused is gone: words are kept
             self.room -= len(data)
         self.waiting = self.loop.call_later(.1, lambda: self.loop.add_reader(self.fd, self._read))
     def words(self)->str: return " ".join(self.last.decode("utf-8", "replace").split())[-300:]
