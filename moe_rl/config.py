@@ -230,15 +230,15 @@ class ParallelSection(Section):
     def shares(self)->dict[str,int]: return dict(ranks=self.data, pad_multiple=self.multiple) # of `micro_batches`
 
 # %% ../nbs/00_start/03_config.ipynb #bc7391b7
-ENGINES = ("embedded",)
+ENGINES = ("embedded", "vllm")
 STEPS = ("auto", "plain", "graphs")
 
 class EngineSection(Section):
     "The rollout engines and how they sample."
-    kind: Annotated[str, one_of(ENGINES)] = Field("embedded", description="embedded: the engine of this package; or "
-        '"module:attribute" of one of yours')
+    kind: Annotated[str, one_of(ENGINES)] = Field("embedded", description="embedded: the engine of this package; vllm: "
+        'vLLM in its place; or "module:attribute" of one of yours')
     params: Annotated[dict[str, Any], BeforeValidator(storable)] = Field({}, description="the engine's own settings, "
-        "if it is one of yours")
+        "if it is one of yours; arguments of vLLM's engine, if it is that")
     replicas: Positive = Field(1, description="engine processes")
     kv_tokens: Size = Field("auto", description="KV cache of one engine, in tokens; auto: at least 16384")
     block_size: Positive = Field(16, description="tokens of one block of the cache")

@@ -67,8 +67,8 @@ def test_an_engine_that_holds_other_weights_ends_the_run_by_the_name_of_a_tensor
 @pytest.mark.parametrize("settings, said", [
     (dict(engine__kind="dices:Dice"), "dices:Dice: cannot be imported: No module named 'dices'"),
     (dict(engine__kind="dice:Die"), "dice:Die: cannot be imported: module dice has no 'Die'; did you mean 'Dice'?"),
-    (dict(engine__kind="embeded"), "engine.kind: 'embeded', expected one of embedded or \"module:attribute\"; did you "
-        "mean 'embedded'?"),
+    (dict(engine__kind="embeded"), "engine.kind: 'embeded', expected one of embedded, vllm or \"module:attribute\"; "
+        "did you mean 'embedded'?"),
     (dict(engine__kind="dice:Dice", engine__params__luck="1"), "engine.params: dice:Dice got an unexpected keyword "
         "argument 'luck'")])
 def test_an_engine_that_is_not_there_is_refused_before_anything_is_made(home, settings, said):

@@ -87,7 +87,7 @@ class EnginePlan(NamedTuple):
     record_routes:bool      # whether `Finished.routes` are wanted
     eval_share:float        # part of the places that lane "eval" is sure of
 
-ENGINES = dict(embedded="moe_rl.rollout.protocol:embedded")
+ENGINES = dict(embedded="moe_rl.rollout.protocol:embedded", vllm="moe_rl.rollout.vllm:VllmEngine")
 STEPS = dict(plain="moe_rl.rollout.engine:plain_step", graphs="moe_rl.gpu.decode:GraphStep")
 
 def engine_maker(
