@@ -264,12 +264,13 @@ def engine_args(
     "Arguments of vLLM's engine."
     cpu, spec = plan.device.type == "cpu", plan.spec
     size = -(-plan.block_size//32)*32 if cpu else plan.block_size
-    blocks = -(-plan.kv_tokens//size) + 1   # one is vLLM's own
+    longest, blocks = min(spec.max_position_embeddings, plan.kv_tokens), -(-plan.kv_tokens//size) + 1 # one is vLLM's
     return dict(model=folder, skip_tokenizer_init=True, load_format="dummy", generation_config="vllm", seed=0,
         dtype=str(plan.dtype).removeprefix("torch."), logprobs_mode="processed_logprobs",
-        max_model_len=min(spec.max_position_embeddings, plan.kv_tokens), max_num_seqs=plan.max_seqs, block_size=size,
+        max_model_len=longest, max_num_seqs=plan.max_seqs, max_num_batched_tokens=max(longest, 8192), block_size=size,
         num_gpu_blocks_override=blocks, kv_cache_memory_bytes=blocks*size*kv_bytes(spec, 1, plan.dtype.itemsize),
-        enable_prefix_caching=any(layer.attention.window is None for layer in spec.layers), # see the text
+        enable_prefix_caching=any((layer.attention.window or longest) >= longest for layer in spec.layers),
+        enable_chunked_prefill=not cpu,   # see the text
         disable_hybrid_kv_cache_manager=True, async_scheduling=False, enforce_eager=cpu, disable_log_stats=True,
         enable_return_routed_experts=plan.record_routes and not cpu,
         worker_extension_cls="moe_rl.rollout.vllm.WorkerMethods")
@@ -402,7 +403,13 @@ class VllmEngine(VllmEnding):
 
     def pause(self): self.paused = True
     def resume(self): self.paused = False
-    def close(self): shutil.rmtree(self.folder, ignore_errors=True)
+    def close(self):
+        "Another engine may be started in this process."
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if not hasattr(self, "llm"): return
+        from vllm.distributed import cleanup_dist_env_and_memory
+        self.llm.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
 
     def stats(self)->dict[str,float]:
         "Counters since the start, and what is in the engine now (`kv_used` and `kv_tokens` in tokens)."
