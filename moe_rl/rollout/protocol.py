@@ -100,6 +100,7 @@ def engine_maker(
     if not callable(make): raise UserError(f"engine.kind: {kind} is no class and no function that makes an engine")
     try: inspect.signature(make).bind(None, **params)
     except TypeError as e: raise UserError(f"engine.params: {kind} {e}") from None
+    if hasattr(make, "require"): make.require()      # what it needs is looked for before a run makes anything
     return lambda plan: make(plan, **params)
 
 def step_of(name:str, model:Model)->Callable: # what `Engine` takes as `compute`
