@@ -2726,6 +2726,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'moe_rl/rollout/vllm.py'),
                                      'moe_rl.rollout.vllm.VllmRequests.poll': ( '04_rollout/vllm.html#vllmrequests.poll',
                                                                                 'moe_rl/rollout/vllm.py'),
+                                     'moe_rl.rollout.vllm.VllmRequests.salt': ( '04_rollout/vllm.html#vllmrequests.salt',
+                                                                                'moe_rl/rollout/vllm.py'),
                                      'moe_rl.rollout.vllm.VllmRequests.submit': ( '04_rollout/vllm.html#vllmrequests.submit',
                                                                                   'moe_rl/rollout/vllm.py'),
                                      'moe_rl.rollout.vllm.VllmRequests.tell': ( '04_rollout/vllm.html#vllmrequests.tell',

@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,7 +53,6 @@ def make(started):
         started.abort(["nobody"])
         assert not started.busy
         started.update(0, SOURCE)
-        started.llm.reset_prefix_cache()
         started.counters["tokens"], started.paused = 0, False
         return started
     yield anew
@@ -115,6 +115,38 @@ def test_recomputed_keys_are_those_of_the_new_weights(make):
             routes=f.routes, stop_reason=f.stop_reason)
         require(MODELS, [later], {f.id: tail}, 1e-5, True)
 
+LONG = [Request(id=f"{i}", prompt=[i + 1]*20, max_tokens=200, seed=i) for i in range(8)]
+
+@needs_vllm
+def test_a_preempted_request_goes_on_and_an_aborted_one_has_its_routes(make, monkeypatch):
+    "Eight texts of 220 tokens in a cache of 1024: some lose their blocks and are computed again."
+    engine, came = make(), []
+    real = ours.RouteTap.note
+    monkeypatch.setattr(ours.RouteTap, "note", lambda self, plan: came.append(
+        len(plan.scheduled_cached_reqs.resumed_req_ids)) or real(self, plan))
+    engine.submit(LONG)
+    done = []
+    while engine.busy:
+        done += engine.poll()
+        if len(came) == 150: engine.abort(["7", "6", "nobody"])
+    assert sum(came) > 1
+    done = {f.id: f for f in done}
+    assert done.keys() == {r.id for r in LONG} and done["7"].stop_reason == done["6"].stop_reason == "aborted"
+    require(MODELS, LONG, done, 1e-5, True)
+
+@needs_vllm
+def test_a_request_that_is_aborted_before_it_began_gives_a_record(make):
+    engine = make()
+    engine.submit([Request(id=f"{i}", prompt=[1, 2], max_tokens=3) for i in range(12)])
+    engine.abort(["3", "11"])
+    engine.submit([Request(id="late", prompt=[1, 2], max_tokens=3)])
+    engine.abort(["late"])
+    done = []
+    while engine.busy: done += engine.poll()
+    none = [f for f in done if f.stop_reason == "aborted"]
+    assert len(done) == 13 and {f.id for f in none} == {"3", "11", "late"}
+    assert all(f.token_ids == [] and f.routes.shape == (0, 3, 2) for f in none)
+
 @needs_vllm
 def test_both_lanes_get_their_share_of_the_places(make):
     engine = make()
@@ -148,3 +180,108 @@ def test_without_vllm_the_line_says_what_to_type(monkeypatch):
     (dict(hidden_size=48), "hidden_size=48, vLLM on CPUs needs a multiple of 32")])
 def test_shapes_that_its_kernels_do_not_take_are_named(change, said):
     with pytest.raises(UserError, match=said): ours.VllmEngine(plan(new_afmoe(**SIZES | change)))
+
+
+# ---- bugs that others shipped (and some of this engine's own kind): a check fails when the bug is put in
+class Seen(list):
+    "What the routers have said in a step, spoiled."
+    def __init__(self, real, spoil): super().__init__(real), setattr(self, "spoil", spoil)
+    def __setitem__(self, layer, ids): super().__setitem__(*self.spoil(layer, ids))
+
+def spoiled(spoil):
+    def put(m, engine, worker): m.setattr(worker.moe_rl_tap, "seen", Seen(worker.moe_rl_tap.seen, spoil))
+    return put
+
+def leaves(change):
+    "`leave` that spoils its record."
+    def put(m, engine, worker):
+        real = ours.VllmEnding.leave
+        def leave(self, o, reason, routes):
+            f = real(self, o, reason, routes)
+            return type(f)(**{n: getattr(f, n) for n in f.__struct_fields__} | change(f))
+        m.setattr(ours.VllmEnding, "leave", leave)
+    return put
+
+def zeros_after_a_hit(m, engine, worker):
+    real = ours.RouteTap.slots
+    m.setattr(ours.RouteTap, "slots", lambda self, row, at: real(self, row, at) if isinstance(row, np.ndarray) else 0*at)
+
+def raw_logprobs(m, engine, worker):
+    for part in (s := worker.model_runner.sampler, s.topk_topp_sampler): m.setattr(part, "logprobs_mode", "raw_logprobs")
+
+def old_stamp(m, engine, worker):
+    real = ours.Ongoing.add
+    m.setattr(ours.Ongoing, "add", lambda self, part, version: real(self, part, self.versions[0]
+        if self.versions else version))
+
+def aborts_at_an_update(m, engine, worker):
+    real = ours.VllmEngine.update
+    def update(self, version, source):
+        self.abort([o.request.id for o in self.live.values()])
+        return real(self, version, source)
+    m.setattr(ours.VllmEngine, "update", update)
+
+def asks_again_after_an_update(make, models):
+    engine, text = make(), list(range(70))
+    for v in (0, 1):
+        if v: engine.update(1, SOURCE)
+        asked = [Request(id=f"{v}{i}", prompt=text + [i], max_tokens=4, seed=i) for i in range(4)]
+        require(models, asked, collect(engine, asked), 1e-5, True)
+
+def begins_before_an_update(make, models):
+    "Requests whose prompt is read when the update comes, and that have no token."
+    engine = make()
+    asked = [Request(id=f"{i}", prompt=[i, 5, 7], max_tokens=6, seed=i) for i in range(4)]
+    engine.submit(asked)
+    engine.admit()
+    engine.update(1, SOURCE)
+    done = {}
+    while engine.busy: done |= {f.id: f for f in engine.poll()}
+    require(models, asked, done, 1e-5, True)
+    assert all((f.versions == 1).all() for f in done.values())
+
+BUGS = {
+    "01 a dummy route for the last token": (leaves(lambda f: dict(routes=np.concatenate([f.routes, f.routes[:1]]))),
+        CHECKS["sampling"], "none for the last token"),
+    "02 rows in another order": (spoiled(lambda l, ids: (l, ids.flip(0))), CHECKS["sharing"], "routes of"),
+    "03 layers shifted by one": (spoiled(lambda l, ids: ((l + 1) % 3, ids)), CHECKS["sharing"], "routes of"),
+    "34 routes all zero": (spoiled(lambda l, ids: (l, ids*0)), CHECKS["sharing"], "routes of"),
+    "04 routes of a cancelled request lost": (leaves(lambda f: dict(routes=f.routes*0)
+        if f.stop_reason == "aborted" else {}), CHECKS["pause"], "routes of"),
+    "05 zero rows after a prefix hit": (zeros_after_a_hit, asks_again_after_an_update, "routes of"),
+    "12 no routes, and nobody says so": (leaves(lambda f: dict(routes=None)), CHECKS["sharing"], "no routes"),
+    "18 prefix cache kept across versions": (lambda m, e, w: m.setattr(ours.VllmRequests, "salt", lambda self: "s"),
+        asks_again_after_an_update, "differ"),
+    "31 an update aborts": (aborts_at_an_update, CHECKS["update"], ""),
+    "raw log-probabilities": (raw_logprobs, CHECKS["sampling"], "log-probabilities differ"),
+    "a stamp of the version that began the request": (old_stamp, CHECKS["update"], "log-probabilities differ"),
+    "goes on while paused": (lambda m, e, w: m.setattr(ours.VllmEngine, "pause", lambda self: None), CHECKS["pause"],
+        "went on"),
+}
+
+@needs_vllm
+@pytest.mark.parametrize("bug", BUGS)
+def test_known_failure(bug, make, started, monkeypatch):
+    put, check, said = BUGS[bug]
+    if check not in CHECKS.values(): check(make, MODELS)
+    with monkeypatch.context() as m, pytest.raises(AssertionError, match=said):
+        put(m, started, started.llm.model_executor.driver_worker.worker)
+        check(make, MODELS)
+
+@needs_vllm
+def test_a_request_without_a_token_begins_again_at_an_update(make): begins_before_an_update(make, MODELS)
+
+@needs_vllm
+@pytest.mark.parametrize("bug", ["14 a tensor is missing", "17 two names are swapped"])
+def test_known_failure_of_a_load(bug, make, started, monkeypatch):
+    "Each says that it succeeded; what is read back says otherwise. 16, experts not packed again, is in the notebook."
+    make()
+    worker = started.llm.model_executor.driver_worker.worker
+    real, a, b = worker.reload_weights, "model.layers.1.mlp.router.gate.weight", "model.layers.2.mlp.router.gate.weight"
+    def reload(weights_iterator, **kw):
+        sent = dict(weights_iterator)
+        if bug.startswith("14"): del sent[b]
+        if bug.startswith("17"): sent[a], sent[b] = sent[b], sent[a]
+        real(weights_iterator=iter(sent.items()), **kw)
+    monkeypatch.setattr(worker, "reload_weights", reload, raising=False)
+    with pytest.raises(WeightError, match=r"router.gate.weight has other contents"): started.update(1, SOURCE)

