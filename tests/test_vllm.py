@@ -204,10 +204,12 @@ def leaves(change):
 
 def zeros_after_a_hit(m, engine, worker):
     real = ours.RouteTap.slots
-    m.setattr(ours.RouteTap, "slots", lambda self, row, at: real(self, row, at) if isinstance(row, np.ndarray) else 0*at)
+    found = lambda row: not isinstance(row, np.ndarray)
+    m.setattr(ours.RouteTap, "slots", lambda self, row, at: 0*at if found(row) else real(self, row, at))
 
 def raw_logprobs(m, engine, worker):
-    for part in (s := worker.model_runner.sampler, s.topk_topp_sampler): m.setattr(part, "logprobs_mode", "raw_logprobs")
+    sampler = worker.model_runner.sampler
+    for part in (sampler, sampler.topk_topp_sampler): m.setattr(part, "logprobs_mode", "raw_logprobs")
 
 def old_stamp(m, engine, worker):
     real = ours.Ongoing.add
