@@ -166,6 +166,11 @@ def test_weights_of_another_model_and_another_version_are_refused(make):
     assert engine.stats()["version"] == 0
 
 @needs_vllm
+def test_a_temperature_that_vllm_would_raise_in_silence_is_refused(make):
+    with pytest.raises(ValueError, match="request 'cold': temperature 0.002: vLLM samples at 0.01 or more"):
+        make().submit([Request(id="cold", prompt=[1], max_tokens=1, temperature=.002)])
+
+@needs_vllm
 def test_arguments_that_vllm_does_not_know_are_named():
     with pytest.raises(UserError, match="engine.params: .*'luck'"): ours.VllmEngine(plan(), luck=1)
 

@@ -260,6 +260,9 @@ def sampling_params(r:Request):
     "What vLLM calls it."
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
+    if 0 < r.temperature < .01:
+        raise ValueError(f"request {r.id!r}: temperature {r.temperature:g}: vLLM samples at 0.01 or more, or greedily "
+            "at 0: take one of these")
     how = dict(top_k=1) if r.temperature == 0 else dict(temperature=r.temperature, top_k=r.top_k, top_p=r.top_p)
     return SamplingParams(**how, seed=r.seed, max_tokens=r.max_tokens, stop_token_ids=list(r.stop_ids), ignore_eos=True,
         logprobs=0, detokenize=False, output_kind=RequestOutputKind.DELTA)
@@ -278,7 +281,7 @@ def engine_args(
         max_model_len=longest, max_num_seqs=plan.max_seqs, max_num_batched_tokens=max(longest, 8192), block_size=size,
         num_gpu_blocks_override=blocks, kv_cache_memory_bytes=blocks*size*kv_bytes(spec, 1, plan.dtype.itemsize),
         enable_prefix_caching=any((layer.attention.window or longest) >= longest for layer in spec.layers),
-        enable_chunked_prefill=not cpu,   # see the text
+        enable_chunked_prefill=not cpu, moe_backend="auto" if cpu else "triton",   # see the text
         disable_hybrid_kv_cache_manager=True, async_scheduling=False, enforce_eager=cpu, disable_log_stats=True,
         enable_return_routed_experts=plan.record_routes and not cpu,
         worker_extension_cls="moe_rl.rollout.vllm.WorkerMethods")
@@ -318,6 +321,7 @@ class VllmRequests:
     def submit(self, requests:list[Request]):
         for r in requests:
             check_request(r, self.plan.spec.vocab_size, self.llm.model_config.max_model_len)
+            sampling_params(r)
             self.queues[r.lane].append(r)
 
     def admit(self):
@@ -350,7 +354,7 @@ class VllmRequests:
 
 # %% ../../nbs/04_rollout/16_vllm.ipynb #f1a50026
 class VllmEnding(VllmRequests):
-    "How requests leave."
+    "How requests leave vLLM."
     def leave(self, o:Ongoing, reason:str, routes:np.ndarray|None)->Finished: # routes: as vLLM has returned them
         "The record of a request that is over."
         spec, n = self.plan.spec, len(o.request.prompt) + len(o.token_ids) - 1 if o.token_ids else 0
