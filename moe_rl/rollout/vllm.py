@@ -159,9 +159,11 @@ def stacked_names(model:nn.Module, name:str)->list[str]: # of a parameter
     "Names on disk of what lies in a parameter of vLLM's, one above the other."
     module, _, kind = name.rpartition(".")
     parent, _, leaf = module.rpartition(".")
-    for old,new in model.hf_to_vllm_mapper.orig_to_new_suffix.items():
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    for old,new in mapper.orig_to_new_suffix.items() if mapper else ():
         if new and name.endswith(new): return [name.removesuffix(new) + old]
-    return [".".join(filter(None, (parent, part, kind))) for part in model.packed_modules_mapping.get(leaf, [leaf])]
+    parts = getattr(model, "packed_modules_mapping", {}).get(leaf, [leaf])
+    return [".".join(filter(None, (parent, part, kind))) for part in parts]
 
 def held_tensors(
     model:nn.Module,         # of vLLM, on one device
