@@ -2746,6 +2746,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'moe_rl.rollout.vllm.held_tensors': ('04_rollout/vllm.html#held_tensors', 'moe_rl/rollout/vllm.py'),
                                      'moe_rl.rollout.vllm.load_vllm': ('04_rollout/vllm.html#load_vllm', 'moe_rl/rollout/vllm.py'),
                                      'moe_rl.rollout.vllm.matrix_of': ('04_rollout/vllm.html#matrix_of', 'moe_rl/rollout/vllm.py'),
+                                     'moe_rl.rollout.vllm.one_line': ('04_rollout/vllm.html#one_line', 'moe_rl/rollout/vllm.py'),
                                      'moe_rl.rollout.vllm.permutation': ('04_rollout/vllm.html#permutation', 'moe_rl/rollout/vllm.py'),
                                      'moe_rl.rollout.vllm.require_vllm': ('04_rollout/vllm.html#require_vllm', 'moe_rl/rollout/vllm.py'),
                                      'moe_rl.rollout.vllm.sampling_params': ( '04_rollout/vllm.html#sampling_params',
