@@ -66,7 +66,8 @@ def columns_of(rows:list[dict]) -> dict[str, np.ndarray]: # name -> [n]
 
 # %% ../nbs/06_app/02_report.ipynb #783e9ec6
 LOGS = ("metrics", "ledger", "evals", "samples")
-GRADES = ("step", "exact", "interval", "score", "score_interval", "pass_at_k", "prompts", "seconds") # in every evaluation
+# what every evaluation has
+GRADES = ("step", "exact", "interval", "score", "score_interval", "pass_at_k", "prompts", "seconds")
 
 class Sample(msgspec.Struct):
     "A line of samples.jsonl: one rollout of a step, decoded."
