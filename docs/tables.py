@@ -94,8 +94,6 @@ HEADLINES = [
     ("chaos", "{lost} and {duplicated}", "rollouts lost, and rollouts trained twice, by {kills} kills in every phase "
         "of runs that were resumed to their ends"),
     ("determinism", "{resumed_equal}", "a run that was killed and resumed equals one that was not, bit for bit"),
-    ("families", "{worst_logprob} nats", "largest difference of a log-probability to transformers', {families} "
-        "families, {configs} models"),
     ("vllm_parity", "{worst_after_updates} nats", "largest difference of a log-probability between vLLM and the "
         "trainer's model after {updates} updates, {configs} models; share of tokens with the same experts: "
         "{routes_equal}"),
