@@ -273,7 +273,8 @@ def test_nothing_generated_is_tracked():
         & set(f.relative_to(ROOT).parts) or f.stat().st_size > 1 << 20]
     assert not bad, f"build outputs, or files over 1 MiB: {bad}"
 
-@pytest.mark.parametrize("script", ["scripts/run", "scripts/test", "scripts/check_wheel", "scripts/lock", ".ci/run"])
+@pytest.mark.parametrize("script", ["scripts/run", "scripts/lab", "scripts/test", "scripts/check_wheel",
+    "scripts/lock", ".ci/run"])
 def test_scripts_are_executable_bash(script):
     assert os.access(ROOT/script, os.X_OK)
     assert subprocess.run(["bash", "-n", ROOT/script]).returncode == 0
