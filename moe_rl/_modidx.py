@@ -1473,7 +1473,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'moe_rl.report.RunData.__getitem__': ('06_app/report.html#rundata.__getitem__', 'moe_rl/report.py'),
                                'moe_rl.report.RunData.__repr__': ('06_app/report.html#rundata.__repr__', 'moe_rl/report.py'),
                                'moe_rl.report.RunData.has': ('06_app/report.html#rundata.has', 'moe_rl/report.py'),
-                               'moe_rl.report.Sample': ('06_app/report.html#sample', 'moe_rl/report.py'),
                                'moe_rl.report.by_environment': ('06_app/report.html#by_environment', 'moe_rl/report.py'),
                                'moe_rl.report.changed': ('06_app/report.html#changed', 'moe_rl/report.py'),
                                'moe_rl.report.columns_of': ('06_app/report.html#columns_of', 'moe_rl/report.py'),

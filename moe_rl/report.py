@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOGS', 'GRADES', 'STYLE', 'BLUE', 'ORANGE', 'GREEN', 'GREY', 'HEALTH', 'NUMBERS', 'PICTURES', 'RunData', 'state_of',
-           'columns_of', 'Sample', 'run_data', 'require_run', 'read_run', 'smooth', 'trace', 'rule', 'key', 'sheet',
-           'drawn', 'dress', 'graded_by', 'interval_of', 'draw_learning', 'draw_health', 'staleness_bands', 'draw_flow',
+           'columns_of', 'run_data', 'require_run', 'read_run', 'smooth', 'trace', 'rule', 'key', 'sheet', 'drawn',
+           'dress', 'graded_by', 'interval_of', 'draw_learning', 'draw_health', 'staleness_bands', 'draw_flow',
            'draw_speed', 'outcome', 'table', 'numbers', 'inline', 'spread', 'by_environment', 'verdicts', 'flat',
            'unknown', 'changed', 'page', 'write_report']
 
@@ -69,20 +69,11 @@ LOGS = ("metrics", "ledger", "evals", "samples")
 # what every evaluation has
 GRADES = ("step", "exact", "interval", "score", "score_interval", "pass_at_k", "prompts", "seconds")
 
-class Sample(msgspec.Struct):
-    "A line of samples.jsonl: one rollout of a step, decoded."
-    step: int
-    id: str
-    reward: float
-    text: str
-    prompt: str = ""
-
 def run_data(folder:Path, rows:list[dict], ledger:list[dict], evals:list[dict], samples:list[dict]) -> RunData:
     "The record of a run from the lines of its `LOGS`. Raises `StorageError` when they were altered."
     dropped = Counter()
     try:
         for line in evals: msgspec.convert({k: line[k] for k in GRADES} | line, EvalRow)
-        msgspec.convert(samples, list[Sample])
         for line in ledger: dropped.update({reason: len(ids) for reason, ids in line["dropped"].items()})
         steps, trained = np.array([r["step"] for r in rows], int), sum(len(line["trained"]) for line in ledger)
         load = np.array(rows[-1]["load"]) if rows and "load" in rows[-1] else None
