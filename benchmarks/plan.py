@@ -18,7 +18,7 @@ import moe_rl.scale.plan as P
 took = dict(import_s=time.process_time() - t)
 assert "torch" not in sys.modules
 import numpy as np
-from moe_rl.scale.loop import Loop, Plan, Workload
+from moe_rl.scale.loop import Loop, Plan, Workload, rounds_time
 from moe_rl.scale.rollouts import Lengths
 from moe_rl.scale.serve import Pace
 pace = Pace(tuple(.012 + 2e-5*b for b in range(257)), 2e-9, 1e-6)
@@ -28,7 +28,7 @@ def loop(rollouts, turns):
 t = time.process_time(); P.plan(P.load_setup("configs/plan_h200x28.toml")); took["plan_s"] = time.process_time() - t
 t = time.process_time(); n = len(Loop(loop(1_000_000, 1)).run()); took["simulate_s"] = time.process_time() - t
 t = time.process_time(); Loop(loop(100_000, 30)).run(); took["turns_s"] = time.process_time() - t
-t = time.process_time(); pack = P.rounds_time(65536, 64, .5, 1e-4); n = Lengths(1700, 9000, .8).draw(np.random.default_rng(0), 2048).tolist(); [pack(n) for _ in range(10)]; took["packing_s"] = (time.process_time() - t)*48.8
+t = time.process_time(); pack = rounds_time(65536, 64, .5, 1e-4); n = Lengths(1700, 9000, .8).draw(np.random.default_rng(0), 2048).tolist(); [pack(n) for _ in range(10)]; took["packing_s"] = (time.process_time() - t)*48.8
 took["mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 print(json.dumps(took))
 '''
