@@ -12,12 +12,10 @@ Both runs start from the same settings and stop at the first evaluation of 512 h
 import argparse
 import os
 import statistics
-from _runs import Run, finish, folders
+from _runs import UNTIL, Run, finish, folders
 from moe_rl.bench import repository
 
 MESH = ("--parallel.shard", "2", "--parallel.experts", "2")
-# evaluations stand close enough together to tell 1.3 x from 1; no clock ends a run on a machine that others use, too
-UNTIL = ("--rl.stop_at", "0.9", "--rl.seconds", "0", "--eval.every", "25")
 
 
 def measure(args):

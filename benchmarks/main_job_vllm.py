@@ -2,10 +2,10 @@
 steps does each of them take to 0.9 of the held-out words? Several seeds, medians."""
 import argparse, importlib.util
 from statistics import median
-from _runs import Run, finish, folders
+from _runs import GOAL, UNTIL, Run, finish, folders
 from moe_rl.bench import NeedsHardware, repository
 
-GOAL, MOST = .9, 600  # held-out share of exact answers, and steps: they are counted here, and seconds are not
+MOST = 600  # steps of a run
 
 
 def steps_to(run:Run, goal:float=GOAL) -> int:
@@ -29,8 +29,7 @@ def measure(args:list[str]) -> dict:
         for kind in [a.only] if a.only else ["vllm", "embedded"]:
             folder = out / f"{kind}-{seed}"
             runs[kind, seed] = finish(Run(folder, "--config", config, "--dir", str(folder), "--engine.kind", kind,
-                "--seed", str(seed), "--rl.stop_at", str(GOAL), "--eval.every", "25", "--rl.seconds", "0",
-                "--rl.steps", str(a.steps)), 2400)
+                "--seed", str(seed), *UNTIL, "--rl.steps", str(a.steps)), 2400)
     of = lambda kind, what: [what(r) for (k, _), r in runs.items() if k == kind]
     figures = {}
     for kind in dict.fromkeys(k for k, _ in runs):

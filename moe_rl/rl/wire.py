@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Message', 'LARGEST', 'BEAT', 'Hello', 'Beat', 'Failure', 'Generate', 'Abort', 'Generated', 'Update', 'Missing',
-           'Updated', 'Train', 'Save', 'Trained', 'Saved', 'Stop', 'Server', 'die_with_parent', 'Client', 'serve']
+           'Updated', 'Train', 'Save', 'Trained', 'Saved', 'Stop', 'Server', 'die_with_parent', 'Client',
+           'belong_to_run', 'serve']
 
 # %% ../../nbs/05_rl/05_wire.ipynb #8d17b81f
 import ctypes, os, signal, sys, threading, traceback
@@ -204,12 +205,15 @@ class Client:
         self.context.destroy(linger=2000)
 
 # %% ../../nbs/05_rl/05_wire.ipynb #2c657e9b
+def belong_to_run():
+    "End with the parent; ignore signals, which reach a whole terminal or job: the orchestrator decides what follows."
+    die_with_parent()
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(s, signal.SIG_IGN)
+
 def serve(name:str, work:Callable[[Client], None]):
     """Run `work(client)` as the worker `name`; address and parent come from the environment (`MOE_RL_*`), the key,
     which no other process shall read there, by standard input."""
-    die_with_parent()
-    # they reach every process of a terminal or a job; the orchestrator decides what follows
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(s, signal.SIG_IGN)
+    belong_to_run()
     client = Client(os.environ["MOE_RL_ENDPOINT"], name, sys.stdin.readline().strip(),
         int(os.environ.get("MOE_RL_PARENT", 0)))      # 0: a launcher of another machine sees to it
     code = 0

@@ -9,7 +9,7 @@ __all__ = ['HOPE', 'PASSES', 'LEFT', 'device_of', 'prepare', 'Probes', 'Examples
            'letters', 'main']
 
 # %% ../../nbs/05_rl/10_workers.ipynb #2988639f
-import copy, math, os, signal, sys, threading, time, traceback
+import copy, math, os, sys, threading, time, traceback
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ from .trainer import Trainer, build_model, spec_of
 from .ask import PROBE, answers, engine_plan
 from .wire import (
     LARGEST, Abort, Client, Generate, Generated, Message, Missing, Save, Saved, Stop, Train, Trained, Update, Updated,
-    die_with_parent, serve)
+    belong_to_run, serve)
 from ..records import Example, Finished, decode, encode, sampling_of
 from ..rollout.protocol import EngineProtocol, Folder, Source, engine_maker
 from ..rollout.environments import Environment, Task
@@ -346,8 +346,7 @@ LEFT = 70 # exit code of a rank that ends because another has
 
 def follow(name:str, rank:int, work:Callable):
     "Run `work(client)` as a rank that is not on the wire, as `serve` does for one that is."
-    die_with_parent()
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(s, signal.SIG_IGN)
+    belong_to_run()
     if "MOE_RL_MEET" in os.environ: threading.Thread(target=pulse, args=(rank,), daemon=True).start()
     code = 0
     try: work(Unheard())
