@@ -252,6 +252,8 @@ class EngineSection(Section):
     kv: Literal["keep", "recompute"] = Field("keep", description="what a running request does with its KV when new "
         "weights arrive")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the engine's weights and cache")
+    transfer: Literal["files", "direct"] = Field("files", description="how new weights come to an engine. files: the "
+        "trainer writes each version, engines read it; direct: from memory to memory, between GPUs by NCCL")
     step: Annotated[str, one_of(STEPS)] = Field("auto", description="plain: any device; graphs: a GPU's steps recorded "
         "and replayed; auto: graphs on a GPU, for a model that keeps keys and values; or \"module:attribute\"")
 

@@ -463,7 +463,7 @@ def test_the_fingerprint_that_an_engine_says_is_compared(tmp_path, dtype):
     s, tokenizer = load_settings(overrides=TINY | {"engine.dtype": dtype}), byte_tokenizer()
     from moe_rl.rl.trainer import build_model
     model = build_model(s, tokenizer.vocab_size)
-    said = workers.release(model, tmp_path, 3, dtype)
+    said = workers.publisher_of(s, model, tmp_path).publish(3, model.state_dict())
     engine = Embedded(build_engine(s, build_model(s, tokenizer.vocab_size)))
     updated = workers.take(engine, 3, Folder(tmp_path/"weights"))
     other = describe(engine.engine.model.state_dict() | {"norm.weight": torch.zeros_like(model.norm.weight)}, 3)

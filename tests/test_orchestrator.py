@@ -209,7 +209,7 @@ def test_known_failure_27_last_words_of_an_engine(tmp_path, monkeypatch, bug):
 
     Bug: it is started again and again."""
     started = []
-    def start_engine(n):
+    def start_engine(n, replica):
         started.append(n)
         return Worker(f"engine-0.{n}", Alive())
     async def go():

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DONE', 'DRAW_SECONDS', 'EXTENDS', 'tokenizer_at', 'keep_tokenizer', 'make_tokenizer', 'check_balance', 'launcher_of',
-           'check_first', 'check_parallel', 'idle_goals', 'check', 'Ready', 'processes', 'guard_of', 'draw_profiles',
-           'make_ready', 'measured', 'ready_again', 'get_ready', 'keep_ready', 'job_of', 'end', 'stop', 'Ranked',
-           'finished', 'extend', 'write_card', 'state_at', 'choose', 'set_aside', 'code_of', 'flat', 'provenance',
-           'complete', 'first_version', 'verdicts', 'Crew', 'drive', 'run_async', 'signals', 'run', 'with_sizes',
-           'ready_for', 'evaluate_async', 'evaluate']
+           'check_first', 'check_transfer', 'check_parallel', 'idle_goals', 'check', 'Ready', 'processes', 'guard_of',
+           'draw_profiles', 'make_ready', 'measured', 'ready_again', 'get_ready', 'keep_ready', 'job_of', 'end', 'stop',
+           'Ranked', 'finished', 'extend', 'write_card', 'state_at', 'choose', 'set_aside', 'code_of', 'flat',
+           'provenance', 'complete', 'first_version', 'verdicts', 'Crew', 'drive', 'run_async', 'signals', 'run',
+           'with_sizes', 'ready_for', 'evaluate_async', 'evaluate']
 
 # %% ../../nbs/05_rl/12_run.ipynb #c87043bf
 import asyncio, hashlib, importlib.util, itertools, json, math, os, platform, shutil, signal, sys, threading, time
@@ -96,9 +96,21 @@ def check_first(s:Settings):
         for where, row in read_rows(s.warm_start.data): messages_of(row, where)
     launcher_of(s).close()
     check_parallel(s)
+    check_transfer(s)
     engine_maker(s.engine.kind, s.engine.params)
     advantage.resolve(s.rl.advantage)
     loss.resolve(s.rl.loss, **s.rl.loss_params)
+
+def check_transfer(s:Settings):
+    "Raise `UserError` where weights can't go from memory to memory."
+    if s.engine.transfer == "files": return
+    at, instead = 'engine.transfer = "direct"', 'use engine.transfer = "files"'
+    if s.launch.kind != "local":
+        raise UserError(f"{at}: trainer and engines must be on one machine, not at launch.kind = {s.launch.kind}: "
+                        f"{instead}")
+    needs, gpus = s.parallel.ranks + s.engine.replicas, torch.cuda.device_count()
+    if device_of(s).type == "cuda" and gpus < needs:
+        raise UserError(f"{at}: NCCL wants a GPU for each of {needs} processes, and this machine has {gpus}: {instead}")
 
 def check_parallel(s:Settings):
     "Raise `UserError` for ranks of the trainer that do not fit together, the model or this machine."
@@ -244,10 +256,11 @@ def keep_ready(ready:Ready, folder:Path):
     replace_file(folder/"held_out.json", json.dumps(ready.numbers).encode())
 
 # %% ../../nbs/05_rl/12_run.ipynb #36b8c1a1
-def job_of(role:str, name:str, folder:Path, server:Server, extra:str="", threads:int=1, ranks:int=1) -> Job:
+def job_of(role:str, name:str, folder:Path, server:Server, extra:str="", threads:int=1, ranks:int=1,
+           gpu:int|None=None) -> Job:
     "A worker process, as a launcher is asked for it."
     return Job(name, "moe_rl.rl.workers", (role, name, str(folder), *([extra] if extra else [])), role,
-        dict(MOE_RL_ENDPOINT=server.endpoint), secret=server.key, threads=threads, ranks=ranks)
+        dict(MOE_RL_ENDPOINT=server.endpoint), secret=server.key, threads=threads, ranks=ranks, gpu=gpu)
 
 def end(workers:list[Worker]):
     "Kill what still runs, and wait until it is gone."
@@ -477,12 +490,14 @@ class Crew:
         self.trainer = self.add("trainer", "trainer", str(checkpoint or ""))
         self.pool = EnginePool(server, Clocked() if s.schedule.deterministic else Free())
         self.pool.engines = {e.name: e for e in (self.engine(0, i) for i in range(s.engine.replicas))}
-    def add(self, role:str, name:str, extra:str="") -> Worker:
+    def add(self, role:str, name:str, extra:str="", gpu:int|None=None) -> Worker:
         ranks = self.s.parallel.ranks if role == "trainer" else 1
-        job = job_of(role, name, self.folder, self.server, extra, self.s.schedule.threads, ranks)
+        job = job_of(role, name, self.folder, self.server, extra, self.s.schedule.threads, ranks, gpu)
         self.all.append((Worker if ranks == 1 else Ranked)(name, self.launcher.start(job)))
         return self.all[-1]
-    def engine(self, generation:int, i:int=0) -> Worker: return self.add("engine", f"engine-{i}.{generation}")
+    def engine(self, generation:int, i:int=0) -> Worker:
+        "The trainer's ranks have the first GPUs of the machine, engines those after them."
+        return self.add("engine", f"engine-{i}.{generation}", gpu=self.s.parallel.ranks + i)
 
 async def drive(loop:Orchestrator, crew:Crew, state:State|None) -> dict:
     "The run from the first version to the model in its folder; returns the last evaluation."
