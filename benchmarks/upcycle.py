@@ -15,9 +15,9 @@ from moe_rl.moe.upcycle import upcycle
 from moe_rl.rollout.environments import ReasoningGym
 
 TASK = dict(last_number=True, min_terms=2, max_terms=2, min_digits=2, max_digits=2)
-SIZES = {"engine.dtype": "bfloat16", "engine.max_tokens": 32, "engine.max_seqs": 512, "engine.kv_tokens": 65536,
+SIZES = {"train.precision": "bf16", "engine.dtype": "bfloat16", "engine.max_tokens": 32, "engine.max_seqs": 512, "engine.kv_tokens": 65536,
          "rl.groups_per_step": 64, "rl.group_size": 8, "rl.tokens_per_batch": 16384, "eval.prompts": 512}
-SHORT = {"engine.max_tokens": 8, "engine.max_seqs": 16, "rl.groups_per_step": 2, "rl.group_size": 4,
+SHORT = {"train.precision": "float32", "engine.max_tokens": 8, "engine.max_seqs": 16, "rl.groups_per_step": 2, "rl.group_size": 4,
          "rl.steps": 2, "rl.seconds": 0, "rl.zero_variance": "keep", "eval.prompts": 16}
 
 
@@ -74,7 +74,7 @@ def one_seed(a, more: list[str]) -> dict:
         raise NeedsHardware("one GPU for the training (--short runs it on a CPU with 2 of 30 layers)")
     run = learn(out, mixture, a.seed, a.minutes, a.short, more)
     first, last, rows = run.evals[0], run.evals[-1], run.metrics
-    curve = [[round(r["seconds"]/60, 3), round(r["score"], 4)] for r in rows]
+    curve = [[round(r["seconds"]/60, 3), round(r["score"], 4)] for r in rows if r["score"] is not None]
     keys = ("step_seconds", "train_seconds", "publish_seconds", "engine_tokens_per_s", "engine_waits", "trainer_waits",
             "staleness", "mismatch_kl", "answer_tokens", "cut", "utilisation", "max_vio")
     print({k: round(statistics.median(r[k] for r in rows if r.get(k) is not None), 4) for k in keys if k in rows[-1]},
