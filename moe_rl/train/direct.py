@@ -57,7 +57,7 @@ class Link:
         options._timeout, options._devices = EVER, [dist.ProcessGroupGloo.create_device(interface=LOOPBACK)]
         self.words = self.data = dist.ProcessGroupGloo(dist.PrefixStore("words", store), place, 2, options)
         if device.type == "cuda":
-            torch.cuda.set_device(device)   # each thread has one of its own
+            torch.cuda.set_device(device.index or 0)    # each thread has one of its own
             self.data = dist.ProcessGroupNCCL(dist.PrefixStore("data", store), place, 2)
 
     def say(self, word:bytes):
