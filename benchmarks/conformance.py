@@ -132,7 +132,7 @@ def vllm() -> dict:
 def measure(args:list[str]) -> dict:
     "`moe-rl bench conformance`; see the module's docstring."
     p = argparse.ArgumentParser(prog="moe-rl bench conformance")
-    p.add_argument("--healthy", type=int, default=24, help="shapes of healthy embedded engines to draw")
+    p.add_argument("--healthy", type=int, default=16, help="shapes of healthy embedded engines to draw")
     p.add_argument("--seed", type=int, default=0, help="of the shapes")
     p.add_argument("--without-vllm", action="store_true", help="the embedded engine and the path alone")
     a = p.parse_args(args)

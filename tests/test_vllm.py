@@ -2,6 +2,9 @@
 
 Without vLLM only what is refused is tested; scripts/test --vllm installs it."""
 import importlib.util
+import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import torch
 
 from moe_rl.errors import UserError
 from moe_rl.moe.checkpoint import to_disk
-from moe_rl.moe.families import new_afmoe
+from moe_rl.moe.families import from_hf, new_afmoe
 from moe_rl.records import Request
 from moe_rl.rollout import vllm as ours
 from moe_rl.rollout.conformance import CHECKS, Subject, collect, complaint_of, require
@@ -156,6 +159,30 @@ def test_without_vllm_the_line_says_what_to_type(monkeypatch):
 def test_shapes_that_its_kernels_do_not_take_are_named(change, said):
     with pytest.raises(UserError, match=said): ours.VllmEngine(plan(new_afmoe(**SIZES | change)))
 
+LATENT = dict(architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", vocab_size=64, hidden_size=32,
+    intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4,
+    num_experts_per_tok=1, moe_intermediate_size=16, n_shared_experts=1, n_group=1, topk_group=1, kv_lora_rank=512,
+    routed_scaling_factor=1., norm_topk_prob=True, q_lora_rank=16, qk_rope_head_dim=64, qk_nope_head_dim=32,
+    v_head_dim=32, first_k_dense_replace=1, max_position_embeddings=256, rms_norm_eps=1e-6,
+    rope_parameters=dict(rope_type="default", rope_theta=1e4))
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=2., original_max_position_embeddings=128)
+
+@pytest.mark.parametrize("change, said", [({}, ""), (dict(rope_interleave=False), "rope_interleave=false"),
+    (dict(rms_norm_eps=1e-5), "theirs is 1e-06"), (dict(kv_lora_rank=256), r"latents of 256\+64"),
+    (dict(rope_parameters=YARN), ""), (dict(rope_parameters=YARN | dict(attention_factor=1.1)), "attention_factor=1.1"),
+    (dict(rope_parameters=YARN, max_position_embeddings=512), "stretched positions ends at 256")])
+def test_latent_attention_that_vllm_computes_otherwise_is_named(change, said):
+    "Each of these runs in vLLM and gives other numbers, or stops it in the middle."
+    assert re.search(said, why := ours.unfit(from_hf(LATENT | change), torch.device("cpu"))) and bool(why) == bool(said)
+
+@needs_vllm
+def test_the_other_families_agree():
+    "In a process of its own, since one engine is alive here already."
+    r = subprocess.run([sys.executable, "-m", "moe_rl.cli", "bench", "vllm_parity", "--others", "1", "--configs", "0",
+        "--updates", "2"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert r.returncode == 0, r.stderr[-2000:]
+    figures = json.loads(r.stdout.splitlines()[-1])["figures"]
+    assert max(figures["worst_logprob"], figures["worst_after_updates"]) <= 5e-6 and figures["routes_equal"] == 1
 
 # ---- bugs that others shipped (and some of this engine's own kind): a check fails when the bug is put in
 # one with 300 experts needs an engine of its own: `moe-rl bench conformance`

@@ -406,8 +406,8 @@ INSIDE = [
     Mutant("rows in the order of the batch", "02: miles 3146", "sharing", "routes of",
         patches=dict(embedded=backwards, vllm=flipped_tap)),
     Mutant("who loses his place loses his routes", "04: vLLM 39917", "pressure", "differ",
-        patches=dict(embedded=lost_with_the_seat), needs="tight", absent=dict(vllm="`RouteTap.note` writes every row of "
-        "a resumed request again: computed anew, or by the slots where it was found")),
+        patches=dict(embedded=lost_with_the_seat), needs="tight", absent=dict(vllm="`RouteTap.note` writes every row "
+        "of a resumed request again: computed anew, or by the slots where it was found")),
     Mutant("no routes after a prefix hit", "05: tpu-inference 3583", "again", "routes",
         patches=dict(embedded=keys_without_routes, vllm=zeros_after_a_hit)),
     Mutant("a chunk keeps only its last row", "05: vLLM 39568", "sharing", "routes",
