@@ -95,8 +95,8 @@ HEADLINES = [
         "of runs that were resumed to their ends"),
     ("determinism", "{resumed_equal}", "a run that was killed and resumed equals one that was not, bit for bit"),
     ("vllm_parity", "{worst_after_updates} nats", "largest difference of a log-probability between vLLM and the "
-        "trainer's model after {updates} updates, {configs} models; share of tokens with the same experts: "
-        "{routes_equal}"),
+        "trainer's model after {updates} updates, {configs} models of {families} families; share of tokens with the "
+        "same experts: {routes_equal}"),
     ("mfu", "{ratio_titan} x", "tokens/s of a whole bf16 training step over compiled torchtitan's on one H100, at "
         "{mfu} of its peak FLOP/s"),
 ]

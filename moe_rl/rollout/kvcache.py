@@ -177,7 +177,7 @@ def plain_attend(
     # [N,H,hd] and [N,KV,hd] x 2 -> [N,H,hd]
     def attend(layer:int, q:Tensor, k:Tensor, v:Tensor, window:int|None)->Tensor:
         here = [cache.slots(t, np.arange(s, s+n)) for t,s,n in zip(tables, starts, counts)]
-        cache.kv[layer,np.concatenate(here)] = join_kv(k, v, cache.shape)
+        cache.kv[layer,np.concatenate(here)] = join_kv(k, v, cache.shape).to(cache.kv.dtype)
         out, token = [], 0
         for table,start,count in zip(tables, starts, counts):
             i, j = torch.arange(start, start+count)[:,None], torch.arange(start+count)
