@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _runs import Run, finish, folders
-from _witness import FOLDER, testimony
+from _witness import FOLDER, PACK, audit, testimony
 from moe_rl.bench import NeedsHardware, repository
 from moe_rl.config import load_settings
 from moe_rl.data.tokens import load_tokenizer
@@ -20,7 +20,6 @@ from moe_rl.train.precision import logprobs_of, working
 from moe_rl.train.weights import load_version, versions
 
 TYPES = dict(float32="float32", bf16="bfloat16") # train.precision -> engine.dtype
-PACK = 64 # sequences of one forward pass
 
 
 def settings(a, precision: str) -> dict:
@@ -43,24 +42,13 @@ class Weights:
         return self.model
 
 
-def audit(run: Path, weights: Weights) -> dict:
-    """Every token against the forward pass of its version. Text that several versions wrote is replayed by none: what
-    the engine keeps are the routes of the last, and exact routers choose as they did."""
-    by_version, whole = defaultdict(list), 0
-    for seen in testimony(run):
-        made = set(seen.finished.versions.tolist())
-        whole += len(made) == 1
-        for v in made: by_version[v, len(made) == 1].append((seen.request, seen.finished))
-    worst, tokens, sampled = 0., 0, {f.id: len(f.token_ids) for played in by_version.values() for _, f in played}
-    for (version, alone), played in sorted(by_version.items()):
-        work = working(weights(version), weights.precision, "exact", "auto")
-        for at in range(0, len(played), PACK):
-            part = played[at:at + PACK]
-            mine = torch.from_numpy(np.concatenate([f.versions for _, f in part]) == version)
-            off = mismatches(work, part, replay=alone).cpu()[mine]
-            worst, tokens = max(worst, off.max().item()), tokens + len(off)
-    return dict(mismatch=worst, tokens=tokens, answers=len(sampled), versions=len(versions(run / FOLDER)),
-        mixed=len(sampled) - whole)
+def witnessed(run: Path, weights: Weights) -> dict:
+    "All that the engines of a run have answered, held against its weights."
+    played = [(seen.request, seen.finished) for seen in testimony(run)]
+    off = audit(played, weights, lambda model: working(model, weights.precision, "exact", "auto"))
+    mixed = sum(len(set(f.versions.tolist())) > 1 for _, f in played)
+    return dict(mismatch=max(off), tokens=sum(len(f.token_ids) for _, f in played), answers=len(played),
+        versions=len(versions(run / FOLDER)), mixed=mixed)
 
 
 def sample(model: Model, compute, dtype: str, asked: list, kv: int) -> tuple[list, float]: # answers, tokens/s
@@ -88,9 +76,7 @@ def train_rate(work, played: list) -> float: # tokens/s of a forward and a backw
 def costs(run: Path, weights: Weights, a) -> dict:
     "The ordinary step and the exact one on the same requests, in turn; the last version's weights."
     newest, precision = versions(run / FOLDER)[-1], weights.precision
-    dtype, asked = TYPES[precision], [s.request for s in testimony(run)][-a.requests:]
-    # an id may have been asked twice: by training and by a later evaluation
-    asked = list({r.id: r for r in asked}.values())
+    dtype, asked = TYPES[precision], [s.request for s in testimony(run) if s.request.lane == "train"][-a.requests:]
     rates, ordinary = defaultdict(list), 0.
     for _ in range(a.rounds + 1):       # the first is for warming up
         steps = dict(ordinary=step_of("auto", weights.model), plain=plain_step, exact=ExactStep())
@@ -119,7 +105,7 @@ def one(a, out: Path, precision: str) -> dict:
     config = str(repository() / "configs" / "main_job.toml")
     run = finish(Run(folder, "--config", config, "--dir", str(folder), *words), 1500)
     weights = Weights(folder, a.device)
-    found = audit(folder, weights) | dict(steps=len(run.metrics)) | costs(folder, weights, a)
+    found = witnessed(folder, weights) | dict(steps=len(run.metrics)) | costs(folder, weights, a)
     said = ", ".join(f"{k} {v:.3g}" for k, v in found.items())
     print(f"{precision}: {said}", flush=True)
     return found
