@@ -133,13 +133,18 @@ class Chaos:
             self.beside.spawn(self.pool.update(version, str(self.folder / "weights")))
             prune(self.folder / "weights", min(self.pool.oldest(), version - 1))
 
+    def victims(self) -> list[Worker]:
+        "Engines that live: mostly those that have requests, now and then any."
+        live = sorted((w for w in self.pool.engines.values() if w.process.poll() is None), key=lambda w: w.name)
+        busy = {e for e, _ in self.pool.out.values()}
+        return live if self.rng.random() < .2 else [w for w in live if w.name in busy] or live
+
     async def kill(self):
         "SIGKILL at seeded moments."
         for _ in range(self.a.kills):
-            await asyncio.sleep(self.rng.uniform(2, 7))
-            while not any(w.process.poll() is None for w in self.pool.engines.values()): await asyncio.sleep(.1)
-            victim = self.rng.choice(sorted((w for w in self.pool.engines.values() if w.process.poll() is None),
-                key=lambda w: w.name))
+            await asyncio.sleep(self.rng.uniform(3, 8))
+            while not (victims := self.victims()): await asyncio.sleep(.1)
+            victim = self.rng.choice(victims)
             out = sum(e == victim.name for e, _ in self.pool.out.values())
             self.struck += out > 0
             victim.process.process.send_signal(signal.SIGKILL)
