@@ -94,9 +94,10 @@ def costs(run: Path, weights: Weights, a) -> dict:
             learner = weights(newest).requires_grad_(True)
             rates[f"train_{forward}"].append(train_rate(working(learner, precision, forward, "auto"), played))
             learner.requires_grad_(False).zero_grad()
-    rate = {k: statistics.median(v[1:]) for k, v in rates.items()}
-    return dict(mismatch_ordinary=ordinary, slowdown=rate["ordinary"] / rate["exact"], tokens_per_s=rate["exact"],
-        slowdown_plain=rate["plain"] / rate["exact"], train_slowdown=rate["train_auto"] / rate["train_exact"])
+    # of each round: what else the machine does changes between them
+    ratio = lambda a, b: statistics.median(x / y for x, y in list(zip(rates[a], rates[b]))[1:])
+    return dict(mismatch_ordinary=ordinary, slowdown=ratio("ordinary", "exact"), slowdown_plain=ratio("plain", "exact"),
+        train_slowdown=ratio("train_auto", "train_exact"), tokens_per_s=statistics.median(rates["exact"][1:]))
 
 
 def one(a, out: Path, precision: str) -> dict:
@@ -119,7 +120,7 @@ def measure(args):
     p.add_argument("--warm", type=int, default=20, help="supervised steps before")
     p.add_argument("--kv", type=int, default=1536, help="tokens of a cache: so few that requests are preempted")
     p.add_argument("--requests", type=int, default=192, help="of one timing")
-    p.add_argument("--rounds", type=int, default=3, help="of timing; medians are reported")
+    p.add_argument("--rounds", type=int, default=5, help="of timing; medians are reported")
     a = p.parse_args(args)
     if a.device == "cuda" and not torch.cuda.is_available(): raise NeedsHardware("a GPU")
     torch.set_num_threads(1)

@@ -4,7 +4,7 @@ import argparse, asyncio, random, shutil, signal, time
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
-import numpy as np
+import msgspec, numpy as np
 import torch
 from _witness import audit
 from _runs import folders
@@ -94,8 +94,8 @@ class Chaos:
         log = SimpleNamespace(event=lambda line: print(f"  {line}", flush=True))
         show = lambda row: None
         show.last = float("inf")
-        return SimpleNamespace(s=self.s, pool=self.pool, server=self.server, trainer=Worker("trainer", Alive()), log=log,
-            show=show, spawn=self.beside.spawn, changed=self.beside.changed, books=SimpleNamespace(began=None),
+        return SimpleNamespace(s=self.s, pool=self.pool, server=self.server, trainer=Worker("trainer", Alive()),
+            log=log, show=show, spawn=self.beside.spawn, changed=self.beside.changed, books=SimpleNamespace(began=None),
             state=SimpleNamespace(step=0, live={}), buffer=SimpleNamespace(complete={}))
 
     async def ask(self, request: Request) -> Finished:
@@ -113,7 +113,8 @@ class Chaos:
             text = [rng.randrange(3, 259) for _ in range(rng.randint(4, 40))]
             for turn in range(turns):
                 n = rng.randint(20, self.s.engine.max_tokens)
-                f = await self.ask(Request(id=f"0-{number}-0.{turn}", prompt=text, max_tokens=n, seed=rng.randrange(2**40)))
+                f = await self.ask(Request(id=f"0-{number}-0.{turn}", prompt=text, max_tokens=n,
+                    seed=rng.randrange(2**40)))
                 text = text + f.token_ids + [rng.randrange(3, 259) for _ in range(4)]
 
     def rollouts(self) -> list:
@@ -133,17 +134,18 @@ class Chaos:
             self.beside.spawn(self.pool.update(version, str(self.folder / "weights")))
             prune(self.folder / "weights", min(self.pool.oldest(), version - 1))
 
-    def victims(self) -> list[Worker]:
-        "Engines that live: mostly those that have requests, now and then any."
-        live = sorted((w for w in self.pool.engines.values() if w.process.poll() is None), key=lambda w: w.name)
-        busy = {e for e, _ in self.pool.out.values()}
-        return live if self.rng.random() < .2 else [w for w in live if w.name in busy] or live
+    def busy(self, any_: bool) -> list[Worker]:
+        "Engines that live and have requests, or any that live."
+        have = {e for e, _ in self.pool.out.values()}
+        return sorted((w for w in self.pool.engines.values() if w.process.poll() is None and (any_ or w.name in have)),
+            key=lambda w: w.name)
 
     async def kill(self):
-        "SIGKILL at seeded moments."
+        "SIGKILL at seeded moments, mostly to one that has requests."
         for _ in range(self.a.kills):
             await asyncio.sleep(self.rng.uniform(3, 8))
-            while not (victims := self.victims()): await asyncio.sleep(.1)
+            any_, limit = self.rng.random() < .2, time.monotonic() + 30
+            while not (victims := self.busy(any_ or time.monotonic() > limit)): await asyncio.sleep(.05)
             victim = self.rng.choice(victims)
             out = sum(e == victim.name for e, _ in self.pool.out.values())
             self.struck += out > 0
@@ -198,8 +200,7 @@ def measure(args):
     wrong = {f.id for (_, f), o in zip(played, off) if o > slack} | chaos.pool.unheld
     # what the check would say of stamps that are off by one
     some = [(r, f) for r, f in played if f.versions.min() > 0][:50]
-    shifted = [(r, Finished(id=f.id, token_ids=f.token_ids, logprobs=f.logprobs, versions=f.versions - 1, routes=f.routes,
-        stop_reason=f.stop_reason)) for r, f in some]
+    shifted = [(r, msgspec.structs.replace(f, versions=f.versions - 1)) for r, f in some]
     noticed = np.mean([o > slack for o in audit(shifted, chaos.versions, work_of)])
     mixed = sum(len(set(f.versions.tolist())) > 1 for _, f in played)
     shutil.rmtree(folder, ignore_errors=True)
