@@ -99,7 +99,7 @@ class Chaos:
             state=SimpleNamespace(step=0, live={}), buffer=SimpleNamespace(complete={}))
 
     async def ask(self, request: Request) -> Finished:
-        "Traffic keeps step with the kills: there is some before and after each."
+        "Traffic and kills keep step with one another: there is as much before as after each."
         while self.issued > self.a.requests * (self.kills + 1) / (self.a.kills + 1): await asyncio.sleep(.05)
         self.issued += 1
         self.played[request.id] = request, None
@@ -144,6 +144,7 @@ class Chaos:
         "SIGKILL at seeded moments, mostly to one that has requests."
         for _ in range(self.a.kills):
             await asyncio.sleep(self.rng.uniform(3, 8))
+            while self.issued < self.a.requests * self.kills / (self.a.kills + 1): await asyncio.sleep(.05)
             any_, limit = self.rng.random() < .2, time.monotonic() + 30
             while not (victims := self.busy(any_ or time.monotonic() > limit)): await asyncio.sleep(.05)
             victim = self.rng.choice(victims)
