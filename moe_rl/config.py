@@ -8,9 +8,9 @@ __all__ = ['LARGEST', 'Natural', 'Positive', 'Countable', 'Depth', 'Share', 'Not
            'LAUNCHERS', 'OPEN', 'Section', 'or_auto', 'as_path', 'one_of', 'ModelSection', 'mapped', 'without_none',
            'with_none', 'in_order', 'storable', 'TokenizerSection', 'EnvSection', 'WarmStartSection', 'OptimSection',
            'BalanceSection', 'TrainSection', 'ParallelSection', 'EngineSection', 'RLSection', 'EvalSection',
-           'ScheduleSection', 'LaunchSection', 'CheckpointSection', 'Settings', 'parse_env', 'env_sections', 'all_keys',
-           'meant', 'source_of', 'explain', 'literal', 'from_text', 'one_environment', 'set_key', 'read_toml', 'leaves',
-           'merge', 'load_settings', 'to_toml']
+           'ScheduleSection', 'LaunchSection', 'CheckpointSection', 'against_exact', 'Settings', 'parse_env',
+           'env_sections', 'all_keys', 'meant', 'source_of', 'explain', 'literal', 'from_text', 'one_environment',
+           'set_key', 'read_toml', 'leaves', 'merge', 'load_settings', 'to_toml']
 
 # %% ../nbs/00_start/03_config.ipynb #053aa9f9
 import ast, datetime, difflib, json, re, tomllib
@@ -202,9 +202,10 @@ class TrainSection(Section):
     precision: Literal["float32", "bf16", "fp8"] = Field("float32",
         description="of forward and backward pass. bf16: norms, "
         "routers, head and residual stream stay float32; fp8: experts in FP8, all else as bf16 (Hopper)")
-    forward: Literal["auto", "plain", "fused"] = Field("auto",
+    forward: Literal["auto", "plain", "fused", "exact"] = Field("auto",
         description="plain: the model as it is; fused: AFMoE out "
-        "of fused pieces, on Hopper, in 16 or 8 bits; auto: fused where that can be")
+        "of fused pieces, on Hopper, in 16 or 8 bits; exact: engine and trainer compute the same bits, slowly; "
+        "auto: fused where that can be")
 
 # %% ../nbs/00_start/03_config.ipynb #7a1e0003
 EXCHANGES = ("auto", "all_to_all", "deepep")
@@ -231,7 +232,7 @@ class ParallelSection(Section):
 
 # %% ../nbs/00_start/03_config.ipynb #bc7391b7
 ENGINES = ("embedded", "vllm")
-STEPS = ("auto", "plain", "graphs")
+STEPS = ("auto", "plain", "graphs", "exact")
 
 class EngineSection(Section):
     "The rollout engines and how they sample."
@@ -255,7 +256,8 @@ class EngineSection(Section):
     transfer: Literal["files", "direct"] = Field("files", description="how new weights come to an engine. files: the "
         "trainer writes each version, engines read it; direct: from memory to memory, between GPUs by NCCL")
     step: Annotated[str, one_of(STEPS)] = Field("auto", description="plain: any device; graphs: a GPU's steps recorded "
-        "and replayed; auto: graphs on a GPU, for a model that keeps keys and values; or \"module:attribute\"")
+        "and replayed; exact: one answer in any company; auto: graphs on a GPU, for a model that keeps keys and "
+        "values, and what train.forward = \"exact\" needs; or \"module:attribute\"")
 
 # %% ../nbs/00_start/03_config.ipynb #3b0b5f69
 ADVANTAGES = ("grpo", "grpo_std", "rloo", "maxrl")
@@ -345,6 +347,18 @@ class CheckpointSection(Section):
     keep: Positive = Field(2, description="so many of the newest stay")
 
 # %% ../nbs/00_start/03_config.ipynb #505e4418
+def against_exact(s) -> str: # the settings; empty: nothing
+    "What stands against engine and trainer computing the same bits, as its key and the value that it must have."
+    same = dict(float32="float32", bf16="bfloat16")
+    if s.train.precision not in same: return 'train.precision = "float32" or "bf16"'
+    wanted = {"engine.dtype": same[s.train.precision], "engine.kv": "recompute", "model.experts": "auto"}
+    if s.engine.kind == "vllm": wanted["engine.kind"] = "embedded"
+    if s.engine.step != "auto": wanted["engine.step"] = "exact"
+    for key, want in wanted.items():
+        section, name = key.split(".")
+        if getattr(getattr(s, section), name) != want: return f'{key} = "{want}"'
+    return ""
+
 class Settings(Section):
     "All settings of one run."
     dir: Folder = Field("runs/run", min_length=1, description="run directory; everything a run writes is in it")
@@ -385,6 +399,8 @@ class Settings(Section):
         if self.schedule.deterministic and self.warm_start.seconds and not self.warm_start.steps:
             raise ValueError("schedule.deterministic excludes warm_start.seconds: set warm_start.steps (or "
                              "warm_start.seconds = 0)")
+        if self.train.forward == "exact" and (need := against_exact(self)):
+            raise ValueError(f'train.forward = "exact" needs {need}')
         return self
 
 # %% ../nbs/00_start/03_config.ipynb #81342748

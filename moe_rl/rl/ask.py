@@ -66,9 +66,9 @@ def check_prompt(tokens:int, env:str, s:Settings, limit:tuple[int, str]):
 def engine_plan(s:Settings, spec:ModelSpec, folder:str|Path, device:torch.device,
         record_routes:bool=False) -> EnginePlan:
     "What the settings say of an engine."
-    e = s.engine
+    e, step = s.engine, "exact" if s.train.forward == "exact" else s.engine.step # two that compute the same bits
     return EnginePlan(spec, Path(folder), device, getattr(torch, e.dtype), e.kv_tokens, e.block_size, e.max_seqs, e.kv,
-        e.step, record_routes, s.eval.share)
+        step, record_routes, s.eval.share)
 
 def build_engine(s:Settings, model:Model, record_routes:bool=False) -> Engine:
     "An engine around `model`, on its device."

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..launch import Handle
 from .wire import Abort, Beat, Failure, Generate, Generated, Hello, Message, Server, Update
 from ..records import Finished, Request
+from ..rollout.router import Router
 from ..train.weights import Manifest, differences
 
 # %% ../../nbs/05_rl/09_pool.ipynb #b0010007
@@ -86,7 +87,7 @@ class Clocked:
 class EnginePool:
     "The engines of a run as one: `generate` is what a rollout awaits."
     def __init__(self, server:Server, policy:Free|Clocked=FREE):
-        self.server, self.policy, self.posting = server, policy, None
+        self.server, self.policy, self.posting, self.router = server, policy, None, Router(measured=not policy.clocked)
         self.engines, self.version, self.stats = {}, {}, {}        # name -> Worker, version, counters
         # newest (version, folder); told when an engine has taken one
         self.latest, self.updated = None, asyncio.Condition()
@@ -125,26 +126,21 @@ async def send(self:EnginePool, engine:str, message:Message):
 # %% ../../nbs/05_rl/09_pool.ipynb #b0010024
 @patch
 async def flush(self:EnginePool):
-    "Send what is held, each request to the engine with the fewest tokens out."
-    load = {e: 0 for e in self.version}
-    if not load: return
-    for engine, r in self.out.values(): load[engine] = load.get(engine, 0) + len(r.prompt) + r.max_tokens
-    mail = collections.defaultdict(list)
-    for id in sorted(self.held, key=natural):
-        request = self.held.pop(id)
-        engine = min(load, key=lambda e: (load[e], e))
-        load[engine] += len(request.prompt) + request.max_tokens
-        self.out[id] = engine, request
-        mail[engine].append(request)
+    "Send what is held, each request to the engine that the router names."
+    if not self.version: return
+    held = [self.held.pop(id) for id in sorted(self.held, key=natural)]
+    mail = self.router.place(held, self.out.values(), self.version)
+    self.out |= {r.id: (engine, r) for engine, requests in mail.items() for r in requests}
     for engine, requests in mail.items(): await self.send(engine, Generate(requests))
 
 @patch
 async def finished(self:EnginePool, engine:str, message:Generated):
     "Hand results to those who wait for them; an answer nobody waits for any more is ignored."
-    self.stats[engine] = message.stats
+    if engine not in self.version: return                           # a voice from the grave
+    self.stats[engine] = self.router.reports[engine] = message.stats
     for f in message.finished:
         if self.out.get(f.id, ("",))[0] != engine: continue
-        del self.out[f.id]
+        self.router.answered(engine, self.version[engine], self.out.pop(f.id)[1], f)
         if not (future := self.waiting.pop(f.id)).done(): future.set_result(f)
 
 # %% ../../nbs/05_rl/09_pool.ipynb #b0010026
@@ -162,6 +158,7 @@ async def abort(self:EnginePool, groups:set[int]):
 async def lost(self:EnginePool, engine:str):
     "An engine died: its requests are held again for the others or its successor."
     for kept in (self.engines, self.version, self.stats, self.told): kept.pop(engine, None)
+    self.router.forget(engine)
     for id, (e, request) in list(self.out.items()):
         if e == engine:
             del self.out[id]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..moe.attention import packed_attend
+from ..moe.attention import AttendFn, packed_attend
 from ..moe.model import Model, lower_precision
 from ..records import Finished, Request
 from ..routes import narrow_routes
@@ -156,12 +156,13 @@ def not_finite(version:int)->FloatingPointError:
 def plain_step(
     runner, # a `StepRunner`, with the model, the cache, and what is known of every seat
     plan:Plan,
+    attend:Callable[[PagedCache,StepLayout],AttendFn]=paged_attend,
 )->tuple[np.ndarray,np.ndarray]: # tokens [B] int64, log-probabilities [B] float32 of the B rows that sample
     "One forward pass over all tokens of the plan, and one token for each row that has been read to its end."
     s, l, cache, device = runner.scheduler, runner.ledger, runner.cache, runner.device
     layout = StepLayout(cache, s.tables[plan.rows], plan.starts, plan.counts)
     ids = torch.from_numpy(s.tokens[plan.rows[layout.row],layout.host_positions].astype(np.int64)).to(device)
-    out = runner.model(ids, layout.positions, paged_attend(cache, layout),
+    out = runner.model(ids, layout.positions, attend(cache, layout),
         replay=replayed(l.replays, plan, cache.routes.shape[1:], device))
     if runner.record_routes: cache.put_routes(layout.slots, out.routes)
     rows = plan.rows[plan.samples]

@@ -88,7 +88,8 @@ class EnginePlan(NamedTuple):
     eval_share:float        # part of the places that lane "eval" is sure of
 
 ENGINES = dict(embedded="moe_rl.rollout.protocol:embedded", vllm="moe_rl.rollout.vllm:VllmEngine")
-STEPS = dict(plain="moe_rl.rollout.engine:plain_step", graphs="moe_rl.gpu.decode:GraphStep")
+STEPS = dict(plain="moe_rl.rollout.engine:plain_step", graphs="moe_rl.gpu.decode:GraphStep",
+    exact="moe_rl.rollout.exact:ExactStep")
 
 def engine_maker(
     kind:str,                # a key of `ENGINES`, or "module:attribute"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGIT_LIMIT', 'finite_logits', 'top_k_support', 'top_p_support', 'sampling_support', 'check_sampling',
-           'sampling_logprobs', 'entropy', 'token_logprobs', 'global_mean', 'head_z_loss']
+           'sampling_logprobs', 'entropy', 'chunk_logprobs', 'token_logprobs', 'global_mean', 'head_z_loss']
 
 # %% ../../nbs/03_train/01_objective.ipynb #c143bba2
 import torch, torch.nn.functional as F
@@ -105,7 +105,7 @@ def entropy(
     return -(p*logprobs.masked_fill(p == 0, 0.)).sum(-1)
 
 # %% ../../nbs/03_train/01_objective.ipynb #0c1c0bd7
-def _chunk_logprobs(
+def chunk_logprobs(
     hidden:Tensor,  # [n,D]
     head:Tensor,    # [V,D] float32
     targets:Tensor, # [n]
@@ -124,6 +124,7 @@ def token_logprobs(
     top_k:int|Tensor=0,           # scalar or [N]
     top_p:float|Tensor=1.0,       # scalar or [N]
     chunk:int=4096,               # tokens whose logits live at once
+    compute=chunk_logprobs,      # of one chunk
 )->tuple[Tensor,Tensor,Tensor]: # logprobs [N], entropy [N], lse [N], all float32
     """Log-probability of each target and entropy, by `sampling_logprobs`, and log-sum-exp of the raw logits;
     gradients flow through all three.
@@ -136,8 +137,8 @@ def token_logprobs(
     for i in range(0, max(n, 1), chunk):
         rows = slice(i, i+chunk)
         args = hidden[rows], head, targets[rows], *(s[rows] if torch.is_tensor(s) and s.ndim else s for s in settings)
-        outs.append(checkpoint(_chunk_logprobs, *args, use_reentrant=False, preserve_rng_state=False) if again
-                    else _chunk_logprobs(*args))
+        outs.append(checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False) if again
+                    else compute(*args))
     return tuple(torch.cat(o) for o in zip(*outs))
 
 # %% ../../nbs/03_train/01_objective.ipynb #f27bc4fd

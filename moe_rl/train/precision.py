@@ -122,9 +122,10 @@ def chosen(
     device:torch.device,
     precision:str, forward:str, # of `train`
     experts:str,                # `model.experts`
-)->tuple[ExpertsFn,bool]: # the experts, and whether the forward pass is that of the fused pieces
+)->tuple[ExpertsFn,bool]: # the experts, and whether the forward pass is another than the model's own
     "What the settings mean for this model on this device. `UserError` for what cannot be had."
     compute = experts_of(experts, precision, spec, device)
+    if forward == "exact": return compute, True # `Settings` knows what it takes
     afmoe = spec.family == "afmoe" and [m.n_group for m in spec.mixtures[:1]] == [1]
     can = afmoe and precision != "float32" and not lacks(device, PIECES)
     if forward == "fused" and not can:
@@ -140,7 +141,9 @@ def working(
     precision:str, forward:str, experts:str, # as `chosen`
 )->Model|Working: # called as the model is
     "What a trainer calls. In float32 with experts that nobody chose it is the model itself."
-    compute, fused = chosen(model.spec, model.device, precision, forward, experts)
-    if fused: return load_attribute("moe_rl.gpu.forward:FusedForward")(model, compute)
+    compute, other = chosen(model.spec, model.device, precision, forward, experts)
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    if forward == "exact": return load_attribute("moe_rl.rollout.exact:ExactForward")(model, dtype)
+    if other: return load_attribute("moe_rl.gpu.forward:FusedForward")(model, compute)
     if precision == "float32" and compute is auto_experts: return model
-    return Working(model, torch.float32 if precision == "float32" else torch.bfloat16, compute)
+    return Working(model, dtype, compute)

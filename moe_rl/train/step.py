@@ -79,7 +79,7 @@ class StepReport(NamedTuple):
     counts:Tensor          # [L_moe,E] tokens of every expert
 
 def _add(total:dict, more:dict)->dict:
-    return {k: total.get(k, 0) + torch.as_tensor(v).detach().double() for k, v in more.items()}
+    return total | {k: total.get(k, 0) + torch.as_tensor(v).detach().double() for k, v in more.items()}
 
 def _gradients(model, optim, batches, loss, mesh, alive)->tuple[dict, dict, Tensor, Tensor]:
     "Sums over all micro-batches and ranks of parts, sums, counts and teaching tokens; gradients lie at the parameters."
