@@ -198,9 +198,10 @@ def play(self)->list[StepRecord]:
             if kind is None: # a tool has answered: the next turn of a rollout
                 r = load.index(min(load))
                 load[r] += what.prompt + what.new
-                was, due = dues[r], replicas[r].submit(t, what)
-                dues[r] = due
-                soonest = due if due < soonest else soonest if was > soonest else min(dues)
+                was = dues[r]
+                due = dues[r] = replicas[r].submit(t, what)
+                if due < soonest: soonest = due
+                elif was == soonest: soonest = min(dues)
             else:
                 kind(t, what)
                 soonest = min(dues)

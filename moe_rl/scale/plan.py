@@ -342,7 +342,7 @@ def loop_plan(
         if not packed or len(over) < packed:
             bins = [[np.array(b, int) for b in bins] for bins in plan_rounds(n, n, micro, ranks)]
             over.append(step_time(bins, n.astype(float))*ranks/n.sum())
-        return t.seconds*.95/tokens*n.sum()*(float(np.mean(over)) if packed else over[-1])
+        return float(t.seconds*.95/tokens*n.sum()*(np.mean(over) if packed else over[-1]))
     together = s.loop.colocated or s.loop.max_staleness == 0
     return LoopPlan(f.pace, f.replicas, f.engine.max_seqs, f.kv_tokens, w, r.groups_per_step, r.group_size,
         0 if s.loop.colocated else s.loop.max_staleness, steps, train, sync if together else sync, seed=seed)

@@ -6,12 +6,12 @@
 __all__ = ['Turn', 'by_token', 'Replica', 'submit', 'pause', 'step', 'Lengths', 'generate']
 
 # %% ../../nbs/13_scale/05_rollouts.ipynb #fb70960e
-from bisect import insort
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, inf, sqrt
-from operator import itemgetter
+from operator import attrgetter
 import numpy as np
 
 from .serve import Pace
@@ -19,7 +19,7 @@ from .serve import Pace
 # %% ../../nbs/13_scale/05_rollouts.ipynb #6e519a33
 class Turn:
     "One request to an engine: `prompt` tokens of which `cached` are there already, and `new` tokens to sample."
-    __slots__ = ("id", "prompt", "cached", "new", "version", "sampled")
+    __slots__ = ("id", "prompt", "cached", "new", "version", "sampled", "order")
     def __init__(self, id, prompt:int, new:int, cached:int=0, version:int=-1):
         self.id, self.prompt, self.cached, self.new, self.version, self.sampled = id, prompt, cached, new, version, 0
 
@@ -61,7 +61,7 @@ def by_token(
 # %% ../../nbs/13_scale/05_rollouts.ipynb #b9bf1b04
 class Replica:
     "One engine under a clock of its own; `due` is when its next event happens."
-    __slots__ = ("base", "ctx", "prefill", "max_seqs", "kv", "now", "v", "n", "held", "active", "waiting", "order", "k",
+    __slots__ = ("base", "ctx", "prefill", "max_seqs", "kv", "now", "v", "n", "held", "ends", "active", "waiting", "order", "k",
         "due", "version", "idle", "preempted", "at", "later")
     def __init__(self, pace:Pace, max_seqs:int, kv_tokens:int):
         if len(pace.base) <= max_seqs:
@@ -69,8 +69,8 @@ class Replica:
         self.base, self.ctx, self.prefill, self.max_seqs, self.kv = *pace, max_seqs, kv_tokens
         # n: active, held: tokens of their contexts
         self.now, self.v, self.n, self.held, self.k, self.due = 0., 0, 0, 0, 0, inf
-        # active: (-v at which it is done, -order of admission, Turn), the next to be done at the end
-        self.active, self.waiting, self.order, self.version = [], deque(), 0, 0
+        # ends: minus the v at which a sequence of `active` is done; the next at the end, the older first
+        self.ends, self.active, self.waiting, self.order, self.version = [], [], deque(), 0, 0
         self.idle, self.preempted, self.at, self.later = 0., 0, 0., []
     @property
     def busy(self)->float: # seconds
@@ -100,34 +100,39 @@ class Replica:
         return True
 
 # %% ../../nbs/13_scale/05_rollouts.ipynb #62a6c93d
-def _settle(self, admit:bool=True):
+def _settle(self, admit:bool=True)->float: # when the next event is due
     "Let in who may come, and find the next event."
-    active, n, held, kv, v, waiting = self.active, self.n, self.held, self.kv, self.v, self.waiting
+    ends, n, held, kv, v, waiting = self.ends, self.n, self.held, self.kv, self.v, self.waiting
     if waiting and admit:
         while waiting and n < self.max_seqs and held + waiting[0].prompt < kv:
             t = waiting.popleft()
-            prompt = t.prompt
+            prompt, key = t.prompt, -v - t.new
             self.now += self.prefill*(prompt - t.cached)
             if t.version < 0: t.version = self.version
-            order = self.order = self.order + 1
-            insort(active, (-v - t.new, -order, t))
+            t.order = self.order = self.order + 1
+            i = bisect_left(ends, key)
+            ends.insert(i, key)
+            self.active.insert(i, t)
             n += 1
             held += prompt
         self.n, self.held = n, held
-    if n:
-        k, fits = -active[-1][0] - v, (kv - held)//n
-        if fits < k: k = fits
-        self.k = k
-        # arrivals at this boundary come before a preemption
-        self.due = self.now + (k*self.base[n] + self.ctx*(k*held + n*(k*(k-1)//2)) if k > 0 else 1e-9)
-    else: self.due = inf
+    if not n:
+        self.due = inf
+        return inf
+    k, fits = -ends[-1] - v, (kv - held)//n
+    if fits < k: k = fits
+    self.k = k
+    # arrivals at this boundary come before a preemption
+    due = self.due = self.now + (k*self.base[n] + self.ctx*(k*held + n*(k*(k-1)//2)) if k > 0 else 1e-9)
+    return due
 
 def _preempt(self):
     "The youngest make room until the next token of everybody fits."
     while self.held + self.n > self.kv:
-        youngest = min(self.active, key=itemgetter(1))
-        self.active.remove(youngest)
-        t, sampled = youngest[2], youngest[2].new + youngest[0] + self.v
+        t = max(self.active, key=attrgetter("order"))
+        i = self.active.index(t)
+        del self.active[i]
+        sampled = t.new + self.ends.pop(i) + self.v
         self.n, self.held, self.preempted = self.n-1, self.held - t.prompt - sampled, self.preempted + 1
         t.prompt, t.new, t.cached = t.prompt + sampled, t.new - sampled, 0
         self.waiting.appendleft(t)
@@ -143,7 +148,7 @@ def submit(self, t:float, *turns:Turn)->float: # when the next event is due
             raise ValueError(f"a conversation of {turn.prompt + turn.new} tokens does not fit a cache of {kv}: "
                              "shorten it or give engines more memory")
         waiting.append(turn)
-    if self.n < self.max_seqs and self.held + waiting[0].prompt < kv and self.reach(t): self._settle()
+    if self.n < self.max_seqs and self.held + waiting[0].prompt < kv and self.reach(t): return self._settle()
     return self.due
 
 def pause(self, t:float, seconds:float, version:int)->float: # when the next event is due
@@ -158,7 +163,7 @@ def pause(self, t:float, seconds:float, version:int)->float: # when the next eve
 
 def step(self)->list[Turn]: # those that are done at `at`
     "Go to the next event: somebody is done, or the cache is full."
-    k, n, active, done = self.k, self.n, self.active, []
+    k, n, ends, done = self.k, self.n, self.ends, []
     if k <= 0:
         self._preempt()
         self._settle(False)
@@ -166,8 +171,9 @@ def step(self)->list[Turn]: # those that are done at `at`
         self.now = self.at = self.due
         v = self.v = self.v + k
         held = self.held + n*k
-        while active and active[-1][0] == -v:
-            t = active.pop()[2]
+        while ends and ends[-1] == -v:
+            ends.pop()
+            t = self.active.pop()
             n -= 1
             held -= t.prompt + t.new
             done.append(t)

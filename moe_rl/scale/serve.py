@@ -10,7 +10,7 @@ __all__ = ['Engine', 'ServeStack', 'serve_stack', 'matrices', 'mixtures', 'weigh
 # %% ../../nbs/13_scale/04_serve.ipynb #821a7137
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
+from math import ceil, log2
 from typing import NamedTuple
 
 import numpy as np
@@ -179,7 +179,7 @@ def decode_terms(
     "One step of a replica: `1 + e.mtp` tokens for each of its sequences."
     st, gpu, G, L = st or serve_stack(e.stack), c.gpu, e.tp, len(spec.layers)
     peak = gpu.fp8 if e.precision == "fp8" and gpu.fp8 else gpu.bf16
-    hop = st.hop_seconds*np.log2(min(G, c.domain))
+    hop = st.hop_seconds*log2(min(G, c.domain))
     rows = batch*(1 + e.drafts)
     w, f = touched(spec, e, rows), flops_per_token(spec)
     kv = read_bytes(spec, context, e.kv_bytes)*batch*cache_copies(spec, e)
@@ -223,7 +223,7 @@ def prefill_seconds(spec:ModelSpec, e:Engine, c:Cluster, prompt:float, st:ServeS
     peak = c.gpu.fp8 if e.precision == "fp8" and c.gpu.fp8 else c.gpu.bf16
     matrices = flops_per_token(spec) - 2.*spec.vocab_size*spec.hidden_size
     pairs_ = float(attention_flops(spec, max(2., prompt)))/max(2., prompt)
-    hop = st.hop_seconds*np.log2(min(e.tp, c.domain))
+    hop = st.hop_seconds*log2(min(e.tp, c.domain))
     chunk = (len(spec.layers)*(st.layer_seconds + hop) + fabric_seconds(spec, e, c, e.chunk)
         + touched(spec, e, e.chunk)/(e.tp*c.gpu.bandwidth*st.weights))
     return matrices/(e.tp*peak*st.prefill) + pairs_/(e.tp*c.gpu.bf16*st.prefill) + chunk/e.chunk
