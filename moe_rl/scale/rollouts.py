@@ -61,8 +61,8 @@ def by_token(
 # %% ../../nbs/13_scale/05_rollouts.ipynb #b9bf1b04
 class Replica:
     "One engine under a clock of its own; `due` is when its next event happens."
-    __slots__ = ("base", "ctx", "prefill", "max_seqs", "kv", "now", "v", "n", "held", "ends", "active", "waiting", "order", "k",
-        "due", "version", "idle", "preempted", "at", "later")
+    __slots__ = ("base", "ctx", "prefill", "max_seqs", "kv", "now", "v", "n", "held", "ends", "active", "waiting",
+        "order", "k", "due", "version", "idle", "preempted", "at", "later")
     def __init__(self, pace:Pace, max_seqs:int, kv_tokens:int):
         if len(pace.base) <= max_seqs:
             raise ValueError(f"pace knows {len(pace.base)-1} sequences, the engine takes {max_seqs}")
@@ -148,7 +148,7 @@ def submit(self, t:float, *turns:Turn)->float: # when the next event is due
             raise ValueError(f"a conversation of {turn.prompt + turn.new} tokens does not fit a cache of {kv}: "
                              "shorten it or give engines more memory")
         waiting.append(turn)
-    if self.n < self.max_seqs and self.held + waiting[0].prompt < kv and self.reach(t): return self._settle()
+    if self.n < self.max_seqs and self.held + waiting[0].prompt < kv and self.reach(t): self._settle()
     return self.due
 
 def pause(self, t:float, seconds:float, version:int)->float: # when the next event is due
