@@ -41,6 +41,15 @@ def show(compared):
               f"[{r['low']:.4g}, {r['high']:.4g}] {r['error']:+7.1%}{'' if inside else '  outside'}")
 
 
+def bars(figs):
+    "Each figure against its bar."
+    from moe_rl.scale.calibrate import BARS
+    known = {name + end: bar for name, *both in BARS.values() for end, bar in zip(("_median", "_worst"), both) if bar}
+    for k, bar in known.items(): print(f"  {k:14s} {figs[k]:.3f} of {bar:.2f}{'' if figs[k] <= bar else '  FAILS'}")
+    for k, bar, good in (("cover", "at least .80", figs["cover"] >= .8), ("width", ".35", figs["width"] <= .35)):
+        print(f"  {k:14s} {figs[k]:.3f} of {bar}{'' if good else '  FAILS'}")
+
+
 def wide_ep():
     "Worst error of DeepEP's times that took no part in the fit, and two layouts with whole experts on many GPUs."
     from moe_rl.ep.traffic import LOW_LATENCY_US, fit_links, low_latency_bytes, low_latency_time
@@ -69,6 +78,10 @@ def measure(args:list[str])->dict:
     compared = compare(rows)
     show(compared)
     figs = figures(compared)
+    bars(figs)
+    missed = [r for r in compared if r["use"] == "VAL" and not r["low"] <= r["measured"] <= r["high"]]
+    print("outside their interval, and what no formula has:")
+    for r in missed: print(f"  {r['kind']:8s} {r['id']:36s} {r['error']:+7.1%}  {r.get('lacks', 'cause unknown')}")
     for r in rows:
         if r["use"] == "INC": print(f"  INC  {r['id']}: refused, missing {r['missing']}")
     say = signs(rows)
@@ -83,8 +96,7 @@ def measure(args:list[str])->dict:
     if "loop" in args:
         from _plan_loop import against_runs
         figs |= against_runs(ROOT)
-    outside = [dict(id=r["id"], error=round(r["error"], 3)) for r in compared if r["use"] == "VAL" and not r["low"]
-        <= r["measured"] <= r["high"]]
+    outside = [dict(id=r["id"], error=round(r["error"], 3), lacks=r.get("lacks", "")) for r in missed]
     return dict(figures={k: round(v, 4) if isinstance(v, float) else v for k, v in figs.items()},
         details=dict(signs=say, outside=outside, rows=[dict(id=r["id"], kind=r["kind"], use=r["use"],
         measured=r["measured"],

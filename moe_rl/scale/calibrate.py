@@ -10,6 +10,7 @@ __all__ = ['BARS', 'PROMPT', 'SIGMA', 'Z80', 'load_rows', 'predict_memory', 'pre
 # %% ../../nbs/13_scale/08_calibrate.ipynb #d9103105
 import tomllib
 from dataclasses import replace
+from itertools import islice
 from math import ceil, exp, log
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def load_rows(path:str|Path)->list[dict]:
     "Published measurements with their setups."
     return tomllib.loads(Path(path).read_text())["row"]
 
-BARS = dict(memory=("mem", None, .10), trainer=("train", .10, .20), pretrain=("train", .15, .30), rl=("rl", .15, .30),
+BARS = dict(memory=("mem", None, .10), trainer=("train", .10, .20), pretrain=("other", .15, .30), rl=("rl", .15, .30),
     decode=("decode", .20, .40), prefill=("decode", .20, .40), sync=("sync", .20, .45))
 
 # %% ../../nbs/13_scale/08_calibrate.ipynb #c0a298d0
@@ -60,13 +61,14 @@ PROMPT = 150 # tokens of a problem of OpenMathInstruct-2
 def predict_rl(r:dict, st:Stack, sv:ServeStack, sigma:float, seed:int=0)->float: # seconds of a step
     "A published run of NeMo-RL by simulation."
     spec, c = load_model(r["model"]), cluster(r["gpu"], ceil(r["gpus"]/GPUS[r["gpu"]].per_node))
-    l = Layout(r["trainer_gpus"], r["tp"], r["cp"], r["pp"], r["ep"], 1, 1, precision=r["precision"])
-    batch = r.get("train_batch", r["batch"])
-    tokens, micro = batch*r["mean"], max(r["longest"], 4096)
-    train = st.step_seconds + sum(trainer_step(spec, l, c, st, tokens, micro, r["mean"]*1.05, .9, 1.2, t).seconds
-        for t in (True, False))
+    l = Layout(r["trainer_gpus"], r["tp"], r["cp"], r["pp"], r["ep"], 1, 1, recompute=r["recompute"],
+        precision=r["precision"])
+    batch = r["batch"]
+    passes = [trainer_step(spec, l, c, st, batch*r["mean"], r["longest"], r["mean"]*1.05, .9, 1.2, t).seconds
+        for t in (True, False)]
+    train = st.step_seconds + passes[0] + 2*passes[1]   # log-probabilities of the policy and of the reference
     e = Engine(r["engine_tp"], precision=r["precision"], max_seqs=256,
-        utilisation=.7 if r["trainer_gpus"] == r["gpus"] else .9, mtp=r.get("mtp", 0.))
+        utilisation=.6 if r["trainer_gpus"] == r["gpus"] else .8, mtp=r.get("mtp", 0.))
     together = r["trainer_gpus"] == r["gpus"]
     n = (r["gpus"] if together else r["gpus"] - r["trainer_gpus"])//r["engine_tp"]
     pace = engine_pace(spec, e, c, PROMPT, sv)
@@ -89,24 +91,20 @@ def predict_decode(r:dict, sv:ServeStack)->float: # sampled tokens/s of a GPU
         e = Engine(r["tp"], wide, True, r["precision"], 2., max_seqs=1, stack="sglang")
         b = min(256*r["tp"], engine_memory(spec, e, c.gpu, r["prompt"], sv)[0]//r["prompt"])
         return b/decode_terms(spec, e, c, b, r["prompt"], sv).total/r["tp"]
-    e = Engine(r["tp"], wide, True, r["precision"], 2., max_seqs=r["at_once"], mtp=sv.mtp_accept, stack="sglang")
-    engine = Replica(engine_pace(spec, e, c, r["prompt"], sv), r["at_once"],
+    most = min(r["at_once"], r.get("running", r["at_once"]))
+    e = Engine(r["tp"], wide, r["dp"], r["precision"], 2., max_seqs=most, mtp=r["mtp"], stack="sglang",
+        chunk=r["chunk"])
+    engine = Replica(engine_pace(spec, e, c, r["prompt"], sv), most,
         engine_memory(spec, e, c.gpu, r["prompt"] + r["new"], sv)[0])
-    total, sent, done, last = max(192, 3*r["at_once"]), 0, 0, 0.
-    for _ in range(r["at_once"]):
-        engine.submit(0., Turn(sent, r["prompt"], r["new"]))
-        sent += 1
-    while done < total:
-        for _ in engine.step():
-            done, last = done + 1, engine.at
-            if sent < total:
-                engine.submit(engine.at, Turn(sent, r["prompt"], r["new"]))
-                sent += 1
-    return total*r["new"]/last/r["tp"]
+    left = iter([Turn(i, r["prompt"], r["new"]) for i in range(r["requests"])])
+    engine.submit(0., *islice(left, r["at_once"]))
+    while engine.n:
+        for _, turn in zip(engine.step(), left): engine.submit(engine.at, turn)
+    return r["requests"]*r["new"]/engine.at/r["tp"]
 
 def predict_prefill(r:dict, sv:ServeStack)->float: # prompt tokens/s of a GPU
     "Prompts alone."
-    e = Engine(r["tp"], True, True, r["precision"], stack="sglang")
+    e = Engine(r["tp"], True, True, r["precision"], stack="sglang", chunk=r["chunk"])
     return 1/prefill_seconds(load_model(r["model"]), e, cluster(r["gpu"], r["tp"]//8), r["prompt"], sv)/r["tp"]
 
 def predict_sync(r:dict, t:dict)->float: # seconds
@@ -142,7 +140,7 @@ def fit_prime(rows:list[dict], st:Stack)->tuple[Stack,dict]: # and errors by kin
     "Memory and time of an FSDP trainer."
     st, e1 = _fit(_rows(rows, "memory"), predict_memory, st, ("base", "live", "live_moe", "in_flight"))
     st, e2 = _fit(_rows(rows, "trainer"), predict_trainer, st,
-        ("passes", "moe_passes", "head_passes", "sft_passes", "lora_seconds", "issue", "attention"))
+        ("passes", "moe_passes", "head_passes", "sft_passes", "lora_passes", "issue", "attention"))
     return st, dict(memory=e1, trainer=e2)
 
 def fit_megatron(rows:list[dict], st:Stack)->tuple[Stack,dict]:
@@ -158,34 +156,32 @@ def fit_megatron(rows:list[dict], st:Stack)->tuple[Stack,dict]:
     return decided(st, level=level), err
 
 # %% ../../nbs/13_scale/08_calibrate.ipynb #8cbcb13a
-def _secant(f, x, make, rounds:int=8, near:float=1e-4):
-    "Where `f` is 1; `f` grows with `x`, and is dear."
-    y = f(x)
-    a, fa, x = x, y, x/y
+def _solve(f, x, make, rounds:int=15):
+    "Where `f`, which grows, is 1, within a factor of 8 of `x`."
+    low, high = log(x/8), log(8*x)
     for _ in range(rounds):
-        y = f(x)
-        if abs(y - 1) < near: break
-        slope = (log(y) - log(fa))/(log(x) - log(a)) if x != a else 1.
-        a, fa, x = x, y, x*exp(np.clip(-log(y)/max(slope, .05), -1, 1))
-    return make(float(x))
+        mid = (low + high)/2
+        low, high = (mid, high) if f(exp(mid)) < 1 else (low, mid)
+    return make(exp((low + high)/2))
 
 def fit_engines(rows:list[dict], st:Stack, vllm:ServeStack, sglang:ServeStack, sigma:float)->tuple[Stack,ServeStack,
         ServeStack,dict]:
     """Launches of vLLM from an on-policy run, what a step of RL costs besides from one with eight steps of
     staleness, SGLang from its rows on H200."""
     on, off, grace = _rows(rows, "rl")
-    for _ in range(2):
-        vllm = _secant(lambda x: predict_rl(on, st, replace(vllm, layer_seconds=x), sigma)/on["measured"],
-            vllm.layer_seconds, lambda x: decided(vllm, layer_seconds=x))
-        st = _secant(lambda x: predict_rl(off, replace(st, step_seconds=x), vllm, sigma)/off["measured"],
-            st.step_seconds, lambda x: decided(st, step_seconds=x))
+    st = replace(st, step_seconds=15.)
+    for _ in range(3):
+        vllm = _solve(lambda x: predict_rl(on, st, replace(vllm, layer_seconds=x), sigma)/on["measured"],
+            1.5e-4, lambda x: decided(vllm, layer_seconds=x))
+        st = _solve(lambda x: predict_rl(off, replace(st, step_seconds=x), vllm, sigma)/off["measured"],
+            15., lambda x: decided(st, step_seconds=x))
     host = lambda x: vllm.seq_seconds | {"blackwell": x}
-    vllm = _secant(lambda x: predict_rl(grace, st, replace(vllm, seq_seconds=host(x)), sigma)/grace["measured"],
-        vllm.seq_seconds["blackwell"], lambda x: decided(vllm, seq_seconds=host(x)))
+    vllm = _solve(lambda x: predict_rl(grace, st, replace(vllm, seq_seconds=host(x)), sigma)/grace["measured"],
+        2e-4, lambda x: decided(vllm, seq_seconds=host(x)))
     d = [r for r in _rows(rows, "decode") if r["at_once"]]
     wide = next(r for r in _rows(rows, "decode") if not r["at_once"])
     sglang, e = _fit(d, predict_decode, replace(sglang, seq_seconds=vllm.seq_seconds), ("layer_seconds", "prefill"))
-    sglang = _secant(lambda x: wide["measured"]/predict_decode(wide, replace(sglang, overlap=1-x)), 1 - sglang.overlap,
+    sglang = _solve(lambda x: wide["measured"]/predict_decode(wide, replace(sglang, overlap=1-x)), .25,
         lambda x: decided(sglang, overlap=1-x))
     vllm = replace(vllm, overlap=sglang.overlap)
     return st, vllm, sglang, dict(decode=e, rl=[log(predict_rl(r, st, vllm, sigma)/r["measured"])

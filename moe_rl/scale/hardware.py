@@ -28,28 +28,28 @@ class Gpu:
 
 # %% ../../nbs/13_scale/00_hardware.ipynb #e4214732
 def _gpu(name, hbm, tbs, bf16, fp8, nvlink, domain, per_node, nic, watts, price, generation, source):
-    "Data-sheet units: GB, TB/s, TFLOP/s, GB/s both ways, Gb/s."
-    return Gpu(name, hbm*1e9, tbs*1e12, bf16*1e12, fp8*1e12, nvlink/2*1e9, domain, per_node, nic/8*1e9, watts, price,
+    "Units of data sheets, TB/s, TFLOP/s, GB/s both ways, Gb/s; memory in GiB, as PyTorch reports it."
+    return Gpu(name, hbm*2**30, tbs*1e12, bf16*1e12, fp8*1e12, nvlink/2*1e9, domain, per_node, nic/8*1e9, watts, price,
         generation, source)
 
 GPUS = {g.name: g for g in (
-    _gpu("a100", 80, 2.04, 312, 0, 600, 8, 8, 200, 400, 1.80, "ampere",
+    _gpu("a100", 79.2, 2.04, 312, 0, 600, 8, 8, 200, 400, 1.80, "ampere",
         "data sheet; NIC from memory; price: range .80-3.00, mercatus-ai.com May 2026"),
-    _gpu("h100", 80, 3.35, 989, 1979, 900, 8, 8, 400, 700, 2.95, "hopper",
+    _gpu("h100", 79.2, 3.35, 989, 1979, 900, 8, 8, 400, 700, 2.95, "hopper",
         "data sheet; MLPerf system files (8 NICs a node); price: median of aimultiple.com May 2026"),
-    _gpu("h800", 80, 3.35, 989, 1979, 400, 8, 8, 400, 700, 2.00, "hopper",
+    _gpu("h800", 79.2, 3.35, 989, 1979, 400, 8, 8, 400, 700, 2.00, "hopper",
         "DeepEP README (about 160 GB/s usable one way); bandwidth from memory; price: DeepSeek's assumption"),
-    _gpu("h20", 96, 4.0, 148, 296, 900, 8, 8, 400, 400, 1.50, "hopper",
+    _gpu("h20", 95.2, 4.0, 148, 296, 900, 8, 8, 400, 400, 1.50, "hopper",
         "Hugging Face hardware page (96 GB, 148 TF); the rest from memory"),
-    _gpu("h200", 141, 4.8, 989, 1979, 900, 8, 8, 400, 700, 4.54, "hopper",
+    _gpu("h200", 139.8, 4.8, 989, 1979, 900, 8, 8, 400, 700, 4.54, "hopper",
         "data sheet; MLPerf system files; price: spheron.network 17 Mar 2026"),
-    _gpu("b200", 180, 7.7, 2250, 4500, 1800, 8, 8, 400, 1000, 6.03, "blackwell",
-        "verda.com; 179 GB seen at docs.vultr.com; NIC from memory; price: spheron.network 17 Mar 2026"),
-    _gpu("b300", 270, 7.7, 2250, 4500, 1800, 8, 8, 800, 1100, 7.00, "blackwell",
+    _gpu("b200", 178.3, 7.7, 2250, 4500, 1800, 8, 8, 400, 1000, 6.03, "blackwell",
+        "verda.com; NIC from memory; price: spheron.network 17 Mar 2026"),
+    _gpu("b300", 267.7, 7.7, 2250, 4500, 1800, 8, 8, 800, 1100, 7.00, "blackwell",
         "verda.com; 1,100 W SGLang PR 28460; another page says 3,500/7,000 TF; NIC and price from memory"),
-    _gpu("gb200", 186, 7.7, 2450, 4900, 1800, 72, 4, 400, 1200, 4.54, "blackwell",
+    _gpu("gb200", 184.3, 7.7, 2450, 4900, 1800, 72, 4, 400, 1200, 4.54, "blackwell",
         "verda.com (2,250-2,500 TF); NIC from memory; price: 9.08 per superchip, spheron.network 17 Mar 2026"),
-    _gpu("gb300", 279, 8.0, 2500, 5000, 1800, 72, 4, 800, 1400, 6.50, "blackwell",
+    _gpu("gb300", 276.5, 8.0, 2500, 5000, 1800, 72, 4, 800, 1400, 6.50, "blackwell",
         "verda.com; NIC and price from memory"),
     _gpu("mi300x", 192, 5.3, 1307, 2615, 896, 8, 8, 400, 750, 2.50, "cdna3",
         "llmbook.apartsin.com G.1; NIC and price from memory"),

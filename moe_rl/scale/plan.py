@@ -28,7 +28,7 @@ from .hardware import PRICE_DATE, Cluster, cluster
 from .loop import Loop, Plan as LoopPlan, Workload
 from .models import load_model
 from .rollouts import Lengths
-from .serve import Engine, decode_terms, engine_memory, engine_pace, serve_stack, weight_size
+from .serve import Engine, decode_terms, engine_memory, engine_pace, held_weights, serve_stack, weight_size
 from .train import GIB, Layout, constants, stack, trainer_memory, trainer_step
 from ..words import read_words
 
@@ -245,7 +245,7 @@ def fleets(s:Setup, spec:ModelSpec, c:Cluster, gpus:int)->tuple[list[Fleet],str]
                 min(4096, e.max_seqs*(tp//8 if wide and tp > 8 else 1)), e.mtp, e.stack)
             kv, terms = engine_memory(spec, en, c.gpu, r.longest)
             if kv < r.longest*1.05:
-                why = (f"an engine of {tp} GPUs: weights {weight_size(spec, e.precision)/GIB:.0f} of "
+                why = (f"an engine of {tp} GPUs: weights {held_weights(spec, en)/GIB:.0f} of "
                        f"{tp*c.gpu.hbm*e.utilisation/GIB:.0f} GiB leave {max(0, kv)} tokens of cache, {r.longest} are "
                        "the longest conversation")
                 continue
@@ -323,7 +323,10 @@ def _tail(s:Setup, n:int)->float:
     return min(turn.longest, turn.median()*exp(sigma*sqrt(2*log(n + 1))))/turn.mean
 
 # %% ../../nbs/13_scale/07_plan.ipynb #875a9c71
-def loop_plan(s:Setup, t:Choice, f:Fleet, sync:float, steps:int=6, seed:int=0)->LoopPlan:
+def loop_plan(
+    s:Setup, t:Choice, f:Fleet, sync:float, steps:int=6, seed:int=0,
+    packed:int=0, # steps whose texts are packed, which takes longer than the rest; later ones fill alike. 0: all
+)->LoopPlan:
     "The simulation of a chosen split."
     r = s.rollouts
     per_turn, cap = r.mean/r.turns, max(1, int((r.longest - r.prompt - (r.turns-1)*r.tool_tokens)/r.turns))
@@ -332,25 +335,29 @@ def loop_plan(s:Setup, t:Choice, f:Fleet, sync:float, steps:int=6, seed:int=0)->
         r.prefix_hit)
     mean, _ = text_tokens(s)
     tokens, micro, ranks = r.groups_per_step*r.group_size*mean, micro_tokens(s), t.layout.dp
+    over = [] # time of a step's rounds against that of ranks without a gap
     # the rounds of the run; the plan's seconds are those of rounds that are full to 95 %
     def train(lengths):
         n = np.minimum(np.asarray(lengths), micro)
-        rounds = plan_rounds(n, n, micro, ranks)
-        return t.seconds*.95*ranks/tokens*step_time([[np.array(b, int) for b in bins] for bins in rounds],
-            n.astype(float))
+        if not packed or len(over) < packed:
+            bins = [[np.array(b, int) for b in bins] for bins in plan_rounds(n, n, micro, ranks)]
+            over.append(step_time(bins, n.astype(float))*ranks/n.sum())
+        return float(t.seconds*.95/tokens*n.sum()*(np.mean(over) if packed else over[-1]))
     together = s.loop.colocated or s.loop.max_staleness == 0
     return LoopPlan(f.pace, f.replicas, f.engine.max_seqs, f.kv_tokens, w, r.groups_per_step, r.group_size,
         0 if s.loop.colocated else s.loop.max_staleness, steps, train, sync if together else sync, seed=seed)
 
 def simulated(s:Setup, t:Choice, f:Fleet, sync:float, steps:int=0, seed:int=0)->tuple[float,float,float,Loop]:
     "Seconds of a step after the run has settled, staleness, share of the time that the trainer waited."
-    steps = steps or 4 + 3*max(1, s.loop.max_staleness)
-    loop = Loop(loop_plan(s, t, f, sync, steps, seed))
+    S = max(1, s.loop.max_staleness)
+    # of 7 steps the tails decide: two seeds differ by a quarter; the slope of 20 is sure within 2 to 4 %
+    loop = Loop(loop_plan(s, t, f, sync, steps or max(4 + 3*S, min(12 + 8*S, 28)), seed, 0 if steps else 3))
     rows = loop.run()
-    late = rows[len(rows)//2:]
-    ends = [x.ended for x in rows]
-    span = (ends[-1] - ends[len(rows)//2 - 1])/len(late)
-    return span, float(np.mean([x.staleness for x in late])), float(sum(x.waited for x in late)/(span*len(late))), loop
+    late = rows[len(rows)//4:]
+    ends = [x.ended for x in late]
+    span = float(np.polyfit(range(len(ends)), ends, 1)[0]) if len(ends) > 1 else ends[0]
+    waits = min(1., float(np.mean([x.waited for x in late]))/span)
+    return span, float(np.mean([x.staleness for x in late])), waits, loop
 
 # %% ../../nbs/13_scale/07_plan.ipynb #260db26f
 # (step, trainer, fleet, sync) best first; what was rejected; options looked at
@@ -395,7 +402,8 @@ def bottleneck(s:Setup, spec:ModelSpec, c:Cluster, t:Choice, f:Fleet)->str:
                 f"step: {inside.name if gen > train else side.name} first")
     if abs(train-gen) < .1*max(train, gen):
         return f"none: trainer and engines are within 10 %; {side.name} and {inside.name} are their largest terms"
-    return f"the trainer ({side.name} is {side.value/train:.0%} of it)" if train > gen else f"the engines ({inside.name} is {inside.value/d.total:.0%} of a step with {f.at_once:.0f} at once)"
+    if train > gen: return f"the trainer; {side.value/train:.0%} of its step: {side.name}"
+    return f"the engines; {inside.value/d.total:.0%} of a decode step with {f.at_once:.0f} at once: {inside.name}"
 
 # %% ../../nbs/13_scale/07_plan.ipynb #ac9f7d62
 def more_nodes(s:Setup, spec:ModelSpec, c:Cluster, t:Choice, f:Fleet, sync:float)->dict[str,float]: # seconds of a step
@@ -434,7 +442,10 @@ def plan(s:Setup)->PlanResult:
              "decode step": [tuple(x) for x in decode_terms(spec, f.engine, c, max(1, round(f.at_once)),
                  r.prompt + r.mean/2)], "memory of an engine": [tuple(x)
                  for x in engine_memory(spec, f.engine, c.gpu, r.longest)[1]]}
-    more = {k: quick - v for k, v in more_nodes(s, spec, c, t, f, sync).items()}
+    # a node that would not help may stand idle
+    more = {k: max(0., quick - v) for k, v in more_nodes(s, spec, c, t, f, sync).items()}
+    if (idle := c.gpus - t.layout.gpus - engine_gpus) > 0 and not s.loop.colocated:
+        notes.append(f"{_some(idle, 'GPU')} left over: fewer than an engine of {f.engine.tp}; set engines.tp")
     return PlanResult(s.model, repr(c), t.layout.gpus, engine_gpus, t.layout, f.engine, f.replicas, seconds, low, high,
         t.seconds, f.seconds, sync, stale, waits, t.memory/GIB, f.kv_tokens, f.at_once,
         f.at_once*f.replicas*(away/max(1e-9, rollout_seconds(s, f.pace, f.at_once))) if away else 0., t.step.ep_share,
@@ -450,29 +461,41 @@ def advice(s:Setup, spec:ModelSpec, c:Cluster)->str:
         if find(bigger, spec, setup_cluster(bigger))[0]: return f"{nodes} nodes would do"
     return "shorten rollouts, offload the optimizer (trainer.optimiser = 'offload'), train LoRA, or serve in fp8"
 
+_UNITS = {"training": ("s", 1), "decode step": ("ms", 1e-3), "memory of the trainer": ("GiB", GIB),
+    "memory of an engine": ("GiB", GIB)}
+
+def _term(title, name, value, formula, source):
+    unit, size = ("kB", 1e3) if name == "per token of cache" else _UNITS[title]
+    return f"  {name:28s}{value/size:12.4g} {unit:3s} {formula}  [{source}]"
+
+def _some(n, what): return f"{n} {what}{'s'*(n != 1)}"
+
+def _million(n): return f"{n/1e6:.{1 if n >= 1e7 else 2}f}M"
+
 def show_plan(p:PlanResult, why:bool=False)->str:
     "The answer as text."
     l, e = p.layout, p.engine
     rows = [f"{p.model} on {p.cluster}", "",
         f"a step      {p.step_seconds:.1f} s, 80 % between {p.low:.1f} and {p.high:.1f}; {len(p.rejected)} kinds of "
         f"split do not fit, {p.options} were compared",
-        f"trainer     {p.trainer_gpus} GPUs, tp {l.tp} cp {l.cp} pp {l.pp} ep {l.ep}, {l.replicas} "
-        f"replica{'s'*(l.replicas > 1)}: {p.train_seconds:.1f} s, {p.memory_gib:.0f} GiB a GPU, waits "
+        f"trainer     {_some(p.trainer_gpus, 'GPU')}, tp {l.tp} cp {l.cp} pp {l.pp} ep {l.ep}, "
+        f"{_some(l.replicas, 'replica')}: {p.train_seconds:.1f} s, {p.memory_gib:.0f} GiB a GPU, waits "
         f"{p.trainer_waits:.0%} of the time",
-        f"engines     {p.replicas} x {e.tp} GPUs{', wide EP' if e.ep else ''}, {e.precision}: "
-        f"{p.generate_seconds:.1f} s for a step's rollouts, {p.at_once:.0f} at once in each, cache of {p.kv_tokens} "
-        "tokens",
+        f"engines     {p.replicas} x {_some(e.tp, 'GPU')}{', wide EP' if e.ep else ''}, {e.precision}: "
+        f"{p.generate_seconds:.1f} s for a step's rollouts, {p.at_once:.0f} at once in each, cache of "
+        f"{_million(p.kv_tokens)} tokens",
         f"staleness   {p.staleness:.2f} versions on average; new weights take {p.sync_seconds:.1f} s",
         f"experts     {p.ep_share:.1%} of the trainer's step is their traffic" if p.ep_share else "",
         f"sandboxes   {p.sandboxes:.0f} in use on average" if p.sandboxes else "",
-        f"bottleneck  {p.bottleneck}", *(f"one more node for the {k} saves {v:.1f} s a step"
+        f"bottleneck  {p.bottleneck}",
+        *(f"one more node for the {k} saves {f'{v:.1f} s a step' if v >= .05 else 'nothing'}"
             for k, v in p.more.items()),
-        f"budget      {p.budget} tokens of rollouts fit the engines at once (85 % of their cache)",
+        f"budget      {_million(p.budget)} tokens of rollouts fit the engines at once (85 % of their cache)",
         f"cost        ${p.dollars:,.0f} for the run", *(f"note        {n}" for n in p.notes),
         *(f"not         {x}" for x in p.rejected[:4])]
     if why:
         for title, terms in p.terms.items():
-            rows += ["", title] + [f"  {n:28s}{v:12.4g}  {fm}  [{src}]" for n, v, fm, src in terms]
+            rows += ["", title] + [_term(title, *t) for t in terms if t[1]]
     return "\n".join(x for i, x in enumerate(rows) if x or i == 1)
 
 # %% ../../nbs/13_scale/07_plan.ipynb #5e8b52d4
@@ -551,5 +574,6 @@ def simulate_command(args:list[str])->str:
     lines = [f"a step {r['step_seconds']:.1f} s, trainer waits {r['trainer_waits']:.0%}, engines busy "
              f"{r['engines_busy']:.0%}, staleness {r['mean_staleness']:.2f} on average",
              "staleness  " + "  ".join(f"{k}: {v:.0%}" for k, v in r["staleness"].items()),
-             f"{r['rollouts']} rollouts, dropped {r['dropped'] or 'none'}, {r['preempted']} preempted"]
+             f"{r['rollouts']} rollouts, " + (", ".join(f"{n} dropped as {k}" for k, n in r["dropped"].items())
+                 or "none dropped") + f", {r['preempted']} preempted"]
     return "\n".join(lines + ([f"picture in {a.picture}"] if a.picture else []))

@@ -6,10 +6,12 @@
 __all__ = ['Turn', 'by_token', 'Replica', 'submit', 'pause', 'step', 'Lengths', 'generate']
 
 # %% ../../nbs/13_scale/05_rollouts.ipynb #fb70960e
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from functools import lru_cache
 from math import ceil, inf, sqrt
+from operator import attrgetter
 import numpy as np
 
 from .serve import Pace
@@ -17,10 +19,9 @@ from .serve import Pace
 # %% ../../nbs/13_scale/05_rollouts.ipynb #6e519a33
 class Turn:
     "One request to an engine: `prompt` tokens of which `cached` are there already, and `new` tokens to sample."
-    __slots__ = ("id", "prompt", "cached", "new", "version", "finish", "order", "sampled")
+    __slots__ = ("id", "prompt", "cached", "new", "version", "sampled", "order")
     def __init__(self, id, prompt:int, new:int, cached:int=0, version:int=-1):
-        self.id, self.prompt, self.cached, self.new, self.version = id, prompt, cached, new, version
-        self.finish, self.order, self.sampled = 0, -1, 0
+        self.id, self.prompt, self.cached, self.new, self.version, self.sampled = id, prompt, cached, new, version, 0
 
 # %% ../../nbs/13_scale/05_rollouts.ipynb #9407d0fd
 def by_token(
@@ -60,135 +61,142 @@ def by_token(
 # %% ../../nbs/13_scale/05_rollouts.ipynb #b9bf1b04
 class Replica:
     "One engine under a clock of its own; `due` is when its next event happens."
-    __slots__ = ("pace", "base", "ctx", "max_seqs", "kv", "now", "v", "n", "held", "heap", "waiting", "stack", "order",
-        "k", "due", "version", "busy", "tokens", "preempted", "prefilled", "at", "later")
+    __slots__ = ("base", "ctx", "prefill", "max_seqs", "kv", "now", "v", "n", "held", "ends", "active", "waiting",
+        "order", "k", "due", "version", "idle", "preempted", "at", "later")
     def __init__(self, pace:Pace, max_seqs:int, kv_tokens:int):
         if len(pace.base) <= max_seqs:
             raise ValueError(f"pace knows {len(pace.base)-1} sequences, the engine takes {max_seqs}")
-        self.pace, self.base, self.ctx, self.max_seqs, self.kv = pace, pace.base, pace.context, max_seqs, kv_tokens
+        self.base, self.ctx, self.prefill, self.max_seqs, self.kv = *pace, max_seqs, kv_tokens
         # n: active, held: tokens of their contexts
         self.now, self.v, self.n, self.held, self.k, self.due = 0., 0, 0, 0, 0, inf
-        self.heap, self.waiting, self.stack, self.order, self.version = [], deque(), [], 0, 0
-        self.busy, self.tokens, self.preempted, self.prefilled, self.at, self.later = 0., 0, 0, 0, 0., []
-
-    def span(self, k:int)->float: # seconds
-        "Time of the next `k` steps."
-        return k*self.base[self.n] + self.ctx*(k*self.held + self.n*(k*(k-1)//2))
-
-    def _go(self, k, seconds):
-        self.now += seconds
-        self.busy += seconds
-        self.v += k
-        self.held += self.n*k
-        self.tokens += self.n*k
+        # ends: minus the v at which a sequence of `active` is done; the next at the end, the older first
+        self.ends, self.active, self.waiting, self.order, self.version = [], [], deque(), 0, 0
+        self.idle, self.preempted, self.at, self.later = 0., 0, 0., []
+    @property
+    def busy(self)->float: # seconds
+        "Until `now`, without those that it stood still."
+        return self.now - self.idle
 
     def reach(self, t:float)->bool: # False: that boundary is the next event, which must come first
         "Whole steps until the first boundary at or after `t`; the next event must not lie before `t`."
-        if not self.n:
-            self.now = max(self.now, t)
+        now, n, most = self.now, self.n, self.k
+        if now >= t: return True
+        if not n:
+            self.idle += t - now
+            self.now = t
             return True
-        if self.now >= t: return True
-        if self.k == 1: return False
-        a, b = self.ctx*self.n/2, self.base[self.n] + self.ctx*(self.held - self.n/2)
-        k = min(self.k, max(1, ceil((t-self.now)/b if a == 0 else (sqrt(b*b + 4*a*(t-self.now)) - b)/(2*a))))
-        while k > 1 and self.now + self.span(k-1) >= t: k -= 1
-        while k < self.k and self.now + self.span(k) < t: k += 1
-        if k >= self.k: return False
-        self._go(k, self.span(k))
+        if most <= 1: return False
+        base, c, held = self.base[n], self.ctx, self.held
+        a, b, ahead = c*n/2, base + c*(held - n/2), t - now
+        k = ceil(ahead/b if a == 0 else (sqrt(b*b + 4*a*ahead) - b)/(2*a))
+        k = 1 if k < 1 else most if k > most else k
+        while k > 1 and now + ((k-1)*base + c*((k-1)*held + n*((k-1)*(k-2)//2))) >= t: k -= 1
+        seconds = k*base + c*(k*held + n*(k*(k-1)//2))
+        while k < most and now + seconds < t:
+            k += 1
+            seconds = k*base + c*(k*held + n*(k*(k-1)//2))
+        if k >= most: return False
+        self.now, self.v, self.held = now + seconds, self.v + k, held + n*k
         return True
 
 # %% ../../nbs/13_scale/05_rollouts.ipynb #62a6c93d
-def _settle(self, admit:bool=True):
+def _settle(self, admit:bool=True)->float: # when the next event is due
     "Let in who may come, and find the next event."
-    waiting, heap, n, held, kv = self.waiting, self.heap, self.n, self.held, self.kv
-    while admit and waiting and n < self.max_seqs and held + waiting[0].prompt < kv:
-        t = waiting.popleft()
-        fresh = t.prompt - t.cached
-        if fresh:
-            self.now += self.pace.prefill*fresh
-            self.busy += self.pace.prefill*fresh
-            self.prefilled += fresh
-        t.order = self.order = self.order + 1
-        t.finish = self.v + t.new
-        if t.version < 0: t.version = self.version
-        heappush(heap, (t.finish, t.order, t))
-        self.stack.append(t)
-        n += 1
-        held += t.prompt
-    self.n, self.held = n, held
-    while heap and heap[0][2].order != heap[0][1]: heappop(heap)
+    ends, n, held, kv, v, waiting = self.ends, self.n, self.held, self.kv, self.v, self.waiting
+    if waiting and admit:
+        while waiting and n < self.max_seqs and held + waiting[0].prompt < kv:
+            t = waiting.popleft()
+            prompt, key = t.prompt, -v - t.new
+            self.now += self.prefill*(prompt - t.cached)
+            if t.version < 0: t.version = self.version
+            t.order = self.order = self.order + 1
+            i = bisect_left(ends, key)
+            ends.insert(i, key)
+            self.active.insert(i, t)
+            n += 1
+            held += prompt
+        self.n, self.held = n, held
     if not n:
         self.due = inf
-        return
-    k = self.k = min(heap[0][0] - self.v, (kv - held)//n)
+        return inf
+    k, fits = -ends[-1] - v, (kv - held)//n
+    if fits < k: k = fits
+    self.k = k
     # arrivals at this boundary come before a preemption
-    self.due = self.now + (k*self.base[n] + self.ctx*(k*held + n*(k*(k-1)//2)) if k > 0 else 1e-9)
+    due = self.due = self.now + (k*self.base[n] + self.ctx*(k*held + n*(k*(k-1)//2)) if k > 0 else 1e-9)
+    return due
 
 def _preempt(self):
-    while self.stack[-1].order < 0: self.stack.pop()
-    t = self.stack.pop()
-    sampled = t.new - (t.finish - self.v)
-    self.n, self.held, self.preempted = self.n-1, self.held - t.prompt - sampled, self.preempted + 1
-    t.prompt, t.new, t.cached, t.order = t.prompt + sampled, t.new - sampled, 0, -1
-    self.waiting.appendleft(t)
+    "The youngest make room until the next token of everybody fits."
+    while self.held + self.n > self.kv:
+        t = max(self.active, key=attrgetter("order"))
+        i = self.active.index(t)
+        del self.active[i]
+        sampled = t.new + self.ends.pop(i) + self.v
+        self.n, self.held, self.preempted = self.n-1, self.held - t.prompt - sampled, self.preempted + 1
+        t.prompt, t.new, t.cached = t.prompt + sampled, t.new - sampled, 0
+        self.waiting.appendleft(t)
 
 Replica._settle, Replica._preempt = _settle, _preempt
 
 # %% ../../nbs/13_scale/05_rollouts.ipynb #759fea96
-def submit(self, t:float, *turns:Turn):
+def submit(self, t:float, *turns:Turn)->float: # when the next event is due
     "Requests arrive at time `t`. `ValueError` if one could never fit."
+    kv, waiting = self.kv, self.waiting
     for turn in turns:
-        if turn.prompt + turn.new > self.kv:
-            raise ValueError(f"a conversation of {turn.prompt + turn.new} tokens does not fit a cache of {self.kv}: "
+        if turn.prompt + turn.new > kv:
+            raise ValueError(f"a conversation of {turn.prompt + turn.new} tokens does not fit a cache of {kv}: "
                              "shorten it or give engines more memory")
-    self.waiting += turns
-    if self.n < self.max_seqs and self.held + self.waiting[0].prompt < self.kv and self.reach(t): self._settle()
+        waiting.append(turn)
+    if self.n < self.max_seqs and self.held + waiting[0].prompt < kv and self.reach(t): self._settle()
+    return self.due
 
-def pause(self, t:float, seconds:float, version:int):
+def pause(self, t:float, seconds:float, version:int)->float: # when the next event is due
     "At the first boundary after `t` the engine stops for new weights."
-    if not self.reach(t):
-        self.later.append((t, seconds, version))
-        return
-    self.now += seconds
-    self.version = version
-    self._settle()
+    if not self.reach(t): self.later.append((t, seconds, version))
+    else:
+        self.now += seconds
+        self.idle += seconds
+        self.version = version
+        self._settle()
+    return self.due
 
 def step(self)->list[Turn]: # those that are done at `at`
-    "Go to the next event."
-    done, full = [], self.k <= 0
-    if full:
-        while self.held + self.n > self.kv: self._preempt()
+    "Go to the next event: somebody is done, or the cache is full."
+    k, n, ends, done = self.k, self.n, self.ends, []
+    if k <= 0:
+        self._preempt()
+        self._settle(False)
     else:
-        self.busy += self.due - self.now
         self.now = self.at = self.due
-        done = self._finish(self.k)
-    self._settle(not full)
+        v = self.v = self.v + k
+        held = self.held + n*k
+        while ends and ends[-1] == -v:
+            ends.pop()
+            t = self.active.pop()
+            n -= 1
+            held -= t.prompt + t.new
+            done.append(t)
+        self.n, self.held = n, held
+        self._settle()
     if self.later:
         late, self.later = self.later, []
         for pause in late: self.pause(*pause)
     return done
 
-def _finish(self, k:int)->list[Turn]:
-    "After `k` more tokens of everybody: who is done leaves."
-    heap, n, held, done = self.heap, self.n, self.held + self.n*k, []
-    v = self.v = self.v + k
-    self.tokens += n*k
-    while heap and heap[0][0] == v:
-        _, order, t = heappop(heap)
-        if t.order != order: continue
-        t.order = -1
-        n -= 1
-        held -= t.prompt + t.new
-        done.append(t)
-    self.n, self.held = n, held
-    if len(self.stack) > 2*n + 64: self.stack = [t for t in self.stack if t.order >= 0]
-    return done
-
-Replica.submit, Replica.pause, Replica.step, Replica._finish = submit, pause, step, _finish
+Replica.submit, Replica.pause, Replica.step = submit, pause, step
 
 # %% ../../nbs/13_scale/05_rollouts.ipynb #9a14f3c2
 from statistics import NormalDist
 _NORMAL = np.array([NormalDist().inv_cdf((i+.5)/2000) for i in range(2000)])
+
+@lru_cache(maxsize=256)
+def _median(mean:float, longest:int, sigma:float)->float:
+    lo, hi, q = 1e-3, 1e3*longest, np.exp(sigma*_NORMAL)
+    for _ in range(80):
+        mid = sqrt(lo*hi)
+        lo, hi = (mid, hi) if np.minimum(mid*q, longest).mean() < mean*(1-1e-9) else (lo, mid)
+    return lo
 
 # %% ../../nbs/13_scale/05_rollouts.ipynb #1127d91f
 @dataclass(frozen=True)
@@ -205,12 +213,7 @@ class Lengths:
 
     def median(self)->float:
         "Of the lognormal before the cut, so that the mean after it is `mean`."
-        lo, hi = 1e-3, 1e3*self.longest
-        q = np.exp(self.sigma*_NORMAL)
-        for _ in range(80):
-            mid = sqrt(lo*hi)
-            lo, hi = (mid, hi) if np.minimum(mid*q, self.longest).mean() < self.mean*(1-1e-9) else (lo, mid)
-        return lo
+        return _median(self.mean, self.longest, self.sigma)
 
     def draw(self, rng:np.random.Generator, n:int)->np.ndarray: # [n] int64
         "Lengths from 1 to the longest."

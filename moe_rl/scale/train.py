@@ -51,7 +51,7 @@ class Stack:
     moe_passes:float      # the same of what is routed
     head_passes:float     # passes over the float32 logits, in RL
     sft_passes:float      # the same in supervised training
-    lora_seconds:float    # per layer and micro-batch, of adapters
+    lora_passes:float     # passes over the dense part of a layer, of adapters
     issue:float           # bytes/s that element-wise kernels manage on infinitely fast memory (Hopper)
     attention:float       # time of attention against the kernel table
     level:dict            # GPU, or its generation -> time of everything against this formula
@@ -259,7 +259,7 @@ def compute_terms(
             t = product_time(kernel("fp8"), gpu.fp8, gpu.bandwidth, mine, w.n/layout.tp, w.k, 1, 1.)
         else: t = product_time(kernel("dense"), gpu.bf16, gpu.bandwidth, mine, w.n/layout.tp, w.k)
         sums[w.kind] += float(t)*w.count
-    times = 1 if not training else 3 + again
+    times = 1 if not training else (2 if layout.lora else 3) + again   # frozen weights have no gradient
     head_dim = next((getattr(a, "head_dim", 0) or a.qk_dim for a, _ in mixers(spec) if a.pair_flops), 128)
     f = float(attention_flops(spec, pair_tokens))*tokens/pair_tokens/(layout.cp*layout.tp)
     att = float(attention_time(kernel("forward"), gpu.bf16, f, pair_tokens, head_dim))*(1 + again)
@@ -271,7 +271,7 @@ def compute_terms(
     out = [("dense products", sums["dense"]*times, f"{times} passes at M={mine:.0f}, shares by shape", src),
            ("expert products", sums["experts"]*times, f"{times} passes, M={rows:.0f} rows a group, x{imbalance:.2f} "
                                                       "imbalance", src),
-           ("head", sums["head"]*(3 if training else 1), f"V={spec.vocab_size}", src),
+           ("head", sums["head"]*(times - again), f"V={spec.vocab_size}", src),
            ("attention", att*st.attention, f"{f:.3g} FLOP forward at {pair_tokens:.0f} tokens, x{st.attention:.2f}",
                f"{src}; factor {said(st, 'attention')}"),
            ("passes over memory", part*2*here*(st.passes*dense + st.moe_passes*routed)/rate,
@@ -279,8 +279,8 @@ def compute_terms(
                f"{st.moe_passes:.1f}*{routed:.3g})/{rate/1e12:.2f}e12", said(st, "passes", "moe_passes", "issue")),
            ("passes over logits", part*4*here*st.head_passes*spec.vocab_size*4/rate/4,
                f"{st.head_passes:.1f}*{here:.0f}*{spec.vocab_size}*4 B", said(st, "head_passes")),
-           ("adapters", st.lora_seconds*len(spec.layers)*layout.lora, "LoRA" if layout.lora else "none",
-               said(st, "lora_seconds"))]
+           ("adapters", part*2*here*st.lora_passes*dense/rate*layout.lora,
+               f"{st.lora_passes:.1f} passes over all activations" if layout.lora else "none", said(st, "lora_passes"))]
     more = "" if level == 1 else f"; x{level:.2f} level of {gpu.name}, {said(st, 'level')}"
     return Terms(Term(n, v*level, fm, s + more) for n, v, fm, s in out)
 
