@@ -91,7 +91,7 @@ def test_licence():
 # ---------------------------------------------------------------- imports go one way
 # '' holds the leaves, which everybody may import
 LEVELS = ["", "moe", "data", "train", "rollout", "rl", "app", "gpu", "fp8", "ep", "scale", "panels"]
-LEAVES = {"errors", "plugins", "config", "launch", "words", "bench", "routes", "records"}
+LEAVES = {"errors", "plugins", "cells", "config", "launch", "words", "bench", "routes", "records"}
 APP = {"cli", "options", "display", "report", "doctor", "compare"}
 FOLDERS = {"00_start": "", "01_moe": "moe", "02_data": "data", "03_train": "train", "04_rollout": "rollout",
            "05_rl": "rl", "06_app": "app",
@@ -121,7 +121,8 @@ def test_module_imports_only_what_comes_before(path):
     for other in imported(path.read_text(), me.rpartition(".")[0]):
         assert level(other) <= level(me), f"{me} imports {other}, which comes later"
     leaf = {"errors": set(), "routes": {"moe_rl.errors"}, "records": {"moe_rl.routes"}, "plugins": {"moe_rl.errors"},
-        "config": {"moe_rl.errors"}, "words": {"moe_rl.errors"},
+        "cells": {"moe_rl.errors", "moe_rl.plugins"}, "config": {"moe_rl.errors", "moe_rl.cells"},
+        "words": {"moe_rl.errors"},
         "launch": {"moe_rl.errors", "moe_rl.plugins"}}.get(me.split(".")[1])
     if leaf is not None:
         assert imported(path.read_text(), "moe_rl") <= leaf, (f'{me} is a leaf: it imports nothing of moe_rl but '

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 import msgspec, numpy as np, torch
-from ..config import Settings, load_settings, to_toml
+from ..cells import carried
+from ..config import Settings, code_names, load_settings, save_settings, to_toml
 from ..errors import StorageError, UserError, replace_file
 from ..launch import Handle, Job, Launcher, open_launcher
 from ..plugins import load_attribute
@@ -252,7 +253,7 @@ def keep_ready(ready:Ready, folder:Path):
     if (folder/"held_out.json").exists(): return
     keep_tokenizer(ready.tokenizer, folder/"tokenizer")
     replace_file(folder/"profile.json", json.dumps(ready.facts).encode())
-    replace_file(folder/"config.toml", to_toml(ready.settings).encode())
+    save_settings(ready.settings, folder)
     replace_file(folder/"held_out.json", json.dumps(ready.numbers).encode())
 
 # %% ../../nbs/05_rl/12_run.ipynb #36b8c1a1
@@ -345,7 +346,7 @@ def extend(folder:Path, overrides:dict[str, Any]) -> Settings: # of the longer r
     with claim(folder, None, resume=True):
         if (folder/END).exists():
             replace_file(folder/END, encode(msgspec.structs.replace(load_state(folder/END, State), ended="")))
-        replace_file(folder/"config.toml", to_toml(settings).encode())
+        save_settings(settings, folder)
         (folder/DONE).unlink(missing_ok=True)
     return settings
 
@@ -413,13 +414,12 @@ def set_aside(folder:Path, step:int, tell=lambda line: None):
 def code_of(s:Settings) -> dict[str, str]: # module -> hash of its source
     "This package's code, and the user's modules that the settings name."
     package = Path(sys.modules["moe_rl"].__file__).parent
-    files = {"moe_rl": sorted(package.rglob("*.py"))}
-    for name in [e.name for e in s.env] + [s.rl.reward, s.rl.loss, s.rl.advantage, s.engine.kind, s.launch.kind]:
-        if ":" not in name: continue
-        found = importlib.util.find_spec(module := name.partition(":")[0])
-        if found and found.origin and Path(found.origin).is_file(): files[module] = [Path(found.origin)]
-    return {m: hashlib.blake2b(b"".join(f.read_bytes() for f in fs), digest_size=8).hexdigest()
-        for m, fs in files.items()}
+    code = {m: [text.encode()] for m, text in carried(code_names(s)).items()}
+    code["moe_rl"] = [f.read_bytes() for f in sorted(package.rglob("*.py"))]
+    for module in {name.partition(":")[0] for name in code_names(s)} - code.keys():
+        found = importlib.util.find_spec(module)
+        if found and found.origin and Path(found.origin).is_file(): code[module] = [Path(found.origin).read_bytes()]
+    return {m: hashlib.blake2b(b"".join(parts), digest_size=8).hexdigest() for m, parts in sorted(code.items())}
 
 def flat(tree:dict, prefix:str="") -> dict[str, Any]:
     "Settings by their dotted keys."
