@@ -179,7 +179,8 @@ def know_folder(folder:Path):
     "Make those modules importable that `keep` has left in a folder."
     for path in sorted((folder/"cells").glob("*_????????.py")):
         try: know({path.stem: path.read_text(encoding="utf-8")})
-        except (OSError, ValueError) as e: raise UserError(f"{path}: can't be read ({e}): take it from a copy") from None
+        except (OSError, ValueError) as e:
+            raise UserError(f"{path}: can't be read ({e}): take it from a copy") from None
 
 # %% ../nbs/00_start/07_cells.ipynb #71888390
 def carried(names:Iterable[str])->dict[str, str]: # module -> text

@@ -21,7 +21,8 @@ class First(Environment):
     "Say the first of three letters."
     name = "first"
     def __init__(self, wording="Say the first letter of "): self.wording = wording
-    def problem(self, key): return Task(env=self.name, prompt=self.wording + word_of(key) + ": ", answer=word_of(key)[0])
+    def problem(self, key):
+        return Task(env=self.name, prompt=self.wording + word_of(key) + ": ", answer=word_of(key)[0])
 '''
 PARTS = '''
 def half_length(task, turns): return len(turns[-1])/2
