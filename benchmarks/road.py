@@ -95,7 +95,7 @@ def commands(configs: Path) -> list[tuple[str, list[list[str]]]]:
     plan = str(configs / "plan_node.toml")
     return [
         (first[0], first[1] + [["run", "--resume", "runs/first"], longer, ["run", "--resume", "runs/first", "--step",
-            "2"], ["report", "runs/first"], ["eval", "runs/first/model", "--config", "runs/first/config.toml"],
+            "3"], ["report", "runs/first"], ["eval", "runs/first/model", "--config", "runs/first/config.toml"],
             ["profile", "runs/first/model", "--prompts", "8"], ["plan", plan, "--run", "runs/first"]]),
         run("clock", schedule__deterministic="true", rl__loss="ipo", rl__advantage="grpo_std", engine__replicas=2,
             tokenizer__kind="byte", balance__rule="sign", rl__overlong="mask", engine__kv="recompute"),
