@@ -9,7 +9,8 @@ from types import CodeType
 
 TRACER = '''
 import os, sys, threading
-ROOT, FILE, left, kept = {root!r}, os.open(f"{folder}/{{os.getpid()}}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), {{}}, []
+ROOT, left, kept = {root!r}, {{}}, []
+FILE = os.open(f"{folder}/{{os.getpid()}}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 def note(code, line):
     left[id(code)].discard(line)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DONE', 'DRAW_SECONDS', 'EXTENDS', 'tokenizer_at', 'keep_tokenizer', 'make_tokenizer', 'check_balance', 'launcher_of',
-           'check_first', 'check_transfer', 'check_parallel', 'idle_goals', 'check', 'Ready', 'processes', 'guard_of',
+           'check_first', 'check_transfer', 'idle_goals', 'check', 'check_parallel', 'Ready', 'processes', 'guard_of',
            'draw_profiles', 'make_ready', 'measured', 'ready_again', 'get_ready', 'keep_ready', 'job_of', 'end', 'stop',
            'Ranked', 'finished', 'extend', 'write_card', 'state_at', 'choose', 'set_aside', 'code_of', 'flat',
            'provenance', 'complete', 'first_version', 'verdicts', 'Crew', 'drive', 'run_async', 'signals', 'run',
@@ -113,25 +113,6 @@ def check_transfer(s:Settings):
     if device_of(s).type == "cuda" and gpus < needs:
         raise UserError(f"{at}: NCCL wants a GPU for each of {needs} processes, and this machine has {gpus}: {instead}")
 
-def check_parallel(s:Settings):
-    "Raise `UserError` for ranks of the trainer that do not fit together, the model or this machine."
-    p, at = s.parallel, "moe_rl.scale.parallel"
-    if max(p.ranks, p.experts) == 1: return     # nothing of the mesh is imported
-    model = check_pretrained(s.model.checkpoint) if s.model.checkpoint else model_config(s, 512) # any vocabulary
-    load_attribute(f"{at}:check_layout")(load_attribute(f"{at}:Layout")(p.replicate, p.shard, p.context, p.experts),
-        p.ranks, model)
-    if s.launch.kind == "slurm":
-        raise UserError(f'parallel: {p.ranks} ranks, which launch.kind = "slurm" can\'t start yet; use "local"')
-    how = s.train.precision, s.train.forward, s.model.experts
-    if s.train.precision == "fp8" or chosen(model, device_of(s), *how)[1]:
-        raise UserError(f'parallel: {p.ranks} ranks compute in float32 or bf16 with train.forward = "plain"')
-    gpus = torch.cuda.device_count() if device_of(s).type == "cuda" else p.ranks
-    if s.launch.kind == "local" and gpus < p.ranks:
-        raise UserError(f"parallel: {p.ranks} ranks, but this machine has {gpus} GPUs: lower parallel.shard")
-    if s.rl.tokens_per_batch != "auto" and s.rl.tokens_per_batch % p.multiple:
-        raise UserError(f"rl.tokens_per_batch is {s.rl.tokens_per_batch}: with parallel.context = {p.context} it must "
-                        f"be a multiple of {p.multiple}")
-
 def idle_goals(s:Settings, tasks:list[Task]) -> list[str]: # lines for the user
     "Goals that count exact answers where there is nothing to be exact about."
     goals = [f"rl.{goal}" for goal in ("stop_at", "stop_solved") if getattr(s.rl, goal) and tasks
@@ -152,6 +133,26 @@ def check(s:Settings, tokenizer:Tokenizer, sizes:dict[str, Lengths]) -> ModelSpe
     for name, size in sizes.items():
         check_prompt(int(np.quantile(size.prompts, .05)), name, s, longest(s, model.max_position_embeddings))
     return model
+
+# %% ../../nbs/05_rl/12_run.ipynb #e37e15c3
+def check_parallel(s:Settings):
+    "Raise `UserError` for ranks of the trainer that do not fit together, the model or this machine."
+    p, at = s.parallel, "moe_rl.scale.parallel"
+    if max(p.ranks, p.experts) == 1: return     # nothing of the mesh is imported
+    model = check_pretrained(s.model.checkpoint) if s.model.checkpoint else model_config(s, 512) # any vocabulary
+    load_attribute(f"{at}:check_layout")(load_attribute(f"{at}:Layout")(p.replicate, p.shard, p.context, p.experts),
+        p.ranks, model)
+    if s.launch.kind == "slurm":
+        raise UserError(f'parallel: {p.ranks} ranks, which launch.kind = "slurm" can\'t start yet; use "local"')
+    how = s.train.precision, s.train.forward, s.model.experts
+    if s.train.precision == "fp8" or chosen(model, device_of(s), *how)[1]:
+        raise UserError(f'parallel: {p.ranks} ranks compute in float32 or bf16 with train.forward = "plain"')
+    gpus = torch.cuda.device_count() if device_of(s).type == "cuda" else p.ranks
+    if s.launch.kind == "local" and gpus < p.ranks:
+        raise UserError(f"parallel: {p.ranks} ranks, but this machine has {gpus} GPUs: lower parallel.shard")
+    if s.rl.tokens_per_batch != "auto" and s.rl.tokens_per_batch % p.multiple:
+        raise UserError(f"rl.tokens_per_batch is {s.rl.tokens_per_batch}: with parallel.context = {p.context} it must "
+                        f"be a multiple of {p.multiple}")
 
 # %% ../../nbs/05_rl/12_run.ipynb #5f0e6a02
 DRAW_SECONDS = 8.0 # for the problems of one environment
