@@ -139,6 +139,14 @@ def headline_table() -> str: # Markdown
         except KeyError: pass
     return "\n".join(out)
 
+def printed(name:str) -> str: # Markdown
+    "What the program of a bench has printed when it was recorded, and where."
+    [*_, r] = sorted(records(name), key=lambda r: r["date"]) or [None]
+    if r is None: return ""
+    f = r["figures"]
+    return (f"```\n{r['printed']}\n```\n\nRecorded on {r['machine']} in {number(f['seconds'])} s by "
+        f"`{r['command']}`, which runs the text above.")
+
 def spark(points:list, width:int=220, height:int=40) -> str: # SVG
     "A curve as small as a word."
     xs, ys = [p[0] for p in points], [p[1] for p in points]

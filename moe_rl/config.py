@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['LARGEST', 'Natural', 'Positive', 'Countable', 'Depth', 'Share', 'NotNegative', 'Size', 'Seconds', 'Part', 'Folder',
            'EXPERTS', 'NOTHING', 'EXCHANGES', 'AGAIN', 'ENGINES', 'STEPS', 'ADVANTAGES', 'LOSSES', 'REWARDS',
-           'LAUNCHERS', 'OPEN', 'Section', 'or_auto', 'as_path', 'one_of', 'ModelSection', 'mapped', 'without_none',
-           'with_none', 'in_order', 'storable', 'TokenizerSection', 'EnvSection', 'WarmStartSection', 'OptimSection',
-           'BalanceSection', 'TrainSection', 'ParallelSection', 'EngineSection', 'RLSection', 'EvalSection',
-           'ScheduleSection', 'LaunchSection', 'CheckpointSection', 'against_exact', 'Settings', 'parse_env',
-           'env_sections', 'all_keys', 'meant', 'source_of', 'explain', 'literal', 'from_text', 'one_environment',
-           'set_key', 'read_toml', 'leaves', 'merge', 'load_settings', 'to_toml']
+           'LAUNCHERS', 'OPEN', 'Section', 'or_auto', 'as_path', 'is_code', 'as_code', 'one_of', 'ModelSection',
+           'mapped', 'without_none', 'with_none', 'in_order', 'storable', 'TokenizerSection', 'EnvSection',
+           'WarmStartSection', 'OptimSection', 'BalanceSection', 'TrainSection', 'ParallelSection', 'EngineSection',
+           'RLSection', 'EvalSection', 'ScheduleSection', 'LaunchSection', 'CheckpointSection', 'against_exact',
+           'Settings', 'parse_env', 'env_sections', 'all_keys', 'meant', 'source_of', 'explain', 'literal', 'from_text',
+           'one_environment', 'set_key', 'read_toml', 'leaves', 'merge', 'load_settings', 'to_toml', 'code_names',
+           'save_settings']
 
 # %% ../nbs/00_start/03_config.ipynb #053aa9f9
 import ast, datetime, difflib, json, re, tomllib
@@ -20,7 +21,8 @@ import tomli_w
 from pydantic import (
     BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WrapValidator, field_validator,
     model_validator)
-from .errors import UserError
+from .cells import keep, know_folder, name_of
+from .errors import UserError, replace_file
 
 # %% ../nbs/00_start/03_config.ipynb #9680f42b
 LARGEST = 2**31 - 1
@@ -56,9 +58,18 @@ def as_path(value:Any)->Any: # a text as pydantic wants it, or what it was
 Folder = Annotated[str, BeforeValidator(as_path)]
 
 # %% ../nbs/00_start/03_config.ipynb #0e0f0002
+def is_code(value:Any)->bool: # not what a file of settings could hold
+    return not isinstance(value, (str, int, float, list, tuple, dict, type(None), datetime.date, datetime.time,
+        BaseModel))
+
+def as_code(value:Any)->Any: # a text as pydantic wants it, or what it was
+    "Code as `module:attribute`, also where the class or the function itself is given."
+    return name_of(value) if is_code(value) else value
+
 def one_of(names:tuple[str, ...])->BeforeValidator:
     "A validator: one of `names`, or an import path."
     def check(value):
+        value = as_code(value)
         if not isinstance(value, str) or value in names or re.fullmatch(r"[^:\s]+:[^:\s]+", value): return value
         near = difflib.get_close_matches(value, names, n=1)
         meant = f"; did you mean {near[0]!r}?" if near else ""
@@ -153,7 +164,8 @@ class TokenizerSection(Section):
 
 class EnvSection(Section):
     "One environment of the mixture."
-    name: str = Field(description='a reasoning-gym task, or "module:attribute" of your own')
+    name: Annotated[str, BeforeValidator(as_code)] = Field(description='a reasoning-gym task, or "module:attribute" '
+        'of your own')
     weight: float = Field(1.0, gt=0, le=1e9, description="share of the problems, relative to the others")
     params: Annotated[dict[str, Any], BeforeValidator(storable)] = Field({},
         description="the environment's own settings")
@@ -416,10 +428,10 @@ def parse_env(text:str) -> list[dict]: # sections as dicts
 
 def env_sections(value:Any) -> Any: # a list of sections, or what it was, for pydantic to refuse
     "Every way to write `env` as a list of sections."
-    if isinstance(value, str): return parse_env(value)
-    if isinstance(value, dict): value = [value]
-    return [section for e in value for section in (parse_env(e) if isinstance(e, str) else [e])] if isinstance(value,
-        list) else value
+    several = [value] if isinstance(value, (str, dict)) or is_code(value) else value
+    if not isinstance(several, list): return value
+    ways = lambda e: parse_env(e) if isinstance(e, str) else [dict(name=e)] if is_code(e) else [e]
+    return [section for e in several for section in ways(e)]
 
 # %% ../nbs/00_start/03_config.ipynb #3ea44d57
 def all_keys(model:type[BaseModel]|None=None, prefix:str="") -> dict[str, Any]: # dotted key -> FieldInfo
@@ -539,6 +551,7 @@ def load_settings(
     tree, sources = {}, {}
     for file in [] if files is None else [files] if isinstance(files, (str, Path)) else files:
         new = read_toml(file)
+        know_folder(Path(as_path(str(file))).parent)
         tree, sources = merge(tree, new), sources | dict.fromkeys(leaves(new), str(file))
     for key in sorted(overrides or {}, key=lambda k: k.count(".")):
         source = (origin or {}).get(key, "command line")
@@ -553,3 +566,14 @@ def load_settings(
 def to_toml(settings:Settings) -> str:
     "The whole tree as TOML; `load_settings` of it gives equal settings."
     return tomli_w.dumps(without_none(settings.model_dump()))
+
+def code_names(s:Settings) -> list[str]:
+    "The `module:attribute`s that settings name."
+    named = [*(e.name for e in s.env), s.rl.reward, s.rl.loss, s.rl.advantage, s.engine.kind, s.engine.step,
+        s.model.experts, s.launch.kind]
+    return [name for name in named if ":" in name]
+
+def save_settings(s:Settings, folder:Path) -> None:
+    "Leave `config.toml` in a folder, and the modules of cells that it names beside it."
+    keep(code_names(s), folder)
+    replace_file(folder/"config.toml", to_toml(s).encode())

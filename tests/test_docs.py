@@ -52,3 +52,13 @@ def test_the_site_builds(tmp_path):
     assert not outside, f"pages that need a network: {sorted(outside)[:5]}"
     assert "<math" in pages["05_rl/11_orchestrator.html"] and "$$" not in pages["05_rl/11_orchestrator.html"]
     assert "#| export" not in "".join(pages.values()) and "#|export" not in "".join(pages.values())
+
+def test_the_program_of_the_readme_learns(tmp_path):
+    "The very text, as a script in an empty folder: it ends in something learned."
+    [text] = [block for block in re.findall(r"^```python\n(.*?)^```$", (ROOT/"README.md").read_text(), re.M | re.S)
+        if " run(" in block]
+    (tmp_path/"pasted.py").write_text(text)
+    done = subprocess.run([sys.executable, "pasted.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    said = re.fullmatch(r"vowels: learned: score ([\d.]+) to ([\d.]+) in 30 steps\n", done.stdout)
+    assert said and float(said[1]) < .1 and float(said[2]) > .8, done.stdout

@@ -91,7 +91,7 @@ def test_licence():
 # ---------------------------------------------------------------- imports go one way
 # '' holds the leaves, which everybody may import
 LEVELS = ["", "moe", "data", "train", "rollout", "rl", "app", "gpu", "fp8", "ep", "scale", "panels"]
-LEAVES = {"errors", "plugins", "config", "launch", "words", "bench", "routes", "records"}
+LEAVES = {"errors", "plugins", "cells", "config", "launch", "words", "bench", "routes", "records"}
 APP = {"cli", "options", "display", "report", "doctor", "compare"}
 FOLDERS = {"00_start": "", "01_moe": "moe", "02_data": "data", "03_train": "train", "04_rollout": "rollout",
            "05_rl": "rl", "06_app": "app",
@@ -121,7 +121,8 @@ def test_module_imports_only_what_comes_before(path):
     for other in imported(path.read_text(), me.rpartition(".")[0]):
         assert level(other) <= level(me), f"{me} imports {other}, which comes later"
     leaf = {"errors": set(), "routes": {"moe_rl.errors"}, "records": {"moe_rl.routes"}, "plugins": {"moe_rl.errors"},
-        "config": {"moe_rl.errors"}, "words": {"moe_rl.errors"},
+        "cells": {"moe_rl.errors", "moe_rl.plugins"}, "config": {"moe_rl.errors", "moe_rl.cells"},
+        "words": {"moe_rl.errors"},
         "launch": {"moe_rl.errors", "moe_rl.plugins"}}.get(me.split(".")[1])
     if leaf is not None:
         assert imported(path.read_text(), "moe_rl") <= leaf, (f'{me} is a leaf: it imports nothing of moe_rl but '
@@ -294,3 +295,29 @@ def test_a_missing_tool_is_named(tool, said, tmp_path):
             cwd=tmp_path)
         assert r.returncode == 2 and said in r.stderr, (script, r.returncode, r.stderr)
     assert not (tmp_path/"venv").exists()
+
+# ---------------------------------------------------------------- what the road bench counts
+def test_the_road_knows_what_was_executed(tmp_path, monkeypatch):
+    "Lines of a command and of a process that is killed; a function that nobody calls is missing."
+    monkeypatch.syspath_prepend(str(ROOT/"benchmarks"))
+    from _lines import Watch, lines_of
+    from road import circles, shares, whole_settings
+    watch = Watch(tmp_path)
+    assert watch.start("completion", "bash").wait() == 0
+    code = ("import os, signal; from moe_rl.words import read_words; read_words('x', []); "
+            "os.kill(os.getpid(), signal.SIGKILL)")
+    env = os.environ | dict(PYTHONPATH=f"{tmp_path}/trace:{ROOT}")
+    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == -9
+    seen = watch.executed()
+    def share(name, function): # of a function's lines
+        [f] = [f for f in ast.parse((PACKAGE/name).read_text()).body if getattr(f, "name", "") == function]
+        body = {n for n in lines_of(PACKAGE/name) if f.body[0].lineno < n <= f.end_lineno}
+        return len(body & seen[name])/len(body)
+    assert share("options.py", "completion") > .8 and share("words.py", "read_words") > .3
+    assert share("cli.py", "cmd_sft") == 0 and share("cli.py", "cmd_completion") > .3
+    known = shares(PACKAGE, seen)
+    assert 0 < known["executed_share"] < .1 and "cli" in known["not_executed"]
+    assert circles(PACKAGE) == 0 and "rl/run:make_ready" in whole_settings(PACKAGE)
+    (tmp_path/"a.py").write_text("from .b import x")
+    (tmp_path/"b.py").write_text("from . import a")
+    assert circles(tmp_path) == 2

@@ -10,8 +10,8 @@ __all__ = ['TRACKERS', 'claim', 'numbers_of', 'Board', 'Tracker', 'chosen_tracke
 import fcntl, hashlib, importlib.util, json, math, os, platform, shutil, time
 from collections.abc import Iterable, Callable
 from pathlib import Path
-from ..config import Settings, to_toml
-from ..errors import StorageError, UserError, replace_file
+from ..config import Settings, save_settings
+from ..errors import StorageError, UserError
 from ..plugins import choose_by_name
 from .rows import EvalRow, StepRow, eval_line, step_line
 
@@ -22,7 +22,7 @@ def claim(folder:Path, settings:Settings|None, resume:bool):
     Raises `UserError` rather than overwrite a run."""
     if resume and not (folder/"config.toml").exists():
         raise UserError(f"{folder}: no run to resume there: start one without --resume")
-    if not resume and folder.exists() and {p.name for p in folder.iterdir()} - {"lock", ".config.toml.tmp"}:
+    if not resume and folder.exists() and {p.name for p in folder.iterdir()} - {"lock", "cells", ".config.toml.tmp"}:
         raise UserError(f"{folder} exists and is not empty: use --resume to go on, or --dir for another folder")
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f"{folder}: cannot be made ({e.strerror}): choose another --dir") from None
@@ -30,7 +30,7 @@ def claim(folder:Path, settings:Settings|None, resume:bool):
     try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError: raise UserError(f"{folder} is in use by another run: wait for it or choose another --dir") from None
     if settings and not resume:
-        try: replace_file(folder/"config.toml", to_toml(settings).encode())
+        try: save_settings(settings, folder)
         except StorageError:
             shutil.rmtree(folder)   # it was empty when we came
             raise

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DONE', 'DRAW_SECONDS', 'EXTENDS', 'tokenizer_at', 'keep_tokenizer', 'make_tokenizer', 'check_balance', 'launcher_of',
-           'check_first', 'check_transfer', 'check_parallel', 'idle_goals', 'check', 'Ready', 'processes', 'guard_of',
+           'check_first', 'check_transfer', 'idle_goals', 'check', 'check_parallel', 'Ready', 'processes', 'guard_of',
            'draw_profiles', 'make_ready', 'measured', 'ready_again', 'get_ready', 'keep_ready', 'job_of', 'end', 'stop',
            'Ranked', 'finished', 'extend', 'write_card', 'state_at', 'choose', 'set_aside', 'code_of', 'flat',
            'provenance', 'complete', 'first_version', 'verdicts', 'Crew', 'drive', 'run_async', 'signals', 'run',
@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 import msgspec, numpy as np, torch
-from ..config import Settings, load_settings, to_toml
+from ..cells import carried
+from ..config import Settings, code_names, load_settings, save_settings, to_toml
 from ..errors import StorageError, UserError, replace_file
 from ..launch import Handle, Job, Launcher, open_launcher
 from ..plugins import load_attribute
@@ -112,25 +113,6 @@ def check_transfer(s:Settings):
     if device_of(s).type == "cuda" and gpus < needs:
         raise UserError(f"{at}: NCCL wants a GPU for each of {needs} processes, and this machine has {gpus}: {instead}")
 
-def check_parallel(s:Settings):
-    "Raise `UserError` for ranks of the trainer that do not fit together, the model or this machine."
-    p, at = s.parallel, "moe_rl.scale.parallel"
-    if max(p.ranks, p.experts) == 1: return     # nothing of the mesh is imported
-    model = check_pretrained(s.model.checkpoint) if s.model.checkpoint else model_config(s, 512) # any vocabulary
-    load_attribute(f"{at}:check_layout")(load_attribute(f"{at}:Layout")(p.replicate, p.shard, p.context, p.experts),
-        p.ranks, model)
-    if s.launch.kind == "slurm":
-        raise UserError(f'parallel: {p.ranks} ranks, which launch.kind = "slurm" can\'t start yet; use "local"')
-    how = s.train.precision, s.train.forward, s.model.experts
-    if s.train.precision == "fp8" or chosen(model, device_of(s), *how)[1]:
-        raise UserError(f'parallel: {p.ranks} ranks compute in float32 or bf16 with train.forward = "plain"')
-    gpus = torch.cuda.device_count() if device_of(s).type == "cuda" else p.ranks
-    if s.launch.kind == "local" and gpus < p.ranks:
-        raise UserError(f"parallel: {p.ranks} ranks, but this machine has {gpus} GPUs: lower parallel.shard")
-    if s.rl.tokens_per_batch != "auto" and s.rl.tokens_per_batch % p.multiple:
-        raise UserError(f"rl.tokens_per_batch is {s.rl.tokens_per_batch}: with parallel.context = {p.context} it must "
-                        f"be a multiple of {p.multiple}")
-
 def idle_goals(s:Settings, tasks:list[Task]) -> list[str]: # lines for the user
     "Goals that count exact answers where there is nothing to be exact about."
     goals = [f"rl.{goal}" for goal in ("stop_at", "stop_solved") if getattr(s.rl, goal) and tasks
@@ -151,6 +133,26 @@ def check(s:Settings, tokenizer:Tokenizer, sizes:dict[str, Lengths]) -> ModelSpe
     for name, size in sizes.items():
         check_prompt(int(np.quantile(size.prompts, .05)), name, s, longest(s, model.max_position_embeddings))
     return model
+
+# %% ../../nbs/05_rl/12_run.ipynb #e37e15c3
+def check_parallel(s:Settings):
+    "Raise `UserError` for ranks of the trainer that do not fit together, the model or this machine."
+    p, at = s.parallel, "moe_rl.scale.parallel"
+    if max(p.ranks, p.experts) == 1: return     # nothing of the mesh is imported
+    model = check_pretrained(s.model.checkpoint) if s.model.checkpoint else model_config(s, 512) # any vocabulary
+    load_attribute(f"{at}:check_layout")(load_attribute(f"{at}:Layout")(p.replicate, p.shard, p.context, p.experts),
+        p.ranks, model)
+    if s.launch.kind == "slurm":
+        raise UserError(f'parallel: {p.ranks} ranks, which launch.kind = "slurm" can\'t start yet; use "local"')
+    how = s.train.precision, s.train.forward, s.model.experts
+    if s.train.precision == "fp8" or chosen(model, device_of(s), *how)[1]:
+        raise UserError(f'parallel: {p.ranks} ranks compute in float32 or bf16 with train.forward = "plain"')
+    gpus = torch.cuda.device_count() if device_of(s).type == "cuda" else p.ranks
+    if s.launch.kind == "local" and gpus < p.ranks:
+        raise UserError(f"parallel: {p.ranks} ranks, but this machine has {gpus} GPUs: lower parallel.shard")
+    if s.rl.tokens_per_batch != "auto" and s.rl.tokens_per_batch % p.multiple:
+        raise UserError(f"rl.tokens_per_batch is {s.rl.tokens_per_batch}: with parallel.context = {p.context} it must "
+                        f"be a multiple of {p.multiple}")
 
 # %% ../../nbs/05_rl/12_run.ipynb #5f0e6a02
 DRAW_SECONDS = 8.0 # for the problems of one environment
@@ -252,7 +254,7 @@ def keep_ready(ready:Ready, folder:Path):
     if (folder/"held_out.json").exists(): return
     keep_tokenizer(ready.tokenizer, folder/"tokenizer")
     replace_file(folder/"profile.json", json.dumps(ready.facts).encode())
-    replace_file(folder/"config.toml", to_toml(ready.settings).encode())
+    save_settings(ready.settings, folder)
     replace_file(folder/"held_out.json", json.dumps(ready.numbers).encode())
 
 # %% ../../nbs/05_rl/12_run.ipynb #36b8c1a1
@@ -345,7 +347,7 @@ def extend(folder:Path, overrides:dict[str, Any]) -> Settings: # of the longer r
     with claim(folder, None, resume=True):
         if (folder/END).exists():
             replace_file(folder/END, encode(msgspec.structs.replace(load_state(folder/END, State), ended="")))
-        replace_file(folder/"config.toml", to_toml(settings).encode())
+        save_settings(settings, folder)
         (folder/DONE).unlink(missing_ok=True)
     return settings
 
@@ -413,13 +415,12 @@ def set_aside(folder:Path, step:int, tell=lambda line: None):
 def code_of(s:Settings) -> dict[str, str]: # module -> hash of its source
     "This package's code, and the user's modules that the settings name."
     package = Path(sys.modules["moe_rl"].__file__).parent
-    files = {"moe_rl": sorted(package.rglob("*.py"))}
-    for name in [e.name for e in s.env] + [s.rl.reward, s.rl.loss, s.rl.advantage, s.engine.kind, s.launch.kind]:
-        if ":" not in name: continue
-        found = importlib.util.find_spec(module := name.partition(":")[0])
-        if found and found.origin and Path(found.origin).is_file(): files[module] = [Path(found.origin)]
-    return {m: hashlib.blake2b(b"".join(f.read_bytes() for f in fs), digest_size=8).hexdigest()
-        for m, fs in files.items()}
+    code = {m: [text.encode()] for m, text in carried(code_names(s)).items()}
+    code["moe_rl"] = [f.read_bytes() for f in sorted(package.rglob("*.py"))]
+    for module in {name.partition(":")[0] for name in code_names(s)} - code.keys():
+        found = importlib.util.find_spec(module)
+        if found and found.origin and Path(found.origin).is_file(): code[module] = [Path(found.origin).read_bytes()]
+    return {m: hashlib.blake2b(b"".join(parts), digest_size=8).hexdigest() for m, parts in sorted(code.items())}
 
 def flat(tree:dict, prefix:str="") -> dict[str, Any]:
     "Settings by their dotted keys."

@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import Any
 import msgspec
 import numpy as np
+from ..cells import know
 from ..errors import UserError
 from ..plugins import load_attribute
 from .calls import Caller
@@ -161,6 +162,7 @@ class Setup(msgspec.Struct):
     seed:int=0
     reward:str=""                   # module:attribute, or empty: the environments' own
     path:list[str]=[]               # where modules are found
+    cells:dict[str, str]={}         # texts of those that are no files
 
 def desk_of(setup:Setup)->Desk:
     "The desk that a setup describes."
@@ -307,6 +309,7 @@ def main(fd:int):
     control = socket.socket(fileno=fd)
     setup = msgspec.msgpack.decode(control.recv(1<<20), type=Setup)
     sys.path[:] = setup.path
+    know(setup.cells)
     try:
         syscall("prctl", 36, 1, 0, 0, 0)                # orphans come to us, also without a process namespace
         enter(setup.plan, born=lambda pid: control.send(b"born %d" % pid))

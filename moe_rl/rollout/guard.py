@@ -12,6 +12,7 @@ import asyncio, copy, itertools, os, signal, socket, struct, sys, threading, tim
 from collections import Counter
 from collections.abc import Callable
 import msgspec
+from ..cells import carried
 from ..errors import UserError
 from ..launch import Job, LocalHandle, Local as LocalLauncher
 from ..plugins import load_attribute
@@ -354,7 +355,9 @@ class Apart:
             if not mine: continue
             plan = Plan(isolate=False, memory=1<<62, file=1<<62, processes=1<<20,
                 folder=os.getcwd()) if open_ else plan_for(hides=hides, memory=memory)
-            self.crews[open_] = Crew(Setup(mine, plan, seed, reward, [p for p in sys.path if p]), open_, workers, log)
+            texts = carried([reward, *(s.name for s in mine)])
+            setup = Setup(mine, plan, seed, reward, [p for p in sys.path if p], texts)
+            self.crews[open_] = Crew(setup, open_, workers, log)
         for s in sections:
             if stock(s["name"]) and s.get("isolate") == "none" and not reward:
                 raise UserError(f'env {s["name"]}: isolate = "none" is for environments of your own and for an '
