@@ -34,8 +34,8 @@ def plan_of(tiny):
         max_position_embeddings=4096, **sizes)
     seats = 4 if tiny else SEATS
     device, dtype = (torch.device("cpu"), torch.float32) if tiny else (torch.device("cuda"), torch.bfloat16)
-    return EnginePlan(spec, Path(tempfile.mkdtemp()), device, dtype, max(8192, seats*(PROMPT+ANSWER+16)), 16, seats, "keep",
-        "auto", True, .25)
+    tokens = max(8192, seats*(PROMPT+ANSWER+16))
+    return EnginePlan(spec, Path(tempfile.mkdtemp()), device, dtype, tokens, 16, seats, "keep", "auto", True, .25)
 
 
 def engine_of(kind, plan):
@@ -61,7 +61,7 @@ def compared(model, asked, done):
     from moe_rl.train.objective import token_logprobs
     out = {}
     for name in ("kl_on", "kl_off"):
-        logs, worst, routes_equal = [], 0., []
+        logs, routes_equal = [], []
         for r in asked:
             f = done[r.id]
             ids = torch.tensor([*r.prompt, *f.token_ids], device=model.device)
@@ -107,7 +107,8 @@ def one(kind, tiny):
         began = time.perf_counter()
         engine.update(v, direct)
         cost[-1] += (time.perf_counter()-began,)
-    for i, part in enumerate(("publish", "load_apply", "apply")): out[f"{part}_s"] = float(np.median([c[i] for c in cost[1:]]))
+    for i, part in enumerate(("publish", "load_apply", "apply")):
+        out[f"{part}_s"] = float(np.median([c[i] for c in cost[1:]]))
     print(f"{kind}: ready after {out['start_s']:.1f} s; a version: publish {out['publish_s']:.2f} s, load and apply "
           f"{out['load_apply_s']:.2f} s; out of memory {out['apply_s']:.2f} s", flush=True)
     n, vocab = plan.max_seqs, plan.spec.vocab_size
@@ -115,10 +116,9 @@ def one(kind, tiny):
     for label, many in (("full", n), ("waiting", 2*n)):
         asked = requests(many, PROMPT, 16 if tiny else ANSWER, seed=many, vocab=vocab)
         done, seconds, steps = serve(engine, asked)
-        out |= {f"{label}_tokens_per_s": sum(len(f.token_ids) for f in done.values())/seconds,
-            f"{label}_step_ms": float(np.median(steps))*1e3}
-        print(f"{kind}, {label}: {out[f'{label}_tokens_per_s']:.0f} tokens/s, median step {out[f'{label}_step_ms']:.2f} "
-              "ms", flush=True)
+        rate, step = sum(len(f.token_ids) for f in done.values())/seconds, float(np.median(steps))*1e3
+        out |= {f"{label}_tokens_per_s": rate, f"{label}_step_ms": step}
+        print(f"{kind}, {label}: {rate:.0f} tokens/s, median step {step:.2f} ms", flush=True)
     lower_precision(master, plan.dtype) if plan.dtype != torch.float32 else None
     asked = requests(8, PROMPT, 24, seed=9, vocab=vocab)
     for name in ("", "_updated"):

@@ -15,10 +15,11 @@ from moe_rl.moe.upcycle import upcycle
 from moe_rl.rollout.environments import ReasoningGym
 
 TASK = dict(last_number=True, min_terms=2, max_terms=2, min_digits=2, max_digits=2)
-SIZES = {"train.precision": "bf16", "engine.dtype": "bfloat16", "engine.max_tokens": 32, "engine.max_seqs": 512, "engine.kv_tokens": 65536,
-         "rl.groups_per_step": 64, "rl.group_size": 8, "rl.tokens_per_batch": 16384, "eval.prompts": 512}
-SHORT = {"train.precision": "float32", "engine.max_tokens": 8, "engine.max_seqs": 16, "rl.groups_per_step": 2, "rl.group_size": 4,
-         "rl.steps": 2, "rl.seconds": 0, "rl.zero_variance": "keep", "eval.prompts": 16}
+SIZES = {"train.precision": "bf16", "engine.dtype": "bfloat16", "engine.max_tokens": 32, "engine.max_seqs": 512,
+         "engine.kv_tokens": 65536, "rl.groups_per_step": 64, "rl.group_size": 8, "rl.tokens_per_batch": 16384,
+         "eval.prompts": 512}
+SHORT = {"train.precision": "float32", "engine.max_tokens": 8, "engine.max_seqs": 16, "rl.groups_per_step": 2,
+         "rl.group_size": 4, "rl.steps": 2, "rl.seconds": 0, "rl.zero_variance": "keep", "eval.prompts": 16}
 
 
 def shortened(folder: Path, layers: int = 2) -> Path:

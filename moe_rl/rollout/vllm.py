@@ -282,7 +282,8 @@ class WorkerMethods:
     def moe_rl_load(self, state:dict[str,Tensor], spec:ModelSpec, version:int, dtype:torch.dtype)->Manifest:
         "Take weights in place, and say what is held then."
         model, sent = self.model_runner.get_model(), sent_tensors(state, spec)
-        for m in model.modules() if self.device.type == "cpu" else (): # packed anew where there is no kernel (vLLM 0.32)
+        packs = self.device.type == "cpu"       # and only where there is no kernel yet (vLLM 0.32)
+        for m in model.modules() if packs else ():
             if getattr(q := getattr(m, "quant_method", None), "moe_kernel", None) is not None: q.moe_kernel = None
         self.reload_weights(weights_iterator=iter(sent.items()), is_checkpoint_format=True)
         with torch.inference_mode():
@@ -338,8 +339,8 @@ def engine_args(
         enable_chunked_prefill=not cpu, moe_backend="auto" if cpu else "triton",   # see the text
         disable_hybrid_kv_cache_manager=True, async_scheduling=False, enforce_eager=cpu, disable_log_stats=True,
         enable_return_routed_experts=plan.record_routes and not cpu,
-        worker_extension_cls="moe_rl.rollout.vllm.WorkerMethods", **({} if cpu else ON_GPU),
-        **(latent_on_cpu(plan.dtype) if cpu and spec.kv.latent else {}))
+        worker_extension_cls="moe_rl.rollout.vllm.WorkerMethods",
+        **(ON_GPU if not cpu else latent_on_cpu(plan.dtype) if spec.kv.latent else {}))
 
 def start_vllm(plan:EnginePlan, folder:str, options:dict[str,Any]):
     "vLLM's engine, in this process. `UserError` in one line for what it refuses."
