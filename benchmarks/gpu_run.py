@@ -50,7 +50,8 @@ def pair(a, more):
     read_gguf(Path(a.gguf) if a.gguf else smollm2(), dense)
     if a.short: dense = shortened(dense)
     upcycle(dense, mixture, experts=8, top_k=2, seed=a.seed, ids=prompts(dense, 16))
-    words, result = ["--engine.kind", a.kind, "--engine.transfer", a.transfer, "--eval.every", "10", *more], {}
+    words, result = ["--engine.kind", a.kind, "--engine.transfer", a.transfer, "--eval.every", "10",
+        "--schedule.engine_restarts", "0", *more], {}
     for name, staleness, minutes in (("async", 2, a.minutes), ("sync", 0, a.sync_minutes)):
         if not minutes: continue
         began = time.monotonic()

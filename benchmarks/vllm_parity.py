@@ -45,6 +45,7 @@ def draw_other(family:str, rng:random.Random) -> ModelSpec:
         rope["original_max_position_embeddings"] = int(c["max_position_embeddings"]/rope["factor"])
     # vLLM has no bias of `o_proj` in these, which is found when the weights are read back
     if family in ("qwen3_moe", "deepseek_v3"): c |= dict(attention_bias=False)
+    c |= dict(tie_word_embeddings=rng.random() < .5) # then vLLM is given a head of its own
     return from_hf(c | dict(architectures=[NAMES[family]], model_type=family))
 
 

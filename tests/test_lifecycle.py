@@ -554,3 +554,19 @@ def test_a_freeze_of_this_process_is_not_blamed_on_others(tmp_path, monkeypatch)
         watching.cancel()
         return loop.beside.error
     assert asyncio.run(go()) is None
+
+
+# ---- weights from memory to memory
+
+@pytest.mark.parametrize("gpus, more, says", [
+    (1, {}, "NCCL wants a GPU for each of 2 processes, and this machine has 1"),
+    (2, {"engine.replicas": 2}, "each of 3 processes"), (8, {"launch.kind": "slurm"}, "must be on one machine"),
+    (2, {}, ""), (0, {"schedule.device": "cpu"}, "")])
+def test_a_transfer_that_cannot_be_is_refused_before_anything_starts(monkeypatch, gpus, more, says):
+    from moe_rl.rl import run
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(run, "device_of", lambda s: torch.device("cpu" if s.schedule.device == "cpu" else "cuda"))
+    s = load_settings(overrides=TINY | {"engine.transfer": "direct"} | more)
+    if not says: return run.check_transfer(s)
+    with pytest.raises(UserError, match=f'engine.transfer = "direct": .*{says}.*: use engine.transfer = "files"'):
+        run.check_transfer(s)

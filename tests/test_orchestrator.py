@@ -576,9 +576,10 @@ def test_known_failure_32_both_lanes_get_seats(first, second, bug):
 # ---- dead, silent and replaced
 
 def test_dead_and_silent_components_are_named_and_engines_replaced(home):
-    "One run: evaluations beside the training; an engine is killed, its successor falls silent, then the trainer does."
+    """One run, whose weights go from memory to memory: evaluations beside the training; an engine is killed, its
+    successor falls silent, then the trainer does."""
     run = Command(home, dir="trouble", rl__steps=100000, checkpoint__keep=2, eval__every=1, eval__prompts=32,
-        schedule__silence_seconds=8)
+        schedule__silence_seconds=8, engine__transfer="direct")
     run.until(lambda: len(run.lines("evals.jsonl")) >= 3 and run.steps() >= 6)                       # 32: both go on
     evals, rows = run.lines("evals.jsonl"), run.lines("metrics.jsonl")
     assert any(e["seconds"] - e["eval_seconds"] < r["seconds"] < e["seconds"] for e in evals[1:]

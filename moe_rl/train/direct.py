@@ -58,7 +58,8 @@ class Link:
         self.words = self.data = dist.ProcessGroupGloo(dist.PrefixStore("words", store), place, 2, options)
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)    # each thread has one of its own
-            self.data = dist.ProcessGroupNCCL(dist.PrefixStore("data", store), place, 2)
+            nccl = dist.ProcessGroupNCCL
+            self.data = nccl(dist.PrefixStore("data", store), place, 2, nccl.Options())
 
     def say(self, word:bytes):
         self.words.send([torch.tensor([len(word)])], self.other, 0).wait()
