@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpu_road import ANSWER, PROMPT, SEATS, requests
+from gpu_road import ANSWER, PROMPT, SEATS, drive, requests
 from moe_rl.bench import NeedsHardware
 
 
@@ -41,17 +41,6 @@ def plan_of(tiny):
 def engine_of(kind, plan):
     from moe_rl.rollout.protocol import engine_maker
     return engine_maker(kind, {})(plan)
-
-
-def serve(engine, asked):
-    "Finished requests by id, seconds, and the seconds of each step."
-    engine.submit(asked)
-    done, steps, began = {}, [], time.perf_counter()
-    while engine.busy:
-        at = time.perf_counter()
-        done |= {f.id: f for f in engine.poll()}
-        steps.append(time.perf_counter()-at)
-    return done, time.perf_counter()-began, steps
 
 
 @torch.no_grad()
@@ -112,10 +101,10 @@ def one(kind, tiny):
     print(f"{kind}: ready after {out['start_s']:.1f} s; a version: publish {out['publish_s']:.2f} s, load and apply "
           f"{out['load_apply_s']:.2f} s; out of memory {out['apply_s']:.2f} s", flush=True)
     n, vocab = plan.max_seqs, plan.spec.vocab_size
-    serve(engine, requests(n, PROMPT, 8, seed=1, vocab=vocab))
+    drive(engine, requests(n, PROMPT, 8, seed=1, vocab=vocab))
     for label, many in (("full", n), ("waiting", 2*n)):
         asked = requests(many, PROMPT, 16 if tiny else ANSWER, seed=many, vocab=vocab)
-        done, seconds, steps = serve(engine, asked)
+        done, seconds, steps = drive(engine, asked)
         rate, step = sum(len(f.token_ids) for f in done.values())/seconds, float(np.median(steps))*1e3
         out |= {f"{label}_tokens_per_s": rate, f"{label}_step_ms": step}
         print(f"{kind}, {label}: {rate:.0f} tokens/s, median step {step:.2f} ms", flush=True)
@@ -125,7 +114,7 @@ def one(kind, tiny):
         if name:
             stirred(master, 77)
             engine.update(9, Held({9: master.state_dict()}))
-        done, _, _ = serve(engine, [r for r in asked])
+        done, _, _ = drive(engine, asked)
         out |= {k+name: v for k, v in compared(master, asked, done).items()}
     print(f"{kind}: KL to the model {out['kl_off']:.2e}, with its routes {out['kl_on']:.2e} (worst |d| "
           f"{out['worst_kl_on']:.3f}); after an update {out['kl_off_updated']:.2e}, {out['kl_on_updated']:.2e}; routes "

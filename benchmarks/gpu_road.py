@@ -53,15 +53,21 @@ def engine_of(model, compute, seats=SEATS):
     return Engine(model, kv_tokens=seats*(PROMPT+ANSWER+16), max_seqs=seats, compute=compute)
 
 
-def serve(engine, asked):
-    "Finished requests by id, seconds, and the seconds of each step."
-    for r in asked: engine.add(r)
+def drive(engine, asked):
+    "Finished requests by id, seconds, and the seconds of each step, of an engine that speaks the protocol."
+    engine.submit(asked)
     done, steps, began = {}, [], time.perf_counter()
-    while engine.has_work:
+    while engine.busy:
         at = time.perf_counter()
-        done |= {f.id: f for f in engine.step()}
+        done |= {f.id: f for f in engine.poll()}
         steps.append(time.perf_counter()-at)
     return done, time.perf_counter()-began, steps
+
+
+def serve(engine, asked):
+    "`drive`, of our own engine."
+    from moe_rl.rollout.protocol import Embedded
+    return drive(Embedded(engine), asked)
 
 
 def check():

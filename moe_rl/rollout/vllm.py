@@ -237,10 +237,10 @@ def others(
     sent:dict[str,Tensor],
 )->list[str]: # names
     "What is held and is not what was sent. A device is waited for once."
-    same = {n: t.shape == sent[n].shape and (t == sent[n].to(t.device, t.dtype)).all() for n,t in held.items()}
-    looked = [n for n,s in same.items() if isinstance(s, Tensor)]
-    found = dict(zip(looked, torch.stack([same[n] for n in looked]).tolist())) if looked else {}
-    return sorted(n for n in held if not found.get(n, False))
+    fit = [n for n,t in held.items() if t.shape == sent[n].shape]
+    equal = [(held[n] == sent[n].to(held[n].device, held[n].dtype)).all() for n in fit]
+    same = {n for n,ok in zip(fit, torch.stack(equal).tolist()) if ok} if fit else set()
+    return sorted(held.keys() - same)
 
 def account(
     spec:ModelSpec,
@@ -259,7 +259,7 @@ def account(
         whole = dtype == torch.float32 or spec.tensors[name].role.float32 or not spec.tensors[name].disk
         return t if whole else t.to(dtype)
     mine = from_disk({n: held[n].to(sent[n].dtype) if dtype == torch.float32 else sent[n]
-        for n in to_disk(state, spec)}, spec)
+        for n in sent if not (spec.tied and n == HEAD)}, spec)
     return describe({n: said(n, mine[n] if spec.tensors[n].disk else t) for n,t in state.items()}, version)
 
 # %% ../../nbs/04_rollout/16_vllm.ipynb #f1a5001e
